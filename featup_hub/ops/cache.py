@@ -1,0 +1,128 @@
+"""Keeps compiled kernels on disk, so that only the first process ever waits for the compiler.
+
+A file is named by a digest of everything its contents depend on, written beside its place and
+renamed into it, and closes with the digest of its contents: a reader sees a whole file or
+none, whoever else writes, and a damaged one is noticed, deleted and made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Cubin", "cache_folder", "cubin_name", "fetch"]
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cubin:
+    """Machine code and where it is kept.
+
+    Attributes:
+        image: The code.
+        path: Its file; None where it could not be kept.
+        hit: Whether it was found rather than made.
+    """
+
+    image: bytes
+    path: Path | None
+    hit: bool
+
+
+def cache_folder() -> Path | None:
+    """Returns ``$FEATUP_HUB_CACHE``, ``$XDG_CACHE_HOME/featup_hub`` or ``~/.cache/featup_hub``.
+
+    None stands for a user without a home.
+    """
+    if folder := os.environ.get("FEATUP_HUB_CACHE"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder, "featup_hub")
+    try:
+        return Path.home() / ".cache" / "featup_hub"
+    except RuntimeError:
+        return None
+
+
+def cubin_name(stem: str, architecture: int, *dependencies: object) -> str:
+    """Names the file for what was compiled and for everything that decides its contents.
+
+    Args:
+        stem: A word for people.
+        architecture: Compute capability times ten.
+        dependencies: Source, options, compiler version: whatever has a faithful ``repr``.
+
+    Returns:
+        A file name such as ``jbu-sm_90-0123456789abcdef01234567.cubin``.
+    """
+    digest = hashlib.sha256(repr((architecture, *dependencies)).encode()).hexdigest()
+    return f"{stem}-sm_{architecture}-{digest[:24]}.cubin"
+
+
+def fetch(name: str, make: Callable[[], bytes]) -> Cubin:
+    """Returns the cubin of this name, from the cache or from the compiler.
+
+    Where the cache cannot be written the cubin lives in memory only, and one warning says so.
+
+    Args:
+        name: From :func:`cubin_name`.
+        make: Compiles it.
+
+    Returns:
+        The cubin.
+    """
+    folder = cache_folder()
+    path = None if folder is None else folder / name
+    if path is not None and (image := _read(path)) is not None:
+        return Cubin(image=image, path=path, hit=True)
+    image = make()
+    try:
+        if path is None:
+            raise OSError("no home folder")
+        _write(path, image)
+    except OSError as error:
+        _warn_once(f"{error.strerror or error}: {folder}")
+        path = None
+    return Cubin(image=image, path=path, hit=False)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"the compiled CUDA kernels could not be kept ({reason}), so every process will compile "
+        "them anew; set FEATUP_HUB_CACHE to a writable folder",
+        stacklevel=3,
+    )
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    image, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    if image and hashlib.sha256(image).digest() == digest:
+        return image
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return None
+
+
+def _write(path: Path, image: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(image + hashlib.sha256(image).digest())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

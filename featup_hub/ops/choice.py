@@ -1,0 +1,110 @@
+"""Chooses who computes, and tells the user who would and why."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from featup_hub.ops import cuda, fused, torch_path
+
+__all__ = ["ImplementationStatus", "choose", "implementations"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplementationStatus:
+    """Who computes on one device when ``impl="auto"``.
+
+    Attributes:
+        device: The device and what it is.
+        impl: ``"cuda"`` or ``"torch"``.
+        reason: Why not ``"cuda"``; None where it is.
+        compiler: What compiled the kernels; None where they do not run.
+        cubins: Where the compiled kernels lie; empty where they do not run or are in memory only.
+    """
+
+    device: str
+    impl: str
+    reason: str | None = None
+    compiler: str | None = None
+    cubins: tuple[Path, ...] = ()
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.device}: {self.impl}, because {self.reason}"
+        place = f"in {self.cubins[0].parent}" if self.cubins else "in memory only"
+        return f"{self.device}: {self.impl}, compiled by {self.compiler}, kept {place}"
+
+
+def implementations() -> list[ImplementationStatus]:
+    """Tells for the CPU and every CUDA device what ``impl="auto"`` runs there, and why.
+
+    Makes the fused kernels ready where they can run, which compiles them at the first time.
+
+    Returns:
+        One row per device; ``str(row)`` is a sentence.
+
+    Example:
+        >>> print(implementations()[0])
+        cpu: torch, because the fused kernels need tensors on a CUDA device; got cpu; ...
+    """
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [_status(device) for device in devices]
+
+
+def _status(device: torch.device) -> ImplementationStatus:
+    name = str(device)
+    if device.type == "cuda":
+        name += f" ({torch.cuda.get_device_name(device)})"
+    try:
+        programs = [fused.prepare(program, device) for program in cuda.usual_programs()]
+    except fused.UnavailableError as error:
+        return ImplementationStatus(device=name, impl="torch", reason=str(error))
+    return ImplementationStatus(
+        device=name,
+        impl="cuda",
+        compiler=programs[0].compiler,
+        cubins=tuple(p.cubin.path for p in programs if p.cubin.path is not None),
+    )
+
+
+def choose(impl: str, obstacle: Callable[..., str | None], *tensors: Any) -> ModuleType:
+    """Returns the module that computes, one with the four functions of ``torch_path``.
+
+    Args:
+        impl: ``"auto"``, ``"cuda"`` or ``"torch"``.
+        obstacle: Says why the fused kernels cannot compute with these tensors.
+        tensors: What it is given; the first decides the device.
+
+    Returns:
+        The module. ``"auto"`` takes ``torch_path`` where the fused kernels cannot run, and
+        warns once per reason if that is on a CUDA device.
+
+    Raises:
+        RuntimeError: If ``impl`` is ``"cuda"`` and the fused kernels cannot run; the text says
+            why.
+    """
+    if impl == "torch" or (impl == "auto" and tensors[0].device.type != "cuda"):
+        return torch_path
+    reason = obstacle(*tensors)
+    if reason is None:
+        return cuda
+    if impl == "cuda":
+        raise RuntimeError(f"impl='cuda' was asked for and cannot run: {reason}")
+    _warn_once(reason)
+    return torch_path
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"impl='auto' computes in plain PyTorch, without the fused CUDA kernels: {reason}",
+        stacklevel=2,
+    )

@@ -1,0 +1,176 @@
+"""Launches ``jbu_apply.cu`` and ``jbu_apply_backward.cu``: a source filtered, and the adjoints.
+
+The comments that open the ``.cu`` files are the contract kept here: layouts, grids, what is
+written.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.ops.fused import FusedKernels, Kernel, Program, blocks, obstacle, prepare
+from featup_hub.ops.tables import bicubic_matrix
+
+__all__ = [
+    "apply",
+    "apply_backward",
+    "apply_backward_program",
+    "apply_obstacle",
+    "apply_program",
+]
+
+DIAMETER, TAPS = 7, 49
+CHANNEL_TILE = 128
+BLOCKS_PER_MULTIPROCESSOR = 4
+FEATURE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@functools.cache
+def apply_program(dtype: torch.dtype) -> Program:
+    """Returns the program that filters features of a dtype."""
+    kernels = {
+        "apply_forward_x1": Kernel("PPPPiiii", 128, 38144),
+        "apply_forward_x2": Kernel("PPPPiiii", 128, 29792),
+    }
+    return Program("jbu_apply.cu", f"JBU_TYPE={FEATURE_TYPES[dtype]}", kernels)
+
+
+@functools.cache
+def apply_backward_program(dtype: torch.dtype) -> Program:
+    """Returns the program with the adjoints of filtering features of a dtype."""
+    kernels = {
+        "fold_x1": Kernel("PPii", 256, 38144),
+        "fold_x2": Kernel("PPii", 256, 29792),
+        "apply_backward_source_x1": Kernel("PPPiiii", 128, 8192),
+        "apply_backward_source_x2": Kernel("PPPiiii", 128, 25088),
+        "apply_backward_kernel_x1": Kernel("PPPiii", 256, 38144),
+        "apply_backward_kernel_x2": Kernel("PPPiii", 224, 29792),
+    }
+    return Program("jbu_apply_backward.cu", f"JBU_TYPE={FEATURE_TYPES[dtype]}", kernels)
+
+
+def apply_obstacle(source: Tensor, kernel: Tensor) -> str | None:
+    """Says why the fused kernels cannot compute this :func:`apply`, and what would help."""
+    if kernel.shape[1] != TAPS or source.dtype not in FEATURE_TYPES:
+        return (
+            f"the fused kernels are made for {TAPS} taps and float32, float16 or bfloat16 "
+            f"features; got {kernel.shape[1]} and {source.dtype}; use impl='torch'"
+        )
+    return obstacle(apply_program(source.dtype), source, kernel)
+
+
+def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`featup_hub.ops.reference.jbu_apply`."""
+    batch, channels = source.shape[:2]
+    height, width = kernel.shape[-2:]
+    scaled, scale = _to_scale(source, kernel)
+    output = scaled.new_empty(batch, height, width, channels)
+    if output.numel():
+        fused = prepare(apply_program(scaled.dtype), source.device)
+        bias = None if bias is None else bias.contiguous()
+        tiles = _cell_tiles(height, width)
+        span = _span(channels, tiles * batch, fused)
+        grid = (tiles, blocks(channels, span), batch)
+        maps = (scaled, _channels_last(kernel), bias, output)
+        fused.launch(f"apply_forward_x{scale}", grid, *maps, *scaled.shape[1:], span)
+    return output.to(source.dtype).permute(0, 3, 1, 2)
+
+
+def apply_backward(
+    grad: Tensor, source: Tensor, kernel: Tensor, need_source: bool, need_kernel: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of source and kernel; empty tensors where they are not needed."""
+    grad_source, grad_kernel = source.new_empty(0), kernel.new_empty(0)
+    if not grad.numel():
+        return (
+            torch.zeros_like(source) if need_source else grad_source,
+            torch.zeros_like(kernel) if need_kernel else grad_kernel,
+        )
+    scaled, scale = _to_scale(source, kernel)
+    fused = prepare(apply_backward_program(scaled.dtype), source.device)
+    upstream = _channels_last(grad.to(scaled.dtype))
+    if need_source:
+        grad_source = _source_gradient(fused, upstream, scaled, _channels_last(kernel), scale)
+        grad_source = _from_scale(grad_source, source)
+    if need_kernel:
+        batch, height, width, _ = upstream.shape
+        grad_kernel = kernel.new_empty(batch, height, width, TAPS)
+        grid = (_cell_tiles(height, width), 1, batch)
+        maps = (scaled, upstream, grad_kernel)
+        fused.launch(f"apply_backward_kernel_x{scale}", grid, *maps, *scaled.shape[1:])
+        grad_kernel = grad_kernel.permute(0, 3, 1, 2)
+    return grad_source, grad_kernel
+
+
+def _source_gradient(
+    fused: FusedKernels, grad: Tensor, source: Tensor, kernel: Tensor, scale: int
+) -> Tensor:
+    """Returns the gradient of the source; all maps channels last, (B, h, w, C)."""
+    batch, h, w, channels = source.shape
+    height, width = kernel.shape[1:3]
+    window = DIAMETER**2 if scale == 2 else (DIAMETER + 1) ** 2
+    folded = kernel.new_empty(batch, blocks(height, 2), blocks(width, 2), window, 4)
+    grid = (_cell_tiles(height, width), 1, batch)
+    fused.launch(f"fold_x{scale}", grid, kernel, folded, h, w)
+    total = torch.empty_like(source)
+    tiles = blocks(w, 8) * blocks(h, 4)
+    span = _span(channels, tiles * batch, fused)
+    grid = (tiles, blocks(channels, span), batch)
+    fused.launch(f"apply_backward_source_x{scale}", grid, grad, folded, total, h, w, channels, span)
+    return total
+
+
+def _to_scale(source: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
+    """Returns the source channels last, (B, h, w, C), at the kernels' size or half of it.
+
+    A source of another size is resized bicubically, in the kernels' precision.
+    """
+    height, width = kernel.shape[-2:]
+    h, w = source.shape[-2:]
+    if (height, width) == (2 * h, 2 * w):
+        return _channels_last(source), 2
+    if (height, width) != (h, w):
+        source = F.interpolate(
+            source.to(kernel.dtype), (height, width), mode="bicubic", align_corners=False
+        )
+    return _channels_last(source), 1
+
+
+def _from_scale(grad: Tensor, source: Tensor) -> Tensor:
+    """The adjoint of :func:`_to_scale`, from (B, H, W, C) to the source's (B, C, h, w).
+
+    By matrix products: torch's own adjoint of bicubic resizing adds in no fixed order.
+    """
+    batch, height, width, channels = grad.shape
+    h, w = source.shape[-2:]
+    if (height, width) != (h, w):
+        rows, columns = (_resizing(*sizes, grad.device) for sizes in ((h, height), (w, width)))
+        grad = (rows.t() @ grad.view(batch, height, -1)).view(batch * h, width, channels)
+        grad = (columns.t() @ grad).view(batch, h, w, channels)
+    return grad.to(source.dtype).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(64)
+def _resizing(size_in: int, size_out: int, device: torch.device) -> Tensor:
+    """Keeps the matrix on the device, so that a captured graph has nothing to copy."""
+    return bicubic_matrix(size_in, size_out).to(device, torch.float32)
+
+
+def _span(channels: int, tiles: int, fused: FusedKernels) -> int:
+    """Shares channels out among blocks, so that few tiles keep a whole device busy."""
+    chunks = blocks(channels, CHANNEL_TILE)
+    wanted = blocks(BLOCKS_PER_MULTIPROCESSOR * fused.multiprocessors, tiles)
+    return CHANNEL_TILE * blocks(chunks, min(max(wanted, 1), chunks))
+
+
+def _cell_tiles(height: int, width: int) -> int:
+    """Counts tiles of 8×4 cells of 2×2 output pixels."""
+    return blocks(blocks(width, 2), 8) * blocks(blocks(height, 2), 4)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,273 @@
+"""Makes the fused CUDA kernels ready on a device, or says why they cannot be.
+
+Getting ready means compiling a program for the device's architecture, or finding it compiled,
+and loading it. That happens once per program, device and process; the outcome, good or bad, is
+kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from featup_hub.ops import cache, nvrtc
+from featup_hub.ops.driver import CudaDriverError, Function, Launcher, open_driver
+
+__all__ = [
+    "FusedKernels",
+    "Kernel",
+    "Program",
+    "UnavailableError",
+    "blocks",
+    "compile_program",
+    "obstacle",
+    "prepare",
+]
+
+OPTIONS = ("--std=c++17",)
+OLDEST_ARCHITECTURE = 70
+MOST_SAMPLES = 65535  # samples are an axis of the grid
+
+
+class UnavailableError(RuntimeError):
+    """The fused kernels cannot run; the text says why, and what would help."""
+
+
+class Kernel(NamedTuple):
+    """What launching a kernel takes, apart from the grid.
+
+    Attributes:
+        parameters: In the letters of :class:`featup_hub.ops.driver.Signature`.
+        threads: Threads of a block.
+        shared_bytes: Dynamic shared memory of a block.
+    """
+
+    parameters: str
+    threads: int
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A CUDA source beside this file, and how to compile it.
+
+    Attributes:
+        source: Name of the file; it may include every ``.cuh`` there.
+        define: A macro, ``NAME=VALUE``.
+        kernels: What it contains.
+    """
+
+    source: str
+    define: str
+    kernels: Mapping[str, Kernel]
+
+    def __hash__(self) -> int:
+        return hash((self.source, self.define))
+
+    def __str__(self) -> str:
+        return f"{self.source} -D{self.define}"
+
+    def contents(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
+        """Returns the source's text, the headers by name, and the compiler's options."""
+        folder = Path(__file__).parent
+        headers = {
+            path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.cuh"))
+        }
+        text = (folder / self.source).read_text(encoding="utf-8")
+        return text, headers, (*OPTIONS, f"-D{self.define}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedKernels:
+    """The kernels of a program, loaded on one device.
+
+    Attributes:
+        device: Index of the device.
+        multiprocessors: How many the device has.
+        program: What they are.
+        launcher: Who launches them.
+        functions: The kernels by name.
+        cubin: What they were loaded from.
+        compiler: What compiled them, for people.
+    """
+
+    device: int
+    multiprocessors: int
+    program: Program
+    launcher: Launcher
+    functions: Mapping[str, Function]
+    cubin: cache.Cubin
+    compiler: str
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int | None
+    ) -> None:
+        """Queues a kernel on torch's current stream of the device.
+
+        Args:
+            name: The kernel.
+            grid: Blocks along x, y, z.
+            arguments: Contiguous tensors on the device, numbers, or None for a null pointer.
+
+        Raises:
+            RuntimeError: If a tensor is elsewhere.
+        """
+        kernel = self.program.kernels[name]
+        self.launcher.launch(
+            self.functions[name],
+            grid,
+            (kernel.threads, 1, 1),
+            kernel.shared_bytes,
+            self.launcher.current_stream(self.device),
+            [x if isinstance(x, int) else self._address(x) for x in arguments],
+        )
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        if tensor.get_device() != self.device:
+            raise RuntimeError(
+                f"all tensors must be on one device, cuda:{self.device}; got one on "
+                f"{tensor.device}; move it there"
+            )
+        return tensor.data_ptr()
+
+
+def prepare(program: Program, device: torch.device) -> FusedKernels:
+    """Returns a program's kernels for a device, ready to launch.
+
+    Args:
+        program: Which.
+        device: Where the tensors are.
+
+    Returns:
+        The kernels; the first call for a device compiles them, some seconds, unless an earlier
+        process has.
+
+    Raises:
+        UnavailableError: If they cannot run there.
+    """
+    if torch.version.hip is not None:
+        raise UnavailableError(
+            "this PyTorch is built for ROCm and the fused kernels are CUDA only; impl='torch' "
+            "computes the same on this device"
+        )
+    if device.type != "cuda":
+        raise UnavailableError(
+            f"the fused kernels need tensors on a CUDA device; got {device}; move them, or use "
+            "impl='torch', which runs anywhere"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    outcome = _prepare(program, index)
+    if isinstance(outcome, str):
+        raise UnavailableError(outcome)
+    return outcome
+
+
+def obstacle(program: Program, maps: Tensor, parameters: Tensor) -> str | None:
+    """Says why a program's kernels cannot take these tensors, and what would help.
+
+    Args:
+        program: Which.
+        maps: What the program works on, (B, C, H, W).
+        parameters: What it works with.
+
+    Returns:
+        The reason, or None where they can.
+    """
+    if parameters.dtype != torch.float32:
+        return (
+            "the fused kernels sum in float32; got "
+            f"{parameters.dtype}; convert to float32, or use impl='torch'"
+        )
+    if maps.shape[0] > MOST_SAMPLES:
+        return (
+            f"the fused kernels take at most {MOST_SAMPLES} samples; got {maps.shape[0]}; "
+            "split the batch, or use impl='torch'"
+        )
+    try:
+        prepare(program, maps.device)
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+def blocks(count: int, size: int) -> int:
+    """Returns how many blocks of ``size`` cover ``count``."""
+    return -(-count // size)
+
+
+@functools.cache
+def _prepare(program: Program, index: int) -> FusedKernels | str:
+    major, minor = torch.cuda.get_device_capability(index)
+    parameters = {name: kernel.parameters for name, kernel in program.kernels.items()}
+    try:
+        cubin, compiler = compile_program(program, 10 * major + minor)
+        launcher = open_driver()
+        functions = launcher.load(index, cubin.image, parameters)
+    except (UnavailableError, nvrtc.NvrtcError, CudaDriverError) as error:
+        return str(error)
+    return FusedKernels(
+        device=index,
+        multiprocessors=torch.cuda.get_device_properties(index).multi_processor_count,
+        program=program,
+        launcher=launcher,
+        functions=functions,
+        cubin=cubin,
+        compiler=compiler,
+    )
+
+
+def compile_program(program: Program, architecture: int) -> tuple[cache.Cubin, str]:
+    """Compiles a program, or finds it compiled.
+
+    Args:
+        program: Which.
+        architecture: Compute capability times ten.
+
+    Returns:
+        The cubin, and what compiled it.
+
+    Raises:
+        UnavailableError: If the architecture is too old for the kernels or not one the
+            compiler knows.
+        NvrtcError: If there is no compiler, or it fails.
+    """
+    if architecture < OLDEST_ARCHITECTURE:
+        raise UnavailableError(
+            f"the fused kernels need compute capability {OLDEST_ARCHITECTURE / 10} or newer; "
+            f"this device has {architecture / 10}; impl='torch' runs on it"
+        )
+    compiler = nvrtc.load()
+    version = ".".join(map(str, compiler.version))
+    known = compiler.architectures
+    # Machine code also runs on later minor versions of its architecture.
+    fitting = [a for a in known if a <= architecture and a // 10 == architecture // 10]
+    if not fitting:
+        raise UnavailableError(
+            f"NVRTC {version} compiles for sm_{known[0]} to sm_{known[-1]}, not for this "
+            f"device's sm_{architecture}; install a PyTorch built for "
+            f"{'an older' if architecture < known[0] else 'a newer'} CUDA, or use impl='torch'"
+        )
+    architecture = max(fitting)
+    source, headers, options = program.contents()
+    stem = Path(program.source).stem
+    name = cache.cubin_name(stem, architecture, source, headers, options, compiler.version)
+
+    def make() -> bytes:
+        return compiler.compile(
+            source,
+            name=program.source,
+            architecture=architecture,
+            options=options,
+            headers=headers,
+        ).image
+
+    cubin = cache.fetch(name, make)
+    return cubin, f"NVRTC {version} ({compiler.path})"

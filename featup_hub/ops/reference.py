@@ -1,0 +1,200 @@
+r"""The joint bilateral upsampler as plain PyTorch, the definition that all else must match.
+
+One stage takes a low-resolution ``source`` and a ``guidance`` image of the stage's output size.
+:func:`jbu_kernel` predicts one D×D kernel per output pixel from the guidance alone;
+:func:`jbu_apply` resizes the source bicubically and filters it with those kernels. Both are
+written for reading, differentiable by autograd, and exportable; neither is fast.
+
+Source: Fu, Hamilton et al., "FeatUp: A Model-Agnostic Framework for Features at Any Resolution",
+ICLR 2024 (arXiv 2403.10516), eqs. 4-6; numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["StageWeights", "jbu_apply", "jbu_kernel", "pool_guidance", "reflect_pad"]
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
+MIN_SUM = 1e-7
+FIXUP_SCALE = 0.1
+
+
+class StageWeights(NamedTuple):
+    """The ten tensors of one stage, 1×1 convolutions as plain matrices.
+
+    G is the number of guidance channels, K the key channels, T = D² the taps.
+
+    Attributes:
+        range_temp: Logarithm of the inverse temperature, ().
+        sigma_spatial: Width of the spatial Gaussian where the kernel spans [-1, 1], ().
+        range_w0: First layer of the range projection, (K, G).
+        range_b0: Its bias, (K,).
+        range_w1: Second layer of the range projection, (K, K).
+        range_b1: Its bias, (K,).
+        fixup_w0: First layer of the correction, (T, T + G): kernel first, guidance after.
+        fixup_b0: Its bias, (T,).
+        fixup_w1: Second layer of the correction, (T, T).
+        fixup_b1: Its bias, (T,).
+    """
+
+    range_temp: Tensor
+    sigma_spatial: Tensor
+    range_w0: Tensor
+    range_b0: Tensor
+    range_w1: Tensor
+    range_b1: Tensor
+    fixup_w0: Tensor
+    fixup_b0: Tensor
+    fixup_w1: Tensor
+    fixup_b1: Tensor
+
+    @property
+    def diameter(self) -> int:
+        """Side D of the kernel, 2·radius + 1."""
+        return round(self.fixup_w1.shape[0] ** 0.5)
+
+    @property
+    def radius(self) -> int:
+        """Reach of the kernel in pixels."""
+        return self.diameter // 2
+
+
+def reflect_pad(x: Tensor, radius: int) -> Tensor:
+    """Pads the last two axes by mirror images, as often as the map's size demands.
+
+    PyTorch's own reflection needs more pixels than padding. Below that size the mirror image is
+    mirrored again (NumPy's rule), and a single row or column repeats itself.
+
+    Args:
+        x: Any map, (B, C, H, W).
+        radius: Pixels to add on every side.
+
+    Returns:
+        The padded map, (B, C, H + 2·radius, W + 2·radius).
+    """
+    height, width = x.shape[-2:]
+    if height > radius and width > radius:
+        return F.pad(x, (radius, radius, radius, radius), mode="reflect")
+    for axis in (2, 3):
+        missing = radius
+        while missing > 0:
+            step = min(missing, max(x.shape[axis] - 1, 1))
+            pad = [0, 0, step, step] if axis == 2 else [step, step, 0, 0]
+            x = F.pad(x, pad, mode="reflect" if x.shape[axis] > 1 else "replicate")
+            missing -= step
+    return x
+
+
+def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
+    r"""Resizes an image as ``adaptive_avg_pool2d`` does, by two matrix products.
+
+    :math:`g = A_h\, x\, A_w^\top`, where row i of A averages the pixels from
+    :math:`\lfloor i n / N \rfloor` up to :math:`\lceil (i + 1) n / N \rceil`. The rule also holds
+    where N > n, and the products compile and export with symbolic sizes.
+
+    Args:
+        image: The image, (B, C, H, W).
+        size: Height and width wanted.
+
+    Returns:
+        The pooled image, (B, C, *size).
+    """
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    rows = _pooling_matrix(image.shape[-2], size[0], image)
+    columns = _pooling_matrix(image.shape[-1], size[1], image)
+    return torch.matmul(torch.matmul(rows, image), columns.t())
+
+
+def _pooling_matrix(size_in: int, size_out: int, like: Tensor) -> Tensor:
+    out = torch.arange(size_out, device=like.device)
+    column = torch.arange(size_in, device=like.device)
+    start = (out * size_in) // size_out
+    stop = ((out + 1) * size_in + size_out - 1) // size_out
+    inside = (column >= start[:, None]) & (column < stop[:, None])
+    return inside.to(like.dtype) / (stop - start).to(like.dtype)[:, None]
+
+
+def spatial_logits(sigma: Tensor, diameter: int) -> Tensor:
+    r"""Returns :math:`-|t|^2 / 2\sigma^2` for every tap, the kernel spanning [-1, 1], (D²,)."""
+    axis = torch.linspace(-1, 1, diameter, dtype=sigma.dtype, device=sigma.device)
+    squares = axis.square()
+    return -(squares[:, None] + squares[None, :]).reshape(-1) / (2 * sigma.square())
+
+
+def jbu_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
+    r"""Predicts one kernel per pixel from the guidance.
+
+    .. math::
+        k_t = \operatorname{softmax}_t(T \langle p_0, p_t \rangle - |t|^2 / 2\sigma^2)
+              + 0.1\, m(k, g)_t
+
+    p is a two-layer projection of the guidance, reflect-padded; T = exp(range_temp), clamped to
+    [1e-4, 1e4]. The learned correction m is not renormalised: taps may be negative and their sum
+    need not be one. Where spatial term and range disagree so far that the product sums to less
+    than 1e-7, the sum is clamped there, as upstream does.
+
+    Args:
+        guidance: The image at the stage's output size, (B, G, H, W).
+        weights: The stage's parameters.
+
+    Returns:
+        Kernels, (B, D², H, W), taps row-major: t = D·dy + dx.
+    """
+    height, width = guidance.shape[-2:]
+    diameter, radius = weights.diameter, weights.radius
+    w = weights
+
+    hidden = F.gelu(F.conv2d(guidance, w.range_w0[:, :, None, None], w.range_b0))
+    projection = F.conv2d(hidden, w.range_w1[:, :, None, None], w.range_b1)
+    padded = reflect_pad(projection, radius)
+    logits = torch.stack(
+        [
+            (padded[:, :, dy : dy + height, dx : dx + width] * projection).sum(1)
+            for dy in range(diameter)
+            for dx in range(diameter)
+        ],
+        dim=1,
+    )  # (B, D², H, W)
+    temperature = w.range_temp.exp().clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
+    spatial = spatial_logits(w.sigma_spatial, diameter).exp()
+    kernel = F.softmax(temperature * logits, dim=1) * spatial[:, None, None]
+    kernel = kernel / kernel.sum(1, keepdim=True).clamp(min=MIN_SUM)
+
+    features = torch.cat([kernel, guidance], dim=1)
+    hidden = F.gelu(F.conv2d(features, w.fixup_w0[:, :, None, None], w.fixup_b0))
+    correction = F.conv2d(hidden, w.fixup_w1[:, :, None, None], w.fixup_b1)
+    return kernel + FIXUP_SCALE * correction
+
+
+def jbu_apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Resizes the source to the kernels' size and filters it, every channel alike.
+
+    .. math:: y(u) = \sum_t k_t(u)\, \mathrm{pad}(\mathrm{bicubic}(source))(u + t) + b
+
+    Bicubic is PyTorch's: a = -0.75, ``align_corners=False``, borders clamped; the result is
+    reflect-padded by the kernel's radius.
+
+    Args:
+        source: Low-resolution features, (B, C, h, w).
+        kernel: Kernels, (B, D², H, W).
+        bias: Added to every output pixel, (C,).
+
+    Returns:
+        Features, (B, C, H, W).
+    """
+    height, width = kernel.shape[-2:]
+    diameter = round(kernel.shape[1] ** 0.5)
+    resized = F.interpolate(source, (height, width), mode="bicubic", align_corners=False)
+    padded = reflect_pad(resized, diameter // 2)
+    output = torch.zeros_like(resized)
+    for tap in range(diameter * diameter):
+        dy, dx = divmod(tap, diameter)
+        window = padded[:, :, dy : dy + height, dx : dx + width]
+        output.addcmul_(kernel[:, tap : tap + 1], window)
+    return output if bias is None else output + bias[:, None, None]

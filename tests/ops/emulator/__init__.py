@@ -1,0 +1,154 @@
+"""Runs the CUDA sources on the CPU: what the fused kernels compute, without a GPU.
+
+The very files the package ships are compiled by g++ against ``cuda_on_cpu.h`` and launched by
+the very code that launches them on a device, on CPU tensors. Every tensor a kernel is given lies
+between NaN: what it should not read spoils its result, what it should not write is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featup_hub.ops import fused
+from featup_hub.ops.driver import Signature
+from featup_hub.ops.fused import Program
+
+HERE = Path(__file__).parent
+SOURCES = Path(fused.__file__).parent
+COMPILER = shutil.which("g++")
+MARGIN = 64  # elements of NaN on either side of a tensor
+CHECKS = "alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift"
+COMPILE = ("-std=c++20", "-O1", "-fPIC", "-w", f"-fsanitize={CHECKS}", "-c")
+
+Edit = tuple[str, str, str]  # in which file, what text, what to put in its place
+Barrier = tuple[str, int]  # file and line
+
+
+class EmulationError(RuntimeError):
+    """A kernel did what a device would not forgive."""
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """Compiles programs and stands in for a device.
+
+    Attributes:
+        folder: Where libraries are built.
+        order: Threads and blocks run 0: ascending, 1: descending, else: shuffled.
+        offset: Elements by which tensors miss the alignment torch gives them.
+        multiprocessors: What the device seems to have.
+        edit: A fault planted in the sources.
+        barrier: A barrier left out.
+    """
+
+    folder: Path
+    order: int = 2
+    offset: int = 0
+    multiprocessors: int = 2
+    edit: Edit | None = None
+    barrier: Barrier | None = None
+
+    def prepare(self, program: Program, device: torch.device) -> EmulatedKernels:
+        """Stands in for :func:`featup_hub.ops.fused.prepare`."""
+        key = program.source, program.define, tuple(program.kernels)
+        return EmulatedKernels(_build(self.folder, *key, self.edit), program, self)
+
+
+@dataclass(frozen=True)
+class EmulatedKernels:
+    """A program's kernels, launched as :class:`featup_hub.ops.fused.FusedKernels` does."""
+
+    library: ctypes.CDLL
+    program: Program
+    emulator: Emulator
+
+    @property
+    def multiprocessors(self) -> int:
+        return self.emulator.multiprocessors
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int | None
+    ) -> None:
+        guarded = [self._guard(x) if isinstance(x, Tensor) else x for x in arguments]
+        plain = [x[1] if isinstance(x, tuple) else x for x in guarded]
+        self.launch_bare(name, grid, plain)
+        for index, (argument, pair) in enumerate(zip(arguments, guarded, strict=True)):
+            if isinstance(argument, Tensor):
+                whole, inner = pair
+                argument.copy_(inner)
+                inner.fill_(float("nan"))
+                if not whole.isnan().all():
+                    raise EmulationError(f"{name}: argument {index} was written beyond its ends")
+
+    def launch_bare(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        arguments: Sequence[Tensor | int | None],
+        *,
+        block: tuple[int, int, int] | None = None,
+    ) -> None:
+        """Launches on the tensors themselves, without guards; where ``block``, that block only."""
+        kernel, how = self.program.kernels[name], self.emulator
+        signature = Signature(kernel.parameters)
+        numbers = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
+        file, line = how.barrier or ("", 0)
+        alone = (int(block is not None), *map(ctypes.c_uint, block or (0, 0, 0)))
+        path = str(Path(self.library._name).parent / file).encode()
+        self.library.configure(how.order, path, line, *alone)
+        launch = self.library[f"launch_{name}"]
+        launch.restype = ctypes.c_char_p
+        block_size = (ctypes.c_uint(kernel.threads), ctypes.c_size_t(kernel.shared_bytes))
+        message = launch(*map(ctypes.c_uint, grid), *block_size, signature.pack(numbers))
+        if message:
+            raise EmulationError(f"{name}: {message.decode()}")
+
+    def _guard(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies a tensor between NaN; returns the whole and what is inside."""
+        assert tensor.is_contiguous(), "kernels take contiguous tensors"
+        whole = tensor.new_full((tensor.numel() + 2 * MARGIN,), float("nan"))
+        start = MARGIN + self.emulator.offset
+        inner = whole[start : start + tensor.numel()].view(tensor.shape)
+        return whole, inner.copy_(tensor)
+
+
+@functools.cache
+def _build(
+    folder: Path, source: str, define: str, kernels: tuple[str, ...], edit: Edit | None
+) -> ctypes.CDLL:
+    """Compiles a program, once."""
+    place = folder / str(len(list(folder.iterdir())))
+    place.mkdir()
+    for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
+        shutil.copy(path, place)
+    if edit is not None:
+        file, text, instead = edit
+        content = (place / file).read_text(encoding="utf-8")
+        assert content.count(text) == 1, f"{file} has to say {text!r} once"
+        (place / file).write_text(content.replace(text, instead), encoding="utf-8")
+    entries = "".join(
+        f'extern "C" const char* launch_{name}(unsigned x, unsigned y, unsigned z, unsigned '
+        "threads, size_t shared_bytes, void** arguments) "
+        f"{{ return emulator::launch<{name}>({{x, y, z}}, threads, shared_bytes, arguments); }}\n"
+        for name in kernels
+    )
+    unit, compiled, library = place / "unit.cpp", place / "unit.o", place / "unit.so"
+    unit.write_text(f'#include "{HERE}/cuda_on_cpu.h"\n#include "{place}/{source}"\n{entries}')
+    for arguments in (
+        (*COMPILE, f"-D{define}", str(unit), "-o", str(compiled)),
+        # Without the checks' own library: their handlers are in cuda_on_cpu.h.
+        ("-shared", str(compiled), "-o", str(library)),
+    ):
+        result = subprocess.run([str(COMPILER), *arguments], capture_output=True, text=True)
+        if result.returncode:
+            raise EmulationError(result.stderr)
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,233 @@
+// CUDA C++ as plain C++: included before a kernel's source, it runs a grid on one CPU thread.
+//
+// A block's threads are fibers. One runs until it reaches a barrier or ends, then the next, in an
+// order the caller chooses: what one order hides (a thread reading what a later one writes, or a
+// faster one has overwritten) another shows. Shared memory is NaN before every block and guarded
+// behind its end; a barrier that only some threads reach is an error, and so is what a device does
+// not forgive: misaligned vectors, indices beyond an array, overflowing 32-bit offsets (found by
+// the compiler's checks, whose handlers are at the end of this file).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <ucontext.h>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __shared__
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __syncthreads() emulator::barrier(__FILE__, __LINE__)
+
+using std::max;
+using std::min;
+
+struct float4 {
+    float x, y, z, w;
+} __align__(16);
+
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+
+struct Index {
+    unsigned x, y, z;
+};
+static Index threadIdx, blockIdx, blockDim, gridDim;
+
+// What ptx.cuh says in the machine's words.
+#define FEATUP_HUB_PTX_CUH
+inline float half_to_float(unsigned short bits) { return std::bit_cast<_Float16>(bits); }
+inline unsigned short float_to_half(float value) { return std::bit_cast<unsigned short>((_Float16)value); }
+
+namespace emulator {
+
+constexpr size_t SHARED_FLOATS = 48 * 1024 / 4, GUARD_FLOATS = 1024, STACK_BYTES = 256 * 1024;
+constexpr unsigned POISON = 0x7fc0dead, GUARD = 0x7fc0beef;  // both NaN
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(STACK_BYTES);
+    int waits_at = 0;  // line of a barrier; 0 where it does not wait
+    bool ended = false;
+};
+
+// How to run, set by the caller.
+struct Mode {
+    int order = 0;           // of threads and blocks: 0 ascending, 1 descending, else shuffled
+    const char* file = "";   // the barrier that is left out, to see whether anybody notices
+    int line = 0;
+    bool alone = false;      // run one block only
+    Index block = {};
+};
+
+static Mode mode;
+static std::string fault;
+static ucontext_t scheduler;
+static std::vector<Fiber> fibers;
+static Fiber* running;
+static void (*enter)();
+
+inline void report(const std::string& what)
+{
+    if (fault.empty())
+        fault = what + " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
+                ", " + std::to_string(blockIdx.z) + ", thread " + std::to_string(threadIdx.x) + ")";
+}
+
+inline void barrier(const char* file, int line)
+{
+    if (line == mode.line && !strcmp(file, mode.file))
+        return;
+    running->waits_at = line;
+    swapcontext(&running->context, &scheduler);
+}
+
+static void fiber_main()
+{
+    enter();
+    running->ended = true;
+    swapcontext(&running->context, &scheduler);
+}
+
+}  // namespace emulator
+
+alignas(16) static float shared[emulator::SHARED_FLOATS + emulator::GUARD_FLOATS];
+
+namespace emulator {
+
+inline void run_block(unsigned threads, size_t shared_bytes, std::vector<unsigned> order,
+                      std::mt19937& random)
+{
+    const size_t floats = shared_bytes / 4;
+    for (size_t i = 0; i < SHARED_FLOATS + GUARD_FLOATS; i++)
+        shared[i] = std::bit_cast<float>(i < floats ? POISON : GUARD);
+    for (unsigned t = 0; t < threads; t++) {
+        Fiber& fiber = fibers[t];
+        fiber.ended = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    for (unsigned left = threads; left > 0;) {
+        if (mode.order > 1)  // anew between any two barriers
+            std::shuffle(order.begin(), order.end(), random);
+        for (unsigned t : order) {
+            if (fibers[t].ended)
+                continue;
+            running = &fibers[t];
+            running->waits_at = 0;
+            threadIdx = {t, 0, 0};
+            swapcontext(&scheduler, &running->context);
+            left -= running->ended;
+        }
+        const int line = fibers[order[0]].ended ? 0 : fibers[order[0]].waits_at;
+        for (unsigned t : order)
+            if ((fibers[t].ended ? 0 : fibers[t].waits_at) != line && left > 0)
+                report("threads of a block meet at different barriers, line " +
+                       std::to_string(line) + " and line " + std::to_string(fibers[t].waits_at));
+        if (!fault.empty())
+            return;
+    }
+    for (size_t i = floats; i < SHARED_FLOATS + GUARD_FLOATS; i++)
+        if (std::bit_cast<unsigned>(shared[i]) != GUARD)
+            return report("shared memory was written behind its end, float " + std::to_string(i) +
+                          " of " + std::to_string(floats));
+}
+
+inline void run_grid(Index grid, unsigned threads, size_t shared_bytes)
+{
+    std::mt19937 random(mode.order);
+    if (fibers.size() < threads)
+        fibers.resize(threads);
+    const size_t count = mode.alone ? 1 : (size_t)grid.x * grid.y * grid.z;
+    std::vector<unsigned> turns(threads), blocks(count);
+    for (std::vector<unsigned>* list : {&turns, &blocks}) {
+        for (size_t i = 0; i < list->size(); i++)
+            (*list)[i] = mode.order == 1 ? list->size() - 1 - i : i;
+        if (mode.order > 1)
+            std::shuffle(list->begin(), list->end(), random);
+    }
+    gridDim = grid;
+    blockDim = {threads, 1, 1};
+    for (unsigned b : blocks) {
+        blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+        if (mode.alone)
+            blockIdx = mode.block;
+        run_block(threads, shared_bytes, turns, random);
+        if (!fault.empty())
+            return;
+    }
+}
+
+// Calls a kernel with the addresses of its arguments, as cuLaunchKernel is given them.
+template <auto KERNEL>
+struct Entry;
+
+template <typename... Types, void (*KERNEL)(Types...)>
+struct Entry<KERNEL> {
+    static inline void** arguments;
+    template <size_t... I>
+    static void call(std::index_sequence<I...>)
+    {
+        KERNEL(*static_cast<Types*>(arguments[I])...);
+    }
+    static void enter() { call(std::index_sequence_for<Types...>()); }
+};
+
+template <auto KERNEL>
+const char* launch(Index grid, unsigned threads, size_t shared_bytes, void** arguments)
+{
+    fault.clear();
+    Entry<KERNEL>::arguments = arguments;
+    enter = Entry<KERNEL>::enter;
+    if (shared_bytes > 4 * SHARED_FLOATS)
+        report("more than 48 KB of shared memory asked for");
+    else
+        run_grid(grid, threads, shared_bytes);
+    return fault.c_str();
+}
+
+extern "C" void configure(int order, const char* file, int line, int alone, unsigned x, unsigned y,
+                          unsigned z)
+{
+    mode = {order, file, line, alone != 0, {x, y, z}};
+}
+
+// The compiler's checks call these; every one is given the place first.
+struct Place {
+    const char* file;
+    uint32_t line, column;
+};
+
+inline void report(const char* what, const void* place)
+{
+    const Place* at = static_cast<const Place*>(place);
+    report(std::string(what) + " at " + at->file + ":" + std::to_string(at->line));
+}
+
+}  // namespace emulator
+
+#define CHECK(handler, what, ...) \
+    extern "C" void __ubsan_handle_##handler(void* place, ##__VA_ARGS__) { emulator::report(what, place); }
+CHECK(type_mismatch_v1, "misaligned or null address", uintptr_t)
+CHECK(out_of_bounds, "index out of bounds", uintptr_t)
+CHECK(add_overflow, "integer overflow", uintptr_t, uintptr_t)
+CHECK(sub_overflow, "integer overflow", uintptr_t, uintptr_t)
+CHECK(mul_overflow, "integer overflow", uintptr_t, uintptr_t)
+CHECK(negate_overflow, "integer overflow", uintptr_t)
+CHECK(divrem_overflow, "division by zero", uintptr_t, uintptr_t)
+CHECK(shift_out_of_bounds, "shift out of bounds", uintptr_t, uintptr_t)

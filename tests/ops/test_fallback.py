@@ -1,0 +1,260 @@
+"""What happens where the fused kernels cannot run: one clear warning, or a clear error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from featup_hub import ops
+from featup_hub.ops import cache, choice, cuda, fused, nvrtc, torch_path
+from featup_hub.ops.driver import CudaDriverError
+from featup_hub.upsamplers import JBUStage
+
+CUDA = torch.device("cuda", 0)
+
+
+class Tensor:
+    """Says that it is on a CUDA device; enough for choosing."""
+
+    device = CUDA
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self.shape = shape
+        self.dtype = dtype
+
+
+SOURCE, KERNEL = Tensor(1, 8, 4, 4), Tensor(1, 49, 8, 8)
+
+
+def choose(impl: str, source: Any = SOURCE, kernel: Any = KERNEL) -> Any:
+    return choice.choose(impl, cuda.apply_obstacle, source, kernel)
+
+
+class Driver:
+    """Loads anything."""
+
+    def load(self, device: int, image: bytes, kernels: dict[str, str]) -> dict[str, Any]:
+        return dict.fromkeys(kernels)
+
+
+class Compiler:
+    """Compiles anything at once, for sm_75 to sm_120."""
+
+    version = (13, 0)
+    path = "libnvrtc.so.13"
+    architectures = (75, 80, 90, 120)
+
+    def compile(self, source: str, **options: Any) -> nvrtc.Compilation:
+        return nvrtc.Compilation(b"\x7fELF" + options["name"].encode(), "")
+
+
+def forget() -> None:
+    for remembered in (fused._prepare, choice._warn_once, cache._warn_once):
+        remembered.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine with one sm_90 device on which everything works."""
+    forget()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(nvrtc, "load", Compiler)
+    monkeypatch.setattr(fused, "open_driver", Driver)
+    monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path))
+    yield
+    forget()
+
+
+def rocm(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.version, "hip", "6.2")
+
+
+def old_card(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+
+
+def card_too_old_for_the_compiler(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+
+
+def card_too_new_for_the_compiler(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.cuda, "get_device_capability", lambda index: (14, 0))
+
+
+def no_nvrtc(patch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        raise nvrtc.NvrtcError("NVRTC was not found; install a CUDA build of torch")
+
+    patch.setattr(nvrtc, "load", load)
+
+
+def compile_error(patch: pytest.MonkeyPatch) -> None:
+    def fail(self: Compiler, source: str, **options: Any) -> None:
+        raise nvrtc.NvrtcError("could not compile jbu.cu for sm_90: jbu.cu(1): error")
+
+    patch.setattr(Compiler, "compile", fail)
+
+
+def no_driver(patch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        raise CudaDriverError("the CUDA driver's library could not be loaded; install a driver")
+
+    patch.setattr(fused, "open_driver", load)
+
+
+def rejected_image(patch: pytest.MonkeyPatch) -> None:
+    def load(self: Driver, *args: Any) -> None:
+        raise CudaDriverError("CUDA driver error 218 in loading: a PTX JIT compilation failed")
+
+    patch.setattr(Driver, "load", load)
+
+
+FAULTS = [
+    (rocm, "built for ROCm .* impl='torch' computes the same"),
+    (old_card, r"need compute capability 7\.0 or newer; this device has 6\.1"),
+    (card_too_old_for_the_compiler, "not for this device's sm_70; .* an older CUDA"),
+    (card_too_new_for_the_compiler, "not for this device's sm_140; .* a newer CUDA"),
+    (no_nvrtc, "NVRTC was not found; install a CUDA build of torch"),
+    (compile_error, r"could not compile jbu\.cu for sm_90"),
+    (no_driver, "driver's library could not be loaded; install a driver"),
+    (rejected_image, "error 218 in loading"),
+]
+faults = pytest.mark.parametrize(
+    ("break_it", "words"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS]
+)
+
+
+def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word() -> None:
+    assert choose("auto") is cuda
+    assert choose("cuda") is cuda
+    assert choose("torch") is torch_path
+
+
+@faults
+def test_auto_takes_the_torch_path_with_one_warning_that_names_reason_and_remedy(
+    monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
+) -> None:
+    break_it(monkeypatch)
+    with pytest.warns(UserWarning, match=f"without the fused CUDA kernels: .*{words}") as caught:
+        chosen = [choose("auto") for _ in range(3)]
+    assert chosen == [torch_path] * 3
+    assert len(caught) == 1
+
+
+@faults
+def test_a_named_implementation_never_falls_back(
+    monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
+) -> None:
+    break_it(monkeypatch)
+    with pytest.raises(RuntimeError, match=f"impl='cuda' was asked for and cannot run: .*{words}"):
+        choose("cuda")
+
+
+@faults
+def test_the_status_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
+) -> None:
+    break_it(monkeypatch)
+    _, status = ops.implementations()
+    assert (status.impl, status.cubins) == ("torch", ())
+    with pytest.raises(RuntimeError, match=words):
+        raise RuntimeError(str(status))
+
+
+def test_what_went_wrong_is_found_out_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load() -> None:
+        calls.append(1)
+        raise nvrtc.NvrtcError("missing")
+
+    monkeypatch.setattr(nvrtc, "load", load)
+    assert [cuda.apply_obstacle(SOURCE, KERNEL) for _ in range(3)] == ["missing"] * 3
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("device", "code"), [(90, 90), (89, 80), (121, 120)])
+def test_a_newer_minor_version_runs_code_for_an_older_one(device: int, code: int) -> None:
+    path = fused.compile_program(cuda.usual_programs()[0], device)[0].path
+    assert path is not None
+    assert f"-sm_{code}-" in path.name
+
+
+def test_tensors_on_the_cpu_take_the_torch_path_silently_unless_cuda_is_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("auto", torch.zeros(1, 8, 4, 4)) is torch_path
+    with pytest.raises(RuntimeError, match="need tensors on a CUDA device; got cpu; move them"):
+        choose("cuda", torch.zeros(1, 8, 4, 4))
+
+
+UNSUPPORTED = {
+    "features in float64": ((Tensor(1, 8, 4, 4, dtype=torch.float64), KERNEL), "torch.float64"),
+    "kernels in float64": ((SOURCE, Tensor(1, 49, 8, 8, dtype=torch.float64)), "sum in float32"),
+    "5x5 taps": ((SOURCE, Tensor(1, 25, 8, 8)), "made for 49 taps .* got 25"),
+    "a huge batch": ((Tensor(70_000, 8, 4, 4), KERNEL), "at most 65535 samples; got 70000"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_path(case: str) -> None:
+    tensors, words = UNSUPPORTED[case]
+    with pytest.warns(UserWarning, match=words):
+        assert choose("auto", *tensors) is torch_path
+    with pytest.raises(RuntimeError, match=words):
+        choose("cuda", *tensors)
+
+
+@pytest.mark.parametrize("stage", [JBUStage(radius=2), JBUStage(key_dim=16), JBUStage(15)])
+def test_stages_of_another_make_are_left_to_the_torch_path(stage: JBUStage) -> None:
+    guidance = Tensor(1, stage.range_proj[0].in_channels, 8, 8)
+    with pytest.warns(UserWarning, match="made for 7×7 taps, 32 key channels and at most 14"):
+        chosen = choice.choose("auto", cuda.kernel_obstacle, guidance, stage.weights())
+    assert chosen is torch_path
+
+
+def test_an_unwritable_cache_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="set FEATUP_HUB_CACHE to a writable folder") as caught:
+        assert [choose("auto") for _ in range(3)] == [cuda] * 3
+    assert len(caught) == 1
+    assert "kept in memory only" in str(ops.implementations()[1])
+
+
+def test_a_damaged_cubin_is_replaced_before_it_reaches_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = cuda.usual_programs()[0]
+    path = fused.compile_program(program, 90)[0].path
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+    images = []
+    monkeypatch.setattr(Driver, "load", lambda self, device, image, kernels: images.append(image))
+    fused.prepare(program, CUDA)
+    assert images == [cache.fetch(path.name, lambda: b"never").image]
+    assert images[0].startswith(b"\x7fELF")
+
+
+def test_the_status_names_device_compiler_and_cubin(tmp_path: Path) -> None:
+    cpu, card = ops.implementations()
+    assert (cpu.device, cpu.impl) == ("cpu", "torch")
+    assert (card.device, card.impl, card.reason) == ("cuda:0 (Some Card)", "cuda", None)
+    assert {path.parent for path in card.cubins} == {tmp_path}
+    assert len(card.cubins) == len(set(card.cubins)) == len(cuda.usual_programs())
+    assert str(card) == (
+        f"cuda:0 (Some Card): cuda, compiled by NVRTC 13.0 (libnvrtc.so.13), kept in {tmp_path}"
+    )

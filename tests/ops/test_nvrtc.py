@@ -1,0 +1,133 @@
+"""NVRTC: where it is looked for, what it compiles, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import nvrtc_archs
+from featup_hub.ops import cuda, nvrtc
+
+KERNEL = """
+#include "value.cuh"
+extern "C" __global__ void fill(float* out, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = VALUE;
+}
+"""
+HEADERS = {"value.cuh": "#define VALUE 3.0f\n"}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> nvrtc.Nvrtc:
+    try:
+        return nvrtc.load()
+    except nvrtc.NvrtcError as error:
+        pytest.skip(f"this torch has no NVRTC: {error}")
+
+
+@pytest.fixture
+def _nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    nvrtc.load.cache_clear()
+    monkeypatch.setattr(nvrtc, "search_path", lambda: iter(["libno-such-nvrtc.so.99"]))
+    yield
+    nvrtc.load.cache_clear()
+
+
+def test_the_library_found_is_of_the_version_torch_was_built_with(compiler: nvrtc.Nvrtc) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch is built without CUDA")
+    assert str(compiler.version[0]) == torch.version.cuda.split(".")[0]
+
+
+def test_a_program_compiles_to_an_elf_image_for_each_architecture(compiler: nvrtc.Nvrtc) -> None:
+    images = {
+        arch: compiler.compile(KERNEL, name="fill.cu", architecture=arch, headers=HEADERS).image
+        for arch in (compiler.architectures[0], compiler.architectures[-1])
+    }
+    assert all(image.startswith(b"\x7fELF") for image in images.values())
+    assert all(b"fill" in image for image in images.values())
+    assert len(set(images.values())) == len(images)
+
+
+def test_options_reach_the_program(compiler: nvrtc.Nvrtc) -> None:
+    source = "#ifndef WANTED\n#error option is missing\n#endif\n"
+    arch = compiler.architectures[0]
+    assert compiler.compile(source, name="o.cu", architecture=arch, options=["-DWANTED=1"])
+    with pytest.raises(nvrtc.NvrtcError, match="option is missing"):
+        compiler.compile(source, name="o.cu", architecture=arch)
+
+
+def test_a_program_that_does_not_compile_is_reported_with_the_compilers_log(
+    compiler: nvrtc.Nvrtc,
+) -> None:
+    with pytest.raises(nvrtc.NvrtcError, match=r"(?s)could not compile typo\.cu.*typo\.cu\(1\)"):
+        compiler.compile("typo", name="typo.cu", architecture=compiler.architectures[0])
+
+
+def test_an_architecture_nvrtc_does_not_know_is_reported(compiler: nvrtc.Nvrtc) -> None:
+    assert 30 not in compiler.architectures
+    with pytest.raises(nvrtc.NvrtcError, match="for sm_30: NVRTC_ERROR_INVALID_OPTION"):
+        compiler.compile(KERNEL, name="fill.cu", architecture=30, headers=HEADERS)
+
+
+def ends(compiler: nvrtc.Nvrtc, index: int) -> int:
+    """Takes the oldest and the newest architecture in turn."""
+    return compiler.architectures[-(index % 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(8), ids=lambda i: str(cuda.usual_programs()[i]))
+def test_the_packages_own_kernels_compile_without_spilling_a_register(
+    compiler: nvrtc.Nvrtc, index: int
+) -> None:
+    program, architecture = cuda.usual_programs()[index], ends(compiler, index)
+    usage = nvrtc_archs.usage(compiler, program, architecture)
+    assert set(usage) == set(program.kernels)
+    assert {kernel: (use.spilled, use.stack) for kernel, use in usage.items()} == dict.fromkeys(
+        usage, (0, 0)
+    )
+
+
+@pytest.mark.usefixtures("_nowhere")
+def test_a_missing_library_is_reported_with_what_was_tried_and_what_to_install() -> None:
+    with pytest.raises(nvrtc.NvrtcError, match=r"(?s)nvidia-cuda-nvrtc.*libno-such-nvrtc\.so\.99:"):
+        nvrtc.load()
+
+
+def test_a_library_that_is_not_nvrtc_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvrtc.load.cache_clear()
+    monkeypatch.setattr(nvrtc, "search_path", lambda: iter(["other.so"]))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    with pytest.raises(nvrtc.NvrtcError, match=r"other\.so: .*no attribute"):
+        nvrtc.load()
+    nvrtc.load.cache_clear()
+
+
+def test_wheels_beside_torch_come_before_cuda_home_and_the_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    places = [
+        tmp_path / "site" / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13",
+        tmp_path / "site" / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.13",
+        tmp_path / "toolkit" / "lib64" / "libnvrtc.so",
+    ]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.touch()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "site" / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "site")])
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert list(nvrtc.search_path()) == [
+        str(places[0]),
+        str(places[1]),
+        "libnvrtc.so.13",
+        str(places[2]),
+        "libnvrtc.so",
+    ]

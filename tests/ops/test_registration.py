@@ -1,0 +1,180 @@
+"""The operations as torch sees them: schema, fakes, autograd, autocast, vmap, compile."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from featup_hub.ops import StageWeights, jbu_apply, jbu_kernel
+from featup_hub.upsamplers import JBUStack, JBUStage
+
+OPS = torch.ops.featup_hub
+
+
+def stage_weights(dtype: torch.dtype = torch.float32) -> StageWeights:
+    stage = JBUStage().to(dtype)
+    return StageWeights(*(tensor.detach() for tensor in stage.weights()))
+
+
+def maps(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Guidance (2, 3, 6, 8), source (2, 4, 3, 4), kernel (2, 49, 6, 8), bias (4,)."""
+    return (
+        torch.randn(2, 3, 6, 8, dtype=dtype),
+        torch.randn(2, 4, 3, 4, dtype=dtype),
+        torch.randn(2, 49, 6, 8, dtype=dtype),
+        torch.randn(4, dtype=dtype),
+    )
+
+
+def sample(operation: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    guidance, source, kernel, bias = maps(dtype)
+    output = torch.randn(2, 4, 6, 8, dtype=dtype)
+    return {
+        "jbu_kernel": (guidance, *stage_weights(dtype), "torch"),
+        "jbu_kernel_backward": (kernel, guidance, *stage_weights(dtype), "torch"),
+        "jbu_apply": (source, kernel, bias, "torch"),
+        "jbu_apply_backward": (output, source, kernel, True, True, "torch"),
+    }[operation]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "operation", ["jbu_kernel", "jbu_kernel_backward", "jbu_apply", "jbu_apply_backward"]
+)
+def test_schema_and_fake_agree_with_what_the_operation_does(
+    operation: str, dtype: torch.dtype
+) -> None:
+    torch.library.opcheck(
+        getattr(OPS, operation),
+        sample(operation, dtype),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("size", [(3, 4), (6, 8), (5, 3), (1, 1)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_fakes_agree_for_every_ratio_and_partial_backward(
+    needs: tuple[bool, bool], size: tuple[int, int]
+) -> None:
+    source, kernel, bias = torch.randn(2, 4, *size), torch.randn(2, 49, 6, 8), torch.randn(4)
+    for operation, args in (
+        (OPS.jbu_apply, (source, kernel, bias, "torch")),
+        (OPS.jbu_apply_backward, (torch.randn(2, 4, 6, 8), source, kernel, *needs, "torch")),
+    ):
+        torch.library.opcheck(operation, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("operation", ["jbu_kernel", "jbu_apply"])
+def test_opcheck_passes_with_gradients_static_and_dynamic(operation: str) -> None:
+    args = [
+        arg.requires_grad_() if isinstance(arg, Tensor) else arg
+        for arg in sample(operation, torch.float32)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, from its tracing
+        torch.library.opcheck(getattr(OPS, operation), tuple(args))
+
+
+def test_an_absent_bias_is_none() -> None:
+    _, source, kernel, bias = maps()
+    without = jbu_apply(source, kernel, impl="torch")
+    with_bias = jbu_apply(source, kernel, bias, impl="torch")
+    torch.testing.assert_close(with_bias - without, bias[:, None, None].expand_as(without))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_kernels_in_float32_and_features_in_their_own_precision(
+    dtype: torch.dtype,
+) -> None:
+    guidance, source, kernel, _ = maps()
+    weights = stage_weights()
+    expected = jbu_kernel(guidance, weights, impl="torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(jbu_kernel(guidance, weights, impl="torch"), expected)
+        assert torch.equal(
+            jbu_kernel(guidance.to(dtype), weights, impl="torch"),
+            jbu_kernel(guidance.to(dtype).float(), weights, impl="torch"),
+        )
+        assert jbu_apply(source.to(dtype), kernel, impl="torch").dtype == dtype
+        assert jbu_apply(source, kernel, impl="torch").dtype == torch.float32
+
+
+def test_autocast_is_as_before_afterwards() -> None:
+    guidance, *_ = maps()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        jbu_kernel(guidance, stage_weights(), impl="torch")
+        assert torch.is_autocast_enabled("cpu")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="torch before 2.5")
+def test_vmap_is_a_loop_over_samples_whatever_is_mapped() -> None:
+    guidance, source, kernel, bias = (torch.stack([x, 2 * x, -x]) for x in maps())
+    weights = stage_weights()
+    both = torch.vmap(lambda s, k: jbu_apply(s, k, bias[0], impl="torch"), in_dims=(1, 0))(
+        source.movedim(0, 1), kernel
+    )
+    one = torch.vmap(lambda b: jbu_apply(source[0], kernel[0], b, impl="torch"))(bias)
+    kernels = torch.vmap(lambda g: jbu_kernel(g, weights, impl="torch"))(guidance)
+    hotter = torch.vmap(
+        lambda t: jbu_kernel(guidance[0], weights._replace(range_temp=t), impl="torch")
+    )(torch.tensor([0.0, 1.0, 2.0]))
+    for i in range(3):
+        assert torch.equal(both[i], jbu_apply(source[i], kernel[i], bias[0], impl="torch"))
+        assert torch.equal(one[i], jbu_apply(source[0], kernel[0], bias[i], impl="torch"))
+        assert torch.equal(kernels[i], jbu_kernel(guidance[i], weights, impl="torch"))
+        expected = jbu_kernel(
+            guidance[0], weights._replace(range_temp=torch.tensor(float(i))), impl="torch"
+        )
+        assert torch.equal(hotter[i], expected)
+
+
+def test_second_derivatives_are_refused_by_the_fast_path_and_given_by_the_definition() -> None:
+    _, source, kernel, _ = maps()
+    source.requires_grad_()
+
+    def slope(impl: Any) -> Tensor:
+        loss = jbu_apply(source, kernel, impl=impl).pow(3).sum()
+        return torch.autograd.grad(loss, source, create_graph=True)[0]
+
+    with pytest.raises(RuntimeError, match=r"second derivatives .* use impl='reference'"):
+        slope("torch").sum().backward()
+    slope("reference").sum().backward()
+    assert source.grad is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_stack_compiles_without_a_graph_break(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    stack = JBUStack(5, num_stages=1).eval()
+    compiled = torch.compile(stack, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    sizes = [(3, 4), (5, 3)] if dynamic else [(3, 4)]
+    for h, w in sizes:
+        source = torch.randn(1, 5, h, w, requires_grad=True)
+        image = torch.randn(1, 3, 2 * h, 2 * w)
+        expected, found = stack(source, image), compiled(source, image)
+        torch.testing.assert_close(found, expected)
+        slopes = [torch.autograd.grad(y.square().sum(), source)[0] for y in (expected, found)]
+        torch.testing.assert_close(*slopes)
+    torch._dynamo.reset()
+
+
+def test_while_exporting_the_definition_is_taken() -> None:
+    class Stage(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = JBUStage().eval()
+
+        def forward(self, source: Tensor, guidance: Tensor) -> Tensor:
+            return self.stage(source, guidance, impl="torch")
+
+    guidance, source, _, _ = maps()
+    program = torch.export.export(Stage(), (source, guidance))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert called
+    assert not [name for name in called if "featup_hub" in name]

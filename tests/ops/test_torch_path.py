@@ -1,0 +1,204 @@
+"""The folded form against the definition: values, gradients, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from featup_hub.ops import folded, jbu_apply, jbu_kernel, predict, reference, torch_path
+from featup_hub.ops.reference import StageWeights
+from featup_hub.upsamplers import JBUStage
+from tests.ops.formulations import UPSTREAM_TAPS, randomise, stage_apply
+
+SIZES = [
+    ((1, 1), (2, 2)),
+    ((1, 5), (2, 10)),
+    ((2, 2), (4, 4)),
+    ((3, 3), (3, 3)),
+    ((4, 9), (8, 18)),
+    ((9, 17), (18, 34)),
+    ((5, 7), (9, 13)),
+    ((6, 6), (8, 12)),
+    ((1, 3), (1, 5)),
+]
+
+
+@pytest.mark.parametrize(("source", "output"), SIZES)
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_filtering_and_its_adjoints_are_the_definitions(
+    source: tuple[int, int], output: tuple[int, int], radius: int
+) -> None:
+    features = torch.randn(2, 5, *source, dtype=torch.float64, requires_grad=True)
+    taps = (2 * radius + 1) ** 2
+    kernel = torch.randn(2, taps, *output, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, *output, dtype=torch.float64)
+    results = []
+    for impl in ("reference", "torch"):
+        filtered = jbu_apply(features, kernel, bias, impl=impl)
+        gradients = torch.autograd.grad(filtered, (features, kernel, bias), upstream)
+        results.append((filtered, *gradients))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 3), (4, 7), (20, 9)])
+@pytest.mark.parametrize("sigma", [0.8, 0.02])
+def test_kernels_and_their_gradients_are_the_definitions(
+    size: tuple[int, int], sigma: float
+) -> None:
+    stage = randomise(JBUStage(3, 8).double())
+    with torch.no_grad():
+        stage.sigma_spatial.fill_(sigma)  # the small one clamps the sum in many pixels
+    guidance = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 49, *size, dtype=torch.float64)
+    results = []
+    for impl in ("reference", "torch"):
+        weights = stage.weights()
+        kernel = jbu_kernel(guidance, weights, impl=impl)
+        results.append((kernel, *torch.autograd.grad(kernel, (guidance, *weights), upstream)))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        scale = expected.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(ours / scale, expected / scale, rtol=0, atol=1e-9)
+
+
+def test_results_do_not_depend_on_where_bands_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = randomise(JBUStage(3, 8).double())
+    guidance = torch.randn(2, 3, 18, 12, dtype=torch.float64)
+    source, upstream = torch.randn(2, 6, 9, 6).double(), torch.randn(2, 6, 18, 12).double()
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            weights = StageWeights(*stage.weights())
+            kernel = torch_path.kernel(guidance, weights)
+            grad_guidance, gradients = torch_path.kernel_backward(kernel, guidance, weights)
+            return [
+                kernel,
+                grad_guidance,
+                *gradients,
+                torch_path.apply(source, kernel, None),
+                *torch_path.apply_backward(upstream, source, kernel, True, True),
+            ]
+
+    whole = run()
+    monkeypatch.setattr(folded, "BAND_ELEMENTS", 1)
+    monkeypatch.setattr(predict, "BAND_ELEMENTS", 1)
+    for banded, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(banded, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_gradients_pass_gradcheck_for_source_guidance_and_every_parameter(impl: str) -> None:
+    stage = randomise(JBUStage(3, 4, 1).double())
+    names = [name for name, _ in stage.named_parameters()]
+    source = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    guidance = torch.randn(1, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+
+    def upsample(
+        source: torch.Tensor, guidance: torch.Tensor, *values: torch.Tensor
+    ) -> torch.Tensor:
+        parameters = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(stage, parameters, (source, guidance), {"impl": impl})
+
+    assert torch.autograd.gradcheck(upsample, (source, guidance, *stage.parameters()))
+
+
+def taps_that_learn(upsample: object) -> list[int]:
+    """The taps whose kernel entries receive a gradient anywhere."""
+    source = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    kernel = torch.randn(1, 49, 12, 12, dtype=torch.float64, requires_grad=True)
+    upsample(source, kernel).square().sum().backward()
+    return kernel.grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_every_one_of_49_taps_receives_a_gradient(impl: str) -> None:
+    assert taps_that_learn(lambda s, k: jbu_apply(s, k, impl=impl)) == list(range(49))
+
+
+def test_upstreams_gradient_would_fail_that_test() -> None:
+    class UpstreamApply(torch.autograd.Function):
+        """Filters rightly; its backward pass writes seven of 49 taps, as upstream's CUDA does."""
+
+        @staticmethod
+        def forward(ctx, source, kernel):
+            ctx.save_for_backward(source, kernel)
+            return stage_apply(source, kernel)
+
+        @staticmethod
+        def backward(ctx, grad):
+            source, kernel = ctx.saved_tensors
+            with torch.enable_grad():
+                kernel = kernel.detach().requires_grad_()
+                (whole,) = torch.autograd.grad(stage_apply(source, kernel), kernel, grad)
+            written = torch.zeros_like(whole)
+            written[:, UPSTREAM_TAPS] = whole[:, UPSTREAM_TAPS]
+            return None, written
+
+    assert taps_that_learn(UpstreamApply.apply) == list(UPSTREAM_TAPS)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_every_row_of_the_correction_learns(impl: str) -> None:
+    stage = randomise(JBUStage().double())
+    source = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    stage(source, torch.randn(1, 3, 12, 12).double(), impl=impl).square().sum().backward()
+    assert (stage.fixup_proj[3].weight.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the largest tensor that any operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and not function._schema.name.endswith("strided"):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> None:
+    stage, channels = randomise(JBUStage()), 64
+    source = torch.randn(1, channels, 48, 48, requires_grad=True)
+    guidance = torch.randn(1, 3, 96, 96)
+    with Largest() as seen:
+        weights = StageWeights(*(w.detach() for w in stage.weights()))
+        kernel = torch_path.kernel(guidance, weights)
+        output = torch_path.apply(source.detach(), kernel, None)
+        torch_path.apply_backward(output, source.detach(), kernel, True, True)
+        torch_path.kernel_backward(kernel, guidance, weights)
+    unfolded_keys = 32 * 49 * 96 * 96
+    assert seen.elements <= 1.2 * max(output.numel(), kernel.numel(), folded.BAND_ELEMENTS)
+    assert seen.elements < unfolded_keys / 10
+
+
+def test_the_result_is_the_same_for_every_memory_format_and_for_slices() -> None:
+    source, kernel = torch.randn(2, 6, 5, 4), torch.randn(2, 49, 10, 8)
+    expected = jbu_apply(source, kernel, impl="torch")
+    wide = torch.randn(2, 9, 7, 9)
+    wide[:, 1:7, 1:6, 2:6] = source
+    variants = (source.contiguous(memory_format=torch.channels_last), wide[:, 1:7, 1:6, 2:6])
+    for variant in variants:
+        assert torch.equal(jbu_apply(variant, kernel, impl="torch"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_filtered_in_float32(dtype: torch.dtype) -> None:
+    source, kernel = torch.randn(1, 8, 6, 6).to(dtype), torch.randn(1, 49, 12, 12)
+    expected = reference.jbu_apply(source.float(), kernel).to(dtype)
+    for impl in ("torch", "reference"):
+        filtered = jbu_apply(source, kernel, impl=impl)
+        assert filtered.dtype == dtype
+        torch.testing.assert_close(filtered, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_autocast_leaves_kernels_in_float32(impl: str) -> None:
+    stage, guidance = randomise(JBUStage()), torch.randn(1, 3, 16, 16)
+    expected = jbu_kernel(guidance, stage.weights(), impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kernel = jbu_kernel(guidance, stage.weights(), impl=impl)
+    assert kernel.dtype == torch.float32
+    assert torch.equal(kernel, expected)
