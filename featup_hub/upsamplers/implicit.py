@@ -1,0 +1,304 @@
+r"""The implicit upsampler: a small coordinate network that holds one image's features.
+
+.. math:: F(y, x) = \mu + D\,\mathrm{MLP}(\mathrm{norm}([\sin(\omega s + \varphi),
+    \cos(\omega s + \psi), r, g, b])), \quad s \in \{y, x, r, g, b\}
+
+s are the position and the colour there, each scaled to [0, 1]; the phases φ, ψ are learned. The
+network answers in the coordinates of a principal component analysis, (μ, D). It is fitted by
+:func:`featup_hub.training.implicit.fit`; this module is what remains: it holds the image, and
+tells its features at any size or point.
+
+Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featup_hub.weights import load_into, metadata, read, write
+
+__all__ = ["FourierFeatures", "ImplicitUpsampler"]
+
+FORMAT = "featup_hub.implicit/1"
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines of every signal, with frequencies in geometric progression.
+
+    Args:
+        frequencies: Number of frequencies.
+        log_range: Natural logarithms of the lowest and the highest, in radians per unit.
+        signals: Number of signals.
+    """
+
+    frequency: Tensor
+
+    def __init__(self, frequencies: int, log_range: tuple[float, float], signals: int = 5) -> None:
+        super().__init__()
+        self.register_buffer("frequency", torch.linspace(*log_range, frequencies).exp())
+        self.phase = nn.Parameter(torch.randn(2, signals, frequencies))
+
+    def forward(self, signals: Tensor) -> Tensor:
+        """Returns sin(ωs + φ), then cos(ωs + ψ), each signal by signal: (N, S) -> (N, 2·S·n)."""
+        angle = signals[:, :, None] * self.frequency  # (N, S, n)
+        waves = torch.stack([(angle + self.phase[0]).sin(), (angle + self.phase[1]).cos()], dim=1)
+        return waves.flatten(1)
+
+
+class ImplicitUpsampler(nn.Module):
+    """One image's features at any resolution, see :mod:`featup_hub.upsamplers.implicit`.
+
+    Args:
+        image: The image, normalised RGB, (1, 3, H, W).
+        mean: Mean of the features, (C,).
+        directions: Features per coordinate of the network, (C, K).
+        frequencies: Number of frequencies.
+        log_range: Natural logarithms of the lowest and the highest.
+        hidden: Width of the network.
+        dropout: Chance that an input of the network is dropped, for all points alike.
+        base: Coordinates to which the network adds, (1, K, h, w), interpolated bilinearly.
+        backbone: Name of the backbone.
+        backbone_digest: Digest of its weights.
+        scores: How well the fit went, by metric.
+
+    Raises:
+        ValueError: If ``image`` is not (1, 3, H, W).
+
+    Example:
+        >>> upsampler = ImplicitUpsampler(torch.rand(1, 3, 6, 9), torch.zeros(8), torch.eye(8))
+        >>> upsampler.features((12, 18)).shape, upsampler.features_at([[2.5, 7.0]]).shape
+        (torch.Size([1, 8, 12, 18]), torch.Size([1, 8]))
+    """
+
+    image: Tensor
+    mean: Tensor
+    directions: Tensor
+    base: Tensor | None
+
+    def __init__(
+        self,
+        image: Tensor,
+        mean: Tensor,
+        directions: Tensor,
+        *,
+        frequencies: int = 30,
+        log_range: tuple[float, float] = (-2.0, 10.0),
+        hidden: int = 128,
+        dropout: float = 0.2,
+        base: Tensor | None = None,
+        backbone: str = "",
+        backbone_digest: str = "",
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if image.dim() != 4 or image.shape[:2] != (1, 3):
+            raise ValueError(
+                f"an implicit upsampler holds one RGB image, (1, 3, H, W); "
+                f"got {tuple(image.shape)}; fit one per image"
+            )
+        self.register_buffer("image", image.detach().clone())
+        self.register_buffer("mean", mean.detach().clone())
+        self.register_buffer("directions", directions.detach().clone())
+        self.register_buffer("base", None if base is None else base.detach().half())
+        self.fourier = FourierFeatures(frequencies, log_range)
+        inputs = 10 * frequencies + 3
+        self.norm = nn.LayerNorm(inputs)
+        widths = (inputs, hidden, hidden, directions.shape[1])
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.dropout = dropout
+        self.backbone, self.backbone_digest = backbone, backbone_digest
+        self.scores = dict(scores or {})
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image, in pixels."""
+        return self.image.shape[-2], self.image.shape[-1]
+
+    @property
+    def feat_dim(self) -> int:
+        """Channels of the features."""
+        return len(self.mean)
+
+    def forward(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Returns :meth:`features`."""
+        return self.features(size)
+
+    @torch.no_grad()
+    def features(self, size: tuple[int, int] | None = None, *, tile: int = 1 << 15) -> Tensor:
+        """Tells the features of the whole image.
+
+        Args:
+            size: Height and width wanted; default: the image's own. For a smaller one the image
+                is reduced with antialiasing, and the features are those of what is left.
+            tile: Positions to compute at a time, which bounds the memory beside the result.
+
+        Returns:
+            Features, (1, C, *size).
+
+        Raises:
+            ValueError: If ``size`` is not positive.
+        """
+        height, width = self.image_size if size is None else size
+        features = self.mean.new_empty(1, self.feat_dim, height, width)
+        for top, strip in self.strips(size, tile=tile):
+            features[:, :, top : top + strip.shape[2]] = strip
+        return features
+
+    @torch.no_grad()
+    def strips(
+        self, size: tuple[int, int] | None = None, *, tile: int = 1 << 15
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Tells the features strip by strip, for sizes that do not fit in memory.
+
+        Args:
+            size: Height and width wanted; default: the image's own.
+            tile: Positions per strip, rounded down to whole rows, but one row at least.
+
+        Yields:
+            First row of a strip, and its features, (1, C, rows, width).
+        """
+        height, width = self.image_size if size is None else size
+        if height < 1 or width < 1 or tile < 1:
+            raise ValueError(f"size and tile must be positive; got {size} and {tile}")
+        image = self._resized((height, width))
+        rows = max(tile // width, 1)
+        for top in range(0, height, rows):
+            part = image[:, :, top : top + rows]
+            count = part.shape[2]
+            position = pixel_centres(height, width, image.device)[top : top + rows]
+            flat = self.coordinates(position.flatten(0, 1), part.flatten(2)[0].t())
+            yield top, self.restore(flat).t().unflatten(1, (count, width))[None]
+
+    @torch.no_grad()
+    def features_at(self, points: Tensor | list[list[float]], *, tile: int = 1 << 15) -> Tensor:
+        """Tells the features at points of the image.
+
+        Args:
+            points: Rows and columns, (N, 2), in pixels of the image; whole numbers are the
+                centres of pixels, so that the image reaches from -0.5 to H - 0.5.
+            tile: Points to compute at a time.
+
+        Returns:
+            Features, (N, C).
+
+        Raises:
+            ValueError: If ``points`` is not (N, 2), or one lies outside of the image.
+        """
+        points = torch.as_tensor(points, dtype=self.mean.dtype, device=self.mean.device)
+        if points.dim() != 2 or points.shape[1] != 2:
+            raise ValueError(f"points must be (N, 2), row and column; got {tuple(points.shape)}")
+        size = points.new_tensor(self.image_size)
+        outside = ((points < -0.5) | (points > size - 0.5)).any(1)
+        if outside.any():
+            raise ValueError(
+                f"points must lie in the image, -0.5 to {size[0] - 0.5:g} by -0.5 to "
+                f"{size[1] - 0.5:g} pixels; got {points[outside][0].tolist()}; leave it out"
+            )
+        position = (points + 0.5) / size
+        parts = [self.restore(self.coordinates(p)) for p in position.split(tile)]
+        return torch.cat(parts) if parts else self.mean.new_empty(0, self.feat_dim)
+
+    def coordinates(self, position: Tensor, colour: Tensor | None = None) -> Tensor:
+        """Runs the network; this is what is differentiable.
+
+        Args:
+            position: Fractions of height and width, (N, 2), in [0, 1].
+            colour: Normalised RGB there, (N, 3); default: the image's, interpolated bilinearly.
+
+        Returns:
+            Coordinates, (N, K).
+        """
+        colour = sample(self.image, position) if colour is None else colour
+        low, high = self.image.amin((0, 2, 3)), self.image.amax((0, 2, 3))
+        colour = (colour - low) / (high - low).clamp(min=1e-6)
+        x = torch.cat([self.fourier(torch.cat([position, colour], dim=1)), colour], dim=1)
+        # One mask for all points leaves a network of fewer inputs, not a noisy picture; on the
+        # weights it is almost free.
+        keep = F.dropout(torch.ones_like(self.norm.weight), self.dropout, self.training)
+        first, second, last = (cast(nn.Linear, layer) for layer in self.layers)
+        x = F.linear(self.norm(x), first.weight * keep, first.bias).relu()
+        x = last(second(x).relu())
+        return x if self.base is None else x + sample(self.base.to(x), position)
+
+    def restore(self, coordinates: Tensor) -> Tensor:
+        """Returns features, (N, C), of coordinates, (N, K)."""
+        return torch.addmm(self.mean, coordinates.to(self.mean), self.directions.t())
+
+    def save(self, path: str | Path) -> None:
+        """Writes all that is needed to tell the same features again, as safetensors.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        notes = {
+            "upsampler": FORMAT,
+            "backbone": self.backbone,
+            "backbone_digest": self.backbone_digest,
+            "scores": json.dumps(self.scores, sort_keys=True),
+        }
+        write(self.state_dict(), path, metadata=notes)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ImplicitUpsampler:
+        """Reads what :meth:`save` wrote; nothing random is drawn.
+
+        Returns:
+            The upsampler, on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, of another version, or no implicit upsampler.
+        """
+        tensors, notes = read(path), metadata(path)
+        if notes.get("upsampler") != FORMAT:
+            got = notes.get("upsampler", "a file of other weights")
+            raise ValueError(
+                f"{path} must be an implicit upsampler of format {FORMAT}; got {got}; "
+                "make one with: featup-hub fit IMAGE"
+            )
+        try:
+            with torch.device("meta"):
+                module = cls(
+                    tensors["image"].to("meta"),
+                    tensors["mean"].to("meta"),
+                    tensors["directions"].to("meta"),
+                    frequencies=len(tensors["fourier.frequency"]),
+                    hidden=len(tensors["layers.0.bias"]),
+                    base=tensors["base"].to("meta") if "base" in tensors else None,
+                    backbone=notes["backbone"],
+                    backbone_digest=notes["backbone_digest"],
+                    scores=json.loads(notes["scores"]),
+                )
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{path} must hold all of an implicit upsampler; it lacks or spoils {error}; "
+                "save it anew"
+            ) from None
+        load_into(module, tensors, origin=path)
+        return module.eval()
+
+    def _resized(self, size: tuple[int, int]) -> Tensor:
+        if size == self.image_size:
+            return self.image
+        return F.interpolate(self.image, size, mode="bilinear", antialias=True)
+
+
+def pixel_centres(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Returns every pixel's place in fractions of height and width, (H, W, 2)."""
+    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (height, width))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+def sample(x: Tensor, position: Tensor) -> Tensor:
+    """Interpolates a map, (1, C, H, W), at fractions of its height and width, (N, 2): (N, C)."""
+    grid = (2 * position - 1).flip(1)[None, None]
+    found = F.grid_sample(x, grid.to(x), padding_mode="border", align_corners=False)
+    return found[0, :, 0].t()

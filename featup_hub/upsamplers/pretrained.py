@@ -1,0 +1,206 @@
+"""Keeping a module in a folder or a Hugging Face Hub repository, and getting it back.
+
+The Hub's own layout: ``config.json`` with the constructor's arguments, ``model.safetensors``,
+and ``README.md``, the model card.
+"""
+
+from __future__ import annotations
+
+import json
+from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from featup_hub.image import write_atomically
+from featup_hub.weights import cached_digest, download, load_into, read, write
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Pretrained"]
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+_LARGEST = 1 << 16  # of any number in a config: one from elsewhere must not fill the memory
+
+
+class Pretrained(nn.Module):
+    """A module that can be saved, shared and loaded again.
+
+    Its constructor takes numbers (or None) only, and it keeps each as an attribute of the
+    argument's name.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+    ) -> Self:
+        """Loads a module from a folder or a Hub repository; nothing random is drawn.
+
+        Args:
+            source: Folder that :meth:`save_pretrained` wrote, or repository, ``owner/name``.
+            revision: Commit, tag or branch of the repository; default: the main branch.
+            token: Access token; default: the one the Hub's library finds.
+            force_download: Ask the server even if the files are cached. Otherwise a branch is
+                not looked up again.
+
+        Returns:
+            The module, in eval mode.
+
+        Raises:
+            ValueError: If a file is damaged, or weights and config do not fit one another.
+            FileNotFoundError: If the folder lacks a file.
+            RuntimeError: If the repository's files are neither cached nor to be had.
+        """
+        if (folder := Path(source).expanduser()).is_dir():
+            config, weights = folder / CONFIG, folder / WEIGHTS
+            if not config.is_file():
+                raise FileNotFoundError(
+                    f"needed {CONFIG} and {WEIGHTS} in {folder}; got no {CONFIG}; "
+                    "make the folder with save_pretrained"
+                )
+            sha256 = None
+        else:
+            options: dict[str, Any] = {"token": token, "refresh": force_download}
+            config = download(str(source), CONFIG, revision=revision, **options)
+            # The cache keeps a snapshot per commit: both files must come from one.
+            commit = config.parent.name
+            weights = download(str(source), WEIGHTS, revision=commit, **options)
+            sha256 = cached_digest(weights)
+        arguments = _read_config(cls, config)
+        try:
+            with torch.device("meta"):
+                module = cls(**arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{config} makes no {cls.__name__}: {error}; check the file") from None
+        load_into(module, read(weights, sha256=sha256), origin=weights)
+        return module.eval()
+
+    def save_pretrained(self, folder: str | Path, *, licence: str | None = None) -> None:
+        """Writes config, weights and, unless there is one, a model card.
+
+        Args:
+            folder: The folder, made if need be.
+            licence: Name of the weights' licence for the card, as the Hub spells it.
+
+        Raises:
+            OSError: If the folder cannot be written to.
+        """
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        write(self.state_dict(), folder / WEIGHTS)
+        _write_text(folder / CONFIG, json.dumps(self._config(), indent=2) + "\n")
+        if not (folder / CARD).exists():
+            _write_text(folder / CARD, self._card("OWNER/NAME", licence))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        branch: str | None = None,
+        message: str | None = None,
+        licence: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Uploads the module to a Hub repository, made if need be; a card there is kept.
+
+        Args:
+            repo_id: Repository, ``owner/name``.
+            private: Make a new repository private.
+            branch: Branch to commit to; default: the main branch.
+            message: Commit message.
+            licence: Name of the weights' licence for a new card, as the Hub spells it.
+            token: Access token; default: the one the Hub's library finds.
+
+        Returns:
+            The commit's address.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            _write_text(Path(folder, CARD), self._card(repo_id, licence))
+            self.save_pretrained(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=branch,
+                commit_message=message or f"Upload {type(self).__name__}",
+                ignore_patterns=[CARD] if api.file_exists(repo_id, CARD, revision=branch) else None,
+            )
+        return str(commit.commit_url)
+
+    def _config(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _arguments(type(self))}
+
+    def _card(self, repo_id: str, licence: str | None) -> str:
+        name = type(self).__name__
+        return "\n".join(
+            [
+                "---",
+                "library_name: featup_hub",
+                "pipeline_tag: image-feature-extraction",
+                *([f"license: {licence}"] if licence else []),
+                "tags:",
+                "- feature-upsampling",
+                "---",
+                "",
+                f"# {name}",
+                "",
+                f"Weights of featup_hub's `{name}` ({sum(p.numel() for p in self.parameters()):,} "
+                "parameters), which brings the features of a vision backbone to the resolution of "
+                "the image.",
+                "",
+                "```python",
+                f"from featup_hub import {name}",
+                "",
+                f'upsampler = {name}.from_pretrained("{repo_id}")',
+                "features = upsampler(source, image)  # (B, C, h, w), (B, 3, H, W) -> (B, C, H, W)",
+                "```",
+                "",
+                "## Training data, scores, limits",
+                "",
+                "To be told by whoever trained it.",
+                "",
+            ]
+        )
+
+
+def _arguments(cls: type) -> list[str]:
+    return list(signature(cls).parameters)
+
+
+def _read_config(cls: type, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    known = _arguments(cls)
+    if not isinstance(config, dict) or not set(config) <= set(known):
+        got = "no JSON object" if not isinstance(config, dict) else ", ".join(sorted(config))
+        raise ValueError(
+            f"{path} must be a JSON object with arguments of {cls.__name__} "
+            f"({', '.join(known)}); got {got}; is it another model's?"
+        )
+    for name, value in config.items():
+        if not (value is None or (isinstance(value, int | float) and 0 <= value < _LARGEST)):
+            raise ValueError(
+                f"{name} in {path} must be null or a number from 0 to {_LARGEST}; got {value!r}; "
+                "check the file"
+            )
+    return config
+
+
+def _write_text(path: Path, text: str) -> None:
+    with write_atomically(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,168 @@
+"""Big images in tiles: the numbers of the whole, in bounded memory.
+
+A tile of the output needs a slightly larger tile of every stage before it. The overlap is exact:
+per axis, each stage computes the pixels wanted and one radius around them, from just those
+pixels of its source that the bicubic rows mix. Where a tile ends at the image's border it has
+the border's own rule, elsewhere what a cut spoils is cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featup_hub.ops import Implementation, jbu_apply
+from featup_hub.ops.tables import bicubic_row
+from featup_hub.upsamplers.jbu import JBUStack, JBUStage
+
+__all__ = ["upsample_tiled"]
+
+# Bytes that a tile needs at most per output pixel: kernels and what predicting them takes, in
+# float32 of every stage; and per channel besides, the resized source, its windows, the output.
+KERNEL_BYTES, CHANNEL_BYTES = 1600, 24
+CHANNELS = 64
+SMALLEST = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One axis of one stage, for one tile.
+
+    Attributes:
+        region: The pixels computed, wanted ones and a radius around them.
+        source: The pixels of the stage's source that these are mixed from.
+        matrix: How, (pixels computed, pixels of the source).
+        inner: The pixels wanted, counted within ``region``.
+    """
+
+    region: slice
+    source: slice
+    matrix: Tensor
+    inner: slice
+
+
+def upsample_tiled(
+    upsampler: JBUStack,
+    source: Tensor,
+    guidance: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    out: Tensor | None = None,
+    max_bytes: int = 1 << 30,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Upsamples features tile by tile, without gradients, equal to the whole up to rounding.
+
+    Args:
+        upsampler: The upsampler, in evaluation mode.
+        source: Features, (B, C, h, w).
+        guidance: The image, normalised RGB, (B, 3, H, W).
+        size: Height and width wanted; default: the guidance's own.
+        out: Where to write, (B, C, *size), such as ``torch.from_numpy`` of a memory-mapped file;
+            default: new memory on the source's device.
+        max_bytes: Memory to work with, besides inputs and output.
+        impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If the shapes do not fit one another, the memory does not suffice for a
+            small tile, or the upsampler is in training mode.
+
+    Example:
+        >>> stack = JBUStack().eval()
+        >>> source, image = torch.randn(1, 5, 4, 6), torch.randn(1, 3, 64, 90)
+        >>> upsample_tiled(stack, source, image, max_bytes=4_000_000).shape
+        torch.Size([1, 5, 64, 90])
+    """
+    if upsampler.training:
+        raise ValueError("tiles are for inference; the upsampler is training; call eval()")
+    upsampler._check(source, guidance)
+    with torch.no_grad():
+        plan = upsampler._plan((source.shape[2], source.shape[3]), guidance, size)
+        source, bias = upsampler._before(source)
+        height, width = size or (guidance.shape[2], guidance.shape[3])
+        shape = (*source.shape[:2], height, width)
+        if out is None:
+            out = source.new_empty(shape)
+        elif tuple(out.shape) != shape:
+            raise ValueError(f"out must have the output's shape, {shape}; got {tuple(out.shape)}")
+        side = _side(max_bytes, source.shape[1])
+        for sample in range(shape[0]):
+            pooled = [(stage, image[sample : sample + 1]) for stage, image in plan]
+            low = source[sample : sample + 1]
+            for rows in _slices(height, side):
+                for columns in _slices(width, side):
+                    tile = out[sample : sample + 1, :, rows, columns]
+                    _fill(tile, low, pooled, (rows, columns), upsampler.radius, impl)
+                    if bias is not None:
+                        tile += bias[:, None, None].to(tile)
+    return out
+
+
+def _fill(
+    tile: Tensor,
+    source: Tensor,
+    plan: list[tuple[JBUStage, Tensor]],
+    wanted: tuple[slice, slice],
+    radius: int,
+    impl: Implementation,
+) -> None:
+    """Computes one tile of one sample, its channels in groups."""
+    sizes = [source.shape[2:], *(image.shape[2:] for _, image in plan)]
+    down = _spans([size[0] for size in sizes], wanted[0], radius, source)
+    across = _spans([size[1] for size in sizes], wanted[1], radius, source)
+    kernels = [
+        stage.kernel(image[:, :, y.region, x.region], impl=impl)
+        for (stage, image), y, x in zip(plan, down, across, strict=True)
+    ]
+    first = (down[0].source, across[0].source) if plan else wanted
+    for channels in _slices(source.shape[1], CHANNELS):
+        features = source[:, channels, first[0], first[1]]
+        for kernel, y, x in zip(kernels, down, across, strict=True):
+            resized = (y.matrix @ features.to(y.matrix.dtype) @ x.matrix.t()).to(features.dtype)
+            features = jbu_apply(resized, kernel, impl=impl)[:, :, y.inner, x.inner]
+        tile[:, channels] = features
+
+
+def _spans(sizes: list[int], wanted: slice, radius: int, like: Tensor) -> list[Span]:
+    """Follows the pixels wanted of the last size back to the first one's."""
+    spans: list[Span] = []
+    for size_in, size_out in zip(sizes[-2::-1], sizes[:0:-1], strict=True):
+        start, stop = max(wanted.start - radius, 0), min(wanted.stop + radius, size_out)
+        mixed = [bicubic_row(index, size_in, size_out) for index in range(start, stop)]
+        low = min(min(row) for row in mixed)
+        high = max(max(row) for row in mixed) + 1
+        matrix = torch.zeros(stop - start, high - low, dtype=torch.float64)
+        for index, row in enumerate(mixed):
+            for pixel, weight in row.items():
+                matrix[index, pixel - low] = weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        spans.append(
+            Span(
+                region=slice(start, stop),
+                source=slice(low, high),
+                matrix=matrix.to(like.device, dtype),
+                inner=slice(wanted.start - start, wanted.stop - start),
+            )
+        )
+        wanted = slice(low, high)
+    return spans[::-1]
+
+
+def _side(max_bytes: int, channels: int) -> int:
+    """Returns the side of the largest tile that fits, overlap included."""
+    per_pixel = KERNEL_BYTES + CHANNEL_BYTES * min(channels, CHANNELS)
+    side = int((max_bytes / per_pixel) ** 0.5) - 2 * SMALLEST
+    if side < SMALLEST:
+        least = per_pixel * (3 * SMALLEST + 1) ** 2
+        raise ValueError(f"a small tile needs {least:,} bytes; got max_bytes={max_bytes:,}")
+    return side
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, length)) for first in range(0, length, step))

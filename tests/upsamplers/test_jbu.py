@@ -1,0 +1,247 @@
+"""The stack: upstream's numbers, any size, and the algebra that moves work to low resolution."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from featup_hub.ops import jbu_apply
+from featup_hub.upsamplers import JBUStack, JBUStage, stage_sizes
+from featup_hub.weights import convert_upstream
+from tests.ops.formulations import randomise, stack_forward
+
+CHECKPOINTS = {
+    "featup_clip_jbu_stack_cocostuff.ckpt": 512,
+    "featup_maskclip_jbu_stack_cocostuff.ckpt": 512,
+    "sam_no_norm.ckpt": 256,
+    "sam_yes_norm.ckpt": 256,
+}
+SHAPES = [
+    (h, w, scale)
+    for h, w in [(1, 1), (1, 3), (2, 2), (3, 2), (2, 5), (3, 4), (5, 3)]
+    for scale in [(16, 16), (8, 20), (33, 40)]
+]
+
+
+def doubled(h: int, w: int) -> list[tuple[int, int]]:
+    return [(h * 2**k, w * 2**k) for k in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_stack_is_the_unfold_formulation(
+    height: int,
+    width: int,
+    scale: tuple[int, int],
+    dtype: torch.dtype,
+    tolerance: float,
+    batch: int,
+) -> None:
+    stack = randomise(JBUStack(5).to(dtype))
+    source = torch.randn(batch, 5, height, width, dtype=dtype)
+    image = torch.randn(batch, 3, scale[0] * height, scale[1] * width, dtype=dtype)
+    size = (16 * height, 16 * width)
+    with torch.no_grad():
+        expected = stack_forward(stack, source, image, doubled(height, width))
+        bound = tolerance * expected.abs().max()
+        for impl in ("torch", "reference"):
+            upsampled = stack(source, image, size=size, impl=impl)
+            assert (upsampled - expected).abs().max() <= bound
+        layouts = (
+            (source.contiguous(memory_format=torch.channels_last), image),
+            (source, image.contiguous(memory_format=torch.channels_last)),
+            (
+                torch.cat([source, source], 1)[:, 5:],
+                torch.cat([image, image], 3)[..., : image.shape[3]],
+            ),
+        )
+        for other_source, other_image in layouts:
+            upsampled = stack(other_source, other_image, size=size, impl="torch")
+            assert (upsampled - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_published_checkpoints_load_strictly_and_give_upstreams_numbers(
+    shared: Path, name: str
+) -> None:
+    channels = CHECKPOINTS[name]
+    stack = JBUStack(channels).eval()
+    checkpoint = convert_upstream(shared / "checkpoints" / name)
+    stack.load_state_dict(checkpoint.upsampler, strict=True)
+    assert len(checkpoint.upsampler) == 42
+    source, image = torch.randn(2, channels, 3, 4), torch.randn(2, 3, 51, 60)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        module, inputs = stack.to(dtype), (source.to(dtype), image.to(dtype))
+        with torch.no_grad():
+            expected = stack_forward(module, *inputs, doubled(3, 4))
+            upsampled = module(*inputs, size=(48, 64))
+        assert (upsampled - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_stages_alone_have_upstreams_number_of_parameters() -> None:
+    assert sum(p.numel() for p in JBUStack().parameters()) == 24_932
+    assert len(JBUStack(7).state_dict()) == 42
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "expected"),
+    [
+        ((14, 14), (224, 224), [(28, 28), (56, 56), (112, 112), (224, 224)]),
+        ((16, 16), (224, 224), [(28, 28), (56, 56), (112, 112), (224, 224)]),
+        ((7, 7), (224, 224), [(14, 14), (28, 28), (56, 56), (112, 112), (224, 224)]),
+        ((4, 4), (9, 4), [(5, 4), (9, 4)]),
+        ((5, 7), (5, 7), []),
+        ((1, 1), (3, 1), [(2, 1), (3, 1)]),
+        ((30, 30), (31, 60), [(31, 60)]),
+    ],
+)
+def test_stages_are_planned_backwards_from_the_output(
+    source: tuple[int, int], output: tuple[int, int], expected: list[tuple[int, int]]
+) -> None:
+    assert stage_sizes(source, output) == expected
+
+
+def test_a_plan_never_shrinks_and_no_stage_more_than_doubles() -> None:
+    for h in range(1, 9):
+        for height in range(h, 70):
+            sizes = [(h, 1), *stage_sizes((h, 1), (height, 1))]
+            assert sizes[-1] == (height, 1)
+            for (before, _), (after, _) in itertools.pairwise(sizes):
+                assert before <= after <= 2 * before
+
+
+def test_an_output_smaller_than_the_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least as large as the source, 8×8; got 4×8"):
+        stage_sizes((8, 8), (4, 8))
+
+
+@pytest.mark.parametrize("size", [(17, 31), (40, 12), (64, 64), (5, 4), (6, 50)])
+@pytest.mark.parametrize("source", [(5, 4), (1, 1), (1, 4)])
+def test_the_output_has_exactly_the_guidances_size(
+    source: tuple[int, int], size: tuple[int, int]
+) -> None:
+    stack = randomise(JBUStack())
+    source_map, image = torch.randn(1, 2, *source), torch.randn(1, 3, *size)
+    with torch.no_grad():
+        upsampled = stack(source_map, image)
+        expected = stack(source_map, image, impl="reference")
+    assert upsampled.shape == (1, 2, *size)
+    torch.testing.assert_close(upsampled, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_the_last_stages_are_used_and_the_first_repeats(count: int) -> None:
+    stack = JBUStack()
+    names = {id(getattr(stack, f"up{i}")): i for i in (1, 2, 3, 4)}
+    used = [names[id(stage)] for stage in stack.stages(count)]
+    assert used == {1: [4], 2: [3, 4], 4: [1, 2, 3, 4], 6: [1, 1, 1, 2, 3, 4]}[count]
+
+
+def test_samples_of_a_batch_do_not_see_each_other() -> None:
+    stack = randomise(JBUStack(4))
+    source, image = torch.randn(3, 4, 3, 5), torch.randn(3, 3, 48, 80)
+    with torch.no_grad():
+        together = stack(source, image)
+        alone = torch.cat([stack(source[i : i + 1], image[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_computed_once_serve_many_feature_maps() -> None:
+    stack = randomise(JBUStack())
+    image = torch.randn(1, 3, 64, 48)
+    with torch.no_grad():
+        kernels = stack.kernels(image, (4, 3))
+        for channels in (1, 5, 9):
+            source = torch.randn(1, channels, 4, 3)
+            assert torch.equal(stack.upsample(source, kernels), stack(source, image))
+    with pytest.raises(ValueError, match=r"for features of size \(4, 3\); got \(3, 3\)"):
+        stack.upsample(torch.randn(1, 2, 3, 3), kernels)
+
+
+@pytest.mark.parametrize("feat_dim", [None, 5])
+def test_a_pyramid_holds_what_each_stage_makes(feat_dim: int | None) -> None:
+    stack = randomise(JBUStack(feat_dim))
+    source, image = torch.randn(2, 5, 3, 4), torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        kernels = stack.kernels(image, (3, 4))
+        levels = stack.pyramid(source, kernels)
+        assert [level.shape[-1] for level in levels] == [4, 8, 16, 32, 64]
+        assert torch.equal(levels[0], source) == (feat_dim is None)
+        for low, high, kernel in zip(levels, levels[1:], kernels.stages, strict=False):
+            bias = 0.0 if feat_dim is None else 0.1 * stack.fixup_proj[1].bias[:, None, None]
+            expected = jbu_apply(low - bias, kernel) + bias
+            torch.testing.assert_close(high, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(levels[-1], stack(source, image), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match=r"for features of size \(3, 4\); got \(3, 3\)"):
+            stack.pyramid(source[..., :3], kernels)
+
+
+@pytest.mark.parametrize("feat_dim", [None, 6])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [None, (3, 4)])
+def test_a_folded_head_is_the_head_behind_the_upsampler(
+    feat_dim: int | None, bias: bool, size: tuple[int, int] | None
+) -> None:
+    stack = randomise(JBUStack(feat_dim).double())
+    head = nn.Conv2d(6, 3, 1, bias=bias).double()
+    source, image = torch.randn(2, 6, 3, 4).double(), torch.randn(2, 3, 48, 64).double()
+    expected = head(stack(source, image, size=size))
+    logits = stack.fold_head(head)(source, image, size=size)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    parameters = [*stack.parameters(), *head.parameters()]
+    wanted = torch.autograd.grad(expected.square().sum(), parameters, allow_unused=True)
+    ours = torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True)
+    for gradient, reference in zip(ours, wanted, strict=True):
+        if reference is not None and reference.any():
+            torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-8)
+
+
+def test_only_a_plain_1x1_convolution_can_be_folded() -> None:
+    with pytest.raises(ValueError, match="only a 1×1 convolution"):
+        JBUStack().fold_head(nn.Conv2d(4, 4, 3))
+
+
+def test_swapped_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="were source and guidance swapped"):
+        JBUStack()(torch.rand(1, 3, 32, 32), torch.rand(1, 384, 2, 2))
+    with pytest.raises(ValueError, match=r"made for 8 channels; got 5"):
+        JBUStack(8)(torch.rand(1, 5, 2, 2), torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"batch size 2; got \(1, 5, 2, 2\)"):
+        JBUStack()(torch.rand(1, 5, 2, 2), torch.rand(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="num_stages must be at least 1; got 0"):
+        JBUStack(num_stages=0)
+
+
+def test_dropout_in_training_drops_whole_hidden_channels_of_a_sample() -> None:
+    stage = randomise(JBUStage(dropout=0.5).double()).train()
+    guidance = torch.randn(1, 3, 6, 6).double()
+    torch.manual_seed(3)
+    dropped = stage.kernel(guidance)
+    torch.manual_seed(3)
+    masks = [
+        F.dropout2d(torch.ones(1, n, 1, 1).double(), 0.5, training=True).flatten() for n in (32, 49)
+    ]
+    by_hand = copy.deepcopy(stage).eval()
+    with torch.no_grad():
+        by_hand.range_proj[3].weight.mul_(masks[0][:, None, None])
+        by_hand.fixup_proj[3].weight.mul_(masks[1][:, None, None])
+    torch.testing.assert_close(dropped, by_hand.kernel(guidance))
+    assert not torch.equal(stage.kernel(guidance), dropped)
+
+
+def test_moving_and_converting_the_module_keeps_it_working() -> None:
+    stack = randomise(JBUStack(4))
+    source, image = torch.randn(1, 4, 3, 3), torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        expected = stack(source, image)
+        for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
+            half = copy.deepcopy(stack).to(dtype)(source.to(dtype), image.to(dtype))
+            assert half.dtype == dtype
+            assert (half.float() - expected).norm() <= tolerance * expected.norm()
