@@ -1,0 +1,17 @@
+"""What looks at the image: networks behind one small contract."""
+
+from featup_hub.backbones.clip import ClipBackbone, MaskClipBackbone
+from featup_hub.backbones.contract import Backbone, ChannelNorm
+from featup_hub.backbones.module import ModuleBackbone
+from featup_hub.backbones.timm import TimmBackbone, is_timm_model, timm_card
+
+__all__ = [
+    "Backbone",
+    "ChannelNorm",
+    "ClipBackbone",
+    "MaskClipBackbone",
+    "ModuleBackbone",
+    "TimmBackbone",
+    "is_timm_model",
+    "timm_card",
+]

@@ -1,0 +1,115 @@
+"""What looks at the image: one small contract, whatever the network.
+
+A backbone takes a normalised image and returns its source, one vector per patch. Two rules hold
+for every one of them, so that a source always covers its image edge to edge:
+
+* the image may have any size; where a side is no multiple of ``patch_size`` the image is first
+  resized up to the next multiple, so the source has ceil(H/p)×ceil(W/p) positions;
+* the image is normalised with ImageNet's mean and deviation, as upstream does everywhere; a
+  network trained with another normalisation sees the image converted to its own. The upsampler
+  reads colours and needs them alike behind every backbone.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["Backbone", "ChannelNorm"]
+
+
+class Backbone(nn.Module):
+    """An image in, low-resolution features out.
+
+    To wrap a network of your own, use :class:`~featup_hub.backbones.ModuleBackbone`, or derive
+    from this class and write :meth:`features`.
+
+    Args:
+        feat_dim: Channels of the features.
+        patch_size: Stride of the features in pixels.
+        mean: Normalisation the network was trained with, per channel.
+        std: Divisor of the same normalisation.
+
+    Attributes:
+        mean: Normalisation of the images given to :meth:`forward`, ImageNet's for every backbone.
+        std: Divisor of the same normalisation.
+    """
+
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+
+    def __init__(
+        self,
+        *,
+        feat_dim: int,
+        patch_size: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.feat_dim = feat_dim
+        self.patch_size = patch_size
+        self._native = (tuple(mean), tuple(std))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Returns the source of an image.
+
+        Args:
+            image: Normalised RGB of any size, (B, 3, H, W).
+
+        Returns:
+            Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size.
+
+        Raises:
+            ValueError: If ``image`` is not (B, 3, H, W).
+            TypeError: If its values are integers.
+        """
+        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise ValueError(f"an image must be RGB, (B, 3, H, W); got {tuple(image.shape)}")
+        if not image.is_floating_point():
+            raise TypeError(
+                f"an image must be normalised floating-point RGB; got {image.dtype}; "
+                "divide by 255, subtract model.mean and divide by model.std"
+            )
+        patch = self.patch_size
+        height, width = (-(-side // patch) * patch for side in image.shape[-2:])
+        if (height, width) != tuple(image.shape[-2:]):
+            image = F.interpolate(image, (height, width), mode="bicubic", align_corners=False)
+        return self.features(self._to_native(image))
+
+    def features(self, image: Tensor) -> Tensor:
+        """Computes the features of an image that fits the network.
+
+        Args:
+            image: Normalised as the network was trained, sides multiples of ``patch_size``.
+
+        Returns:
+            Features, (B, C, H/p, W/p).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define features(image)")
+
+    def _to_native(self, image: Tensor) -> Tensor:
+        """Converts ImageNet's normalisation to the network's own."""
+        if self._native == (self.mean, self.std):
+            return image
+        (mean, std), like = self._native, image.new_tensor
+        scale = like([s / n for s, n in zip(self.std, std, strict=True)])
+        shift = like([(m - n) / d for m, n, d in zip(self.mean, mean, std, strict=True)])
+        return image * scale[:, None, None] + shift[:, None, None]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Normalises every position's vector, (B, C, h, w): a LayerNorm over the channels.
+
+    Args:
+        feat_dim: Channels of the features.
+    """
+
+    def __init__(self, feat_dim: int) -> None:
+        super().__init__(feat_dim, eps=1e-5)
+
+    def forward(self, source: Tensor) -> Tensor:
+        """Returns features of zero mean and unit variance over C, then scaled and shifted."""
+        return super().forward(source.movedim(1, -1)).movedim(-1, 1)

@@ -1,0 +1,122 @@
+"""Any network of the user's as a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from featup_hub.backbones.contract import Backbone
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["ModuleBackbone"]
+
+# What the spatial features are called in the dictionaries of DINOv2, Hugging Face Transformers
+# and torchvision.
+_NAMES = ("x_norm_patchtokens", "feature_maps", "last_hidden_state", "out")
+
+
+class ModuleBackbone(Backbone):
+    """Wraps a network that turns an image into features, however it hands them out.
+
+    Understood are maps, (B, C, h, w) or (B, h, w, C), and tokens, (B, N, C) in row-major order
+    with any class and register tokens first; alone, as the last of a list or tuple, or in a
+    dictionary or an output of Hugging Face Transformers. What comes is checked on every call.
+
+    Args:
+        module: The network; it is called with the image.
+        feat_dim: Channels of its features.
+        patch_size: Their stride in pixels.
+        prefix_tokens: Class and register tokens to leave out.
+        mean: Normalisation the network was trained with; images come normalised as ImageNet's
+            and are converted.
+        std: Divisor of the same normalisation.
+        call: How to call the network, in place of ``module(image)``.
+
+    Raises:
+        ValueError: If the features are not as announced.
+        TypeError: If there are none to be found in what the network returns.
+
+    Example:
+        >>> import torch
+        >>> cnn = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU())
+        >>> ModuleBackbone(cnn, feat_dim=8, patch_size=4)(torch.randn(1, 3, 32, 30)).shape
+        torch.Size([1, 8, 8, 8])
+
+        DINOv2 from torch.hub, by the method that returns patch tokens::
+
+            dino = torch.hub.load("facebookresearch/dinov2", "dinov2_vits14")
+            backbone = ModuleBackbone(
+                dino, feat_dim=384, patch_size=14, call=lambda m, x: m.forward_features(x)
+            )
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        feat_dim: int,
+        patch_size: int,
+        prefix_tokens: int = 0,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        call: Callable[[Any, Tensor], Any] | None = None,
+    ) -> None:
+        super().__init__(feat_dim=feat_dim, patch_size=patch_size, mean=mean, std=std)
+        self.module = module
+        self.prefix_tokens = prefix_tokens
+        self.call = call
+
+    def features(self, image: Tensor) -> Tensor:
+        """Calls the network and brings what it returns to (B, C, h, w)."""
+        output = self.module(image) if self.call is None else self.call(self.module, image)
+        features = _tensor(output)
+        grid = (image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size)
+        if features.dim() == 3:
+            features = self._from_tokens(features, grid)
+        elif features.dim() == 4 and features.shape[1] != self.feat_dim:
+            features = features.movedim(-1, 1)
+        # A convolution without padding loses a row; what loses more has another stride.
+        if (
+            features.dim() != 4
+            or features.shape[1] != self.feat_dim
+            or any(abs(n - m) > 1 for n, m in zip(features.shape[2:], grid, strict=True))
+        ):
+            raise ValueError(
+                f"needed features (B, {self.feat_dim}, {grid[0]}, {grid[1]}), as feat_dim and "
+                f"patch_size announce for an image of {tuple(image.shape[2:])}; got "
+                f"{tuple(features.shape)}; correct them, or select the features with call"
+            )
+        return features
+
+    def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Brings tokens, (B, N, C), to a map of the grid's size."""
+        if tokens.shape[1] - self.prefix_tokens != grid[0] * grid[1]:
+            raise ValueError(
+                f"needed {grid[0]}×{grid[1]} tokens after {self.prefix_tokens} others; got "
+                f"{tokens.shape[1]} in all; set prefix_tokens to the number of class and "
+                "register tokens, or correct patch_size"
+            )
+        return tokens[:, self.prefix_tokens :].unflatten(1, grid).movedim(-1, 1)
+
+
+def _tensor(output: object) -> Tensor:
+    """Finds the features in what a network returns."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        if len(output) == 1:
+            return _tensor(next(iter(output.values())))
+        for name in _NAMES:
+            if name in output:
+                return _tensor(output[name])
+        got = f"a dictionary of {', '.join(map(str, output))}"
+    elif isinstance(output, (list, tuple)) and output:
+        return _tensor(output[-1])
+    else:
+        got = f"{type(output).__name__}"
+    raise TypeError(
+        f"needed a tensor of features, a sequence that ends in one, or a dictionary with one of "
+        f"{', '.join(_NAMES)}; got {got}; select the features with call"
+    )

@@ -1,0 +1,201 @@
+"""Feature maps as pictures: their three main directions as red, green and blue.
+
+Maps that are to be compared must share one basis, or their colours mean different things.
+Plain torch; the same maps give the same picture on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PCABasis", "comparison", "contact_sheet", "fit_pca", "pca_rgb"]
+
+_SAMPLES = 2048  # positions a basis is fitted on, at most: enough for three directions
+_MARGIN, _FONT, _SMALLEST, _LARGEST = 12, 16, 224, 1024  # of a sheet, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class PCABasis:
+    """How features become colours.
+
+    Attributes:
+        mean: Mean of the features, (C,).
+        components: Main directions, orthonormal columns by falling variance, (C, k). The largest
+            entry of each is positive. Directions in which nothing varies are zero.
+        low: Value along each direction that is shown as 0, (k,).
+        high: Value that is shown as 1, (k,).
+    """
+
+    mean: Tensor
+    components: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
+    """Finds the directions in which feature maps vary most.
+
+    At most 2,048 positions of each map are looked at, evenly spread, so a large map is never
+    copied. Colours span the 1st to the 99th percentile, so that a few outliers cannot dim the
+    rest.
+
+    Args:
+        features: One map or several with the same channels, each (B, C, H, W).
+        k: Number of directions.
+
+    Returns:
+        The basis, float32 on the CPU.
+
+    Raises:
+        ValueError: If the maps are not (B, C, H, W) with the same C, or not finite.
+
+    Example:
+        >>> source = torch.randn(1, 32, 14, 14)
+        >>> pca_rgb(source, fit_pca(source)).shape
+        torch.Size([1, 3, 14, 14])
+    """
+    shapes = [tuple(f.shape) for f in features]
+    if not shapes or any(len(s) != 4 for s in shapes) or len({s[1] for s in shapes}) != 1:
+        raise ValueError(f"fit_pca needs maps (B, C, H, W) with the same channels; got {shapes}")
+    rows = torch.cat([_sample(f) for f in features])
+    if not rows.isfinite().all():
+        raise ValueError("features must be finite; got NaN or infinity, what made them is broken")
+    mean = rows.mean(0)
+    rows = rows - mean
+    _, variation, directions = torch.linalg.svd(rows, full_matrices=False)
+    noise = max(rows.shape) * torch.finfo(rows.dtype).eps * mean.abs().max().clamp(min=1)
+    directions = directions[variation > noise][:k]
+    # A direction and its opposite are equally good: choose, so that pictures can be compared.
+    peak = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    components = F.pad(directions * peak.sign(), (0, 0, 0, k - len(directions))).T
+    low, high = (rows @ components).quantile(torch.tensor([0.01, 0.99], dtype=rows.dtype), dim=0)
+    return PCABasis(
+        mean=mean.float(), components=components.float(), low=low.float(), high=high.float()
+    )
+
+
+def pca_rgb(features: Tensor, basis: PCABasis) -> Tensor:
+    """Shows features in a basis, without a copy of them.
+
+    Args:
+        features: (B, C, H, W), any memory format.
+        basis: From :func:`fit_pca`.
+
+    Returns:
+        Colours in [0, 1], (B, k, H, W), float32; 0.5 where the basis knows no variation.
+
+    Raises:
+        ValueError: If the channels are not those of the basis.
+    """
+    channels = len(basis.mean)
+    if features.dim() != 4 or features.shape[1] != channels:
+        raise ValueError(
+            f"this basis is for features (B, {channels}, H, W); got {tuple(features.shape)}; "
+            "fit one on these"
+        )
+    return _colours(_project(features, basis), basis)
+
+
+def comparison(image: Image.Image, source: Tensor, upsampled: Tensor) -> Image.Image:
+    """Draws an image, its features, and the features upsampled bilinearly and by a model.
+
+    All three maps are shown in one basis, fitted on the source.
+
+    Args:
+        image: What the backbone saw, before normalisation.
+        source: Low-resolution features, (1, C, h, w).
+        upsampled: Features at the image's size, (1, C, H, W).
+
+    Returns:
+        Four captioned panels, two by two where the image is wide, else in a row.
+
+    Raises:
+        ValueError: If the maps do not have the same channels, or are not finite.
+    """
+    basis = fit_pca(source)
+    height, width = upsampled.shape[-2:]
+    projected = _project(source, basis)
+    # Bilinear weights sum to one, so resizing commutes with the projection.
+    bilinear = F.interpolate(projected, (height, width), mode="bilinear")
+    maps = [
+        (f"backbone features, {source.shape[-2]}x{source.shape[-1]}", _colours(projected, basis)),
+        ("bilinear", _colours(bilinear, basis)),
+        (f"upsampled features, {height}x{width}", pca_rgb(upsampled, basis)),
+    ]
+    panels = [("image", image), *((caption, _picture(colours)) for caption, colours in maps)]
+    return contact_sheet(panels, size=image.size, columns=2 if width > height else 4)
+
+
+def contact_sheet(
+    panels: Sequence[tuple[str, Image.Image]], *, size: tuple[int, int], columns: int
+) -> Image.Image:
+    """Draws pictures side by side, each under its caption.
+
+    Args:
+        panels: Captions and pictures; each picture is resized to one common size, its pixels
+            kept as squares where it grows.
+        size: Width and height of a panel. Small ones are enlarged by a whole factor to at least
+            224 pixels, large ones reduced to 1,024.
+        columns: Panels in a row.
+
+    Returns:
+        An RGB image.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    scale = min(-(-_SMALLEST // max(size)), _LARGEST / max(size))
+    width, height = (max(round(side * scale), 1) for side in size)
+    font = ImageFont.load_default(_FONT)
+    caption = 2 * _FONT
+    cell = max(width, *(round(font.getlength(text)) for text, _ in panels)) + _MARGIN
+    rows = -(-len(panels) // columns)
+    sheet_size = (cell * columns + _MARGIN, (caption + height) * rows + _MARGIN)
+    sheet = Image.new("RGB", sheet_size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (text, picture) in enumerate(panels):
+        x = _MARGIN + cell * (index % columns)
+        y = (caption + height) * (index // columns)
+        draw.text((x, y + caption // 2), text, fill="black", font=font, anchor="lm")
+        grows = picture.size[0] < width
+        how = Image.Resampling.NEAREST if grows else Image.Resampling.BOX
+        sheet.paste(picture.resize((width, height), how), (x, y + caption))
+    return sheet
+
+
+def _sample(features: Tensor) -> Tensor:
+    """Takes evenly spread positions of a map: (B, C, H, W) -> (N, C), float64 on the CPU."""
+    batch, _, height, width = features.shape
+    total = batch * height * width
+    index = torch.linspace(0, total - 1, min(total, _SAMPLES), dtype=torch.float64).round().long()
+    index = index.to(features.device)
+    b, y, x = index // (height * width), index // width % height, index % width
+    return features.detach()[b, :, y, x].cpu().double()
+
+
+def _project(features: Tensor, basis: PCABasis) -> Tensor:
+    """Returns coordinates along the components, (B, k, H, W), float32 on the CPU."""
+    components = basis.components.to(features)
+    # One sample at a time: a matrix product then needs no copy in either memory format.
+    maps = [torch.einsum("chw,ck->khw", sample, components) for sample in features.detach()]
+    return torch.stack(maps).cpu().float() - (basis.mean @ basis.components)[:, None, None]
+
+
+def _colours(projected: Tensor, basis: PCABasis) -> Tensor:
+    low, span = basis.low[:, None, None], (basis.high - basis.low)[:, None, None]
+    shade = (projected - low) / span.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(span > 0, shade, torch.full_like(shade, 0.5)).clamp(0, 1)
+
+
+def _picture(colours: Tensor) -> Image.Image:
+    from PIL import Image
+
+    return Image.fromarray((colours[0].permute(1, 2, 0) * 255).round().byte().numpy())

@@ -1,0 +1,96 @@
+"""Where weights come from: an explicit path, the shipped folder, the Hub's cache, the network.
+
+Files are safetensors, their digest is checked on every load, and they fit exactly or not at all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from featup_hub.weights.files import digest, load_into, metadata, read, write
+from featup_hub.weights.hub import cached_digest, check_name, download
+from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream, split_norm
+
+if TYPE_CHECKING:
+    from featup_hub.registry import WeightFile
+
+__all__ = [
+    "ConvertedCheckpoint",
+    "cached_digest",
+    "convert",
+    "convert_upstream",
+    "digest",
+    "download",
+    "load",
+    "load_into",
+    "metadata",
+    "read",
+    "resolve",
+    "shipped_folder",
+    "split_norm",
+    "write",
+]
+
+
+def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tensor]:
+    """Finds a model's file and reads it, its digest checked.
+
+    Args:
+        file: Row of the registry.
+        path: A file of the user's own to read in its place; the row's digest does not apply.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        FileNotFoundError: If ``path`` does not exist.
+        ValueError: If the file is damaged or not the one the row names.
+        RuntimeError: If the file is nowhere to be had.
+    """
+    found = resolve(file, path=path)
+    if path is not None:
+        return read(found)
+    return read(found, sha256=file.sha256 or cached_digest(found))
+
+
+def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
+    """Finds a model's file: explicit path, shipped folder, Hub cache, network; in this order.
+
+    Args:
+        file: Row of the registry.
+        path: A file of the user's own to take in its place.
+
+    Returns:
+        An existing file.
+
+    Raises:
+        FileNotFoundError: If ``path`` does not exist.
+        ValueError: If the row's file name leads out of its folder.
+        RuntimeError: If the file is nowhere to be had.
+    """
+    if path is not None:
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"no weights file {path}; check the name")
+        return path
+    check_name("file", file.filename)
+    shipped = shipped_folder() / file.filename
+    if file.repo_id is None or shipped.is_file():
+        if not shipped.is_file():
+            raise RuntimeError(
+                f"needed {file.filename} ({file.name}); it is not in the shipped folder "
+                f"{shipped.parent}, and no Hub repository is known for it; "
+                "give the path of a file of your own as weights"
+            )
+        return shipped
+    return download(file.repo_id, file.filename, revision=file.revision, sha256=file.sha256)
+
+
+def shipped_folder() -> Path:
+    """Returns the folder of weights that came with the code: a wheel's or a checkout's."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "weights_data"
+    return installed if installed.is_dir() else package.parent / "weights"

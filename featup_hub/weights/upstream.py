@@ -1,0 +1,208 @@
+"""Checkpoints of FeatUp's own training code as plain tensors; no code in them is ever run.
+
+Those are PyTorch pickles, of Lightning or of the state alone, with prefixes for the parts of the
+training module. Each part has its place below, and a name without one is an error.
+
+Source: names as in mhamilton723/FeatUp @ 6b5a6c0 (MIT).
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featup_hub.weights.files import digest, kind, listed, write
+
+__all__ = ["ConvertedCheckpoint", "convert", "convert_upstream", "split_norm"]
+
+FORMAT = "1"  # of converted files: the upsampler's tensors, and the norm's under "norm."
+_EXTRAS = ("downsampler.", "scale_net.")
+_NORM = {"model.1.norm.weight": "weight", "model.1.norm.bias": "bias"}
+_STAGE: dict[str, tuple[int, ...]] = {
+    "range_temp": (),
+    "sigma_spatial": (),
+    "range_proj.0.weight": (32, 3, 1, 1),
+    "range_proj.0.bias": (32,),
+    "range_proj.3.weight": (32, 32, 1, 1),
+    "range_proj.3.bias": (32,),
+    "fixup_proj.0.weight": (49, 52, 1, 1),
+    "fixup_proj.0.bias": (49,),
+    "fixup_proj.3.weight": (49, 49, 1, 1),
+    "fixup_proj.3.bias": (49,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedCheckpoint:
+    """What a checkpoint of upstream holds.
+
+    Attributes:
+        feat_dim: Channels of the features it was trained for.
+        upsampler: Tensors of ``JBUStack(feat_dim)``.
+        norm: Weight and bias of the channel norm behind its backbone, where it had one.
+        extras: Tensors that only training needs (downsampler, scale net), under their own names.
+    """
+
+    feat_dim: int
+    upsampler: dict[str, Tensor]
+    norm: dict[str, Tensor] | None
+    extras: dict[str, Tensor]
+
+
+def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
+    """Reads a checkpoint of upstream without running code from it.
+
+    Args:
+        path: A ``.ckpt`` file of upstream.
+
+    Returns:
+        Its tensors, complete and of the right shapes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not such a checkpoint: not a PyTorch file, one that asks to run
+            code, names that are unknown or missing, wrong shapes.
+    """
+    path = Path(path).expanduser()
+    upsampler: dict[str, Tensor] = {}
+    norm: dict[str, Tensor] = {}
+    extras: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in _state(path).items():
+        if name.startswith("upsampler."):
+            upsampler[name.removeprefix("upsampler.")] = tensor
+        elif name in _NORM:
+            norm[_NORM[name]] = tensor
+        elif name.startswith(_EXTRAS):
+            extras[name] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise _refused(path, f"names that have no place in it: {listed(unknown)}")
+    closing = upsampler.get("fixup_proj.1.bias")
+    feat_dim = 0 if closing is None else closing.numel()
+    _check(path, upsampler, _expected(feat_dim), "upsampler.")
+    if norm:
+        _check(path, norm, {"weight": (feat_dim,), "bias": (feat_dim,)}, "model.1.norm.")
+    return ConvertedCheckpoint(
+        feat_dim=feat_dim, upsampler=upsampler, norm=norm or None, extras=extras
+    )
+
+
+def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
+    """Converts a checkpoint of upstream to a safetensors file.
+
+    It holds the upsampler and, under ``norm.``, the channel norm; what only training needs is
+    left out. The metadata name the format, ``feat_dim``, and the source with its digest.
+
+    Args:
+        source: A ``.ckpt`` file of upstream.
+        target: The file to write.
+
+    Returns:
+        What was read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not such a checkpoint.
+        OSError: If the target cannot be written.
+    """
+    source = Path(source).expanduser()
+    checkpoint = convert_upstream(source)
+    norm = {f"norm.{name}": tensor for name, tensor in (checkpoint.norm or {}).items()}
+    notes = {
+        "format_version": FORMAT,
+        "feat_dim": str(checkpoint.feat_dim),
+        "source": source.name,
+        "source_sha256": digest(source),
+    }
+    write({**checkpoint.upsampler, **norm}, target, metadata=notes)
+    return checkpoint
+
+
+def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Parts a converted file's tensors into the upsampler's and the channel norm's.
+
+    Args:
+        tensors: Tensors of a file that :func:`convert` wrote, or of an upsampler alone.
+
+    Returns:
+        The upsampler's tensors, and the norm's weight and bias or None.
+    """
+    norm = {n.removeprefix("norm."): t for n, t in tensors.items() if n.startswith("norm.")}
+    return {n: t for n, t in tensors.items() if not n.startswith("norm.")}, norm or None
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """Unpickles the tensors of a checkpoint, by PyTorch's loader that knows tensors only."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}; check the name")
+    try:
+        damage = _damage(path)
+        loaded = None if damage else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        damage = "a pickle with more than tensors in it, which may run code when opened"
+    except zipfile.BadZipFile:
+        damage = kind(path) or "no zip file, as torch.save makes them"
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        damage = f"a damaged file ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    if damage:
+        raise _refused(path, damage)
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict) or not state:
+        raise _refused(path, f"{type(state).__name__} in place of named tensors")
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise _refused(path, f"{type(tensor).__name__} under the name {name!r}")
+    return state
+
+
+def _damage(path: Path) -> str | None:
+    """Looks for what PyTorch's loader does not mind in a zip file."""
+    with zipfile.ZipFile(path) as archive:
+        # torch.save never compresses; a few compressed kilobytes could unfold to all memory.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            return "a zip file with compressed entries"
+        damaged = archive.testzip()
+    return f"a damaged file: {damaged} fails its checksum" if damaged else None
+
+
+def _expected(feat_dim: int) -> dict[str, tuple[int, ...]]:
+    stages = {f"up{i}.{name}": shape for i in range(1, 5) for name, shape in _STAGE.items()}
+    closing = {
+        "fixup_proj.1.weight": (feat_dim, feat_dim, 1, 1),
+        "fixup_proj.1.bias": (feat_dim,),
+    }
+    return {**stages, **closing}
+
+
+def _check(
+    path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], prefix: str
+) -> None:
+    missing = [prefix + name for name in expected if name not in tensors]
+    if missing:
+        raise _refused(path, f"a file without {listed(missing)}")
+    unknown = [prefix + name for name in tensors if name not in expected]
+    if unknown:
+        raise _refused(path, f"names that have no place in it: {listed(unknown)}")
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise _refused(
+                path,
+                f"{prefix}{name} of shape {tuple(tensor.shape)} and {tensor.dtype}, "
+                f"needed {shape}, floating point",
+            )
+
+
+def _refused(path: Path, got: str) -> ValueError:
+    return ValueError(
+        f"{path} must be a checkpoint of FeatUp's JBU upsampler; got {got}; "
+        "nothing was loaded; check that it is one, and whole"
+    )

@@ -1,0 +1,129 @@
+"""Entry points of torch.hub: one function per model.
+
+Every one but ``jbu`` returns an image -> features module in evaluation mode::
+
+    import torch
+    model = torch.hub.load("OWNER/featup_hub", "efficientnet_lite0", trust_repo=True)
+    features = model(image)  # (B, 3, H, W) -> (B, C, H, W)
+
+Images are RGB, normalised by ``model.mean`` and ``model.std``, of any size. The arguments:
+
+    pretrained: False draws random weights in place of loading any.
+    use_norm: Whether every position's vector is normalised before upsampling.
+    weights: Path of your own weights for the upsampler.
+    backbone_weights: Path of your own weights for the backbone, laid out as timm's.
+
+Licences and training data of the weights: ``featup-hub models`` and featup_hub/registry.py.
+"""
+
+from featup_hub.model import load as _load
+from featup_hub.model import load_upsampler as _load_upsampler
+
+dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]
+
+
+def _model(name, pretrained, use_norm, weights, backbone_weights):
+    return _load(
+        name,
+        pretrained=pretrained,
+        use_norm=use_norm,
+        weights=weights,
+        backbone_weights=backbone_weights,
+    )
+
+
+def efficientnet_lite0(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """EfficientNet-Lite0, stride 16: shipped, works without a network."""
+    return _model("efficientnet_lite0", pretrained, use_norm, weights, backbone_weights)
+
+
+def efficientnet_lite0_stride32(
+    pretrained=True, use_norm=True, *, weights=None, backbone_weights=None
+):
+    """EfficientNet-Lite0, stride 32: shipped, works without a network."""
+    return _model("efficientnet_lite0_stride32", pretrained, use_norm, weights, backbone_weights)
+
+
+def vit(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """ViT-S/16 trained on ImageNet labels."""
+    return _model("vit", pretrained, use_norm, weights, backbone_weights)
+
+
+def dino16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINO ViT-S/16."""
+    return _model("dino16", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-S/14."""
+    return _model("dinov2", pretrained, use_norm, weights, backbone_weights)
+
+
+def clip(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """CLIP ViT-B/16, patch tokens in the space of its text embeddings."""
+    return _model("clip", pretrained, use_norm, weights, backbone_weights)
+
+
+def maskclip(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """MaskCLIP: CLIP ViT-B/16, values of the last block in the space of text embeddings."""
+    return _model("maskclip", pretrained, use_norm, weights, backbone_weights)
+
+
+def resnet50(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """ResNet-50 trained on ImageNet labels."""
+    return _model("resnet50", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2_vitb14(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-B/14."""
+    return _model("dinov2_vitb14", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2_vitl14(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-L/14."""
+    return _model("dinov2_vitl14", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2_vitg14(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-g/14."""
+    return _model("dinov2_vitg14", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2_vits14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-S/14 with registers."""
+    return _model("dinov2_vits14_reg", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2_vitb14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-B/14 with registers."""
+    return _model("dinov2_vitb14_reg", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2_vitl14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-L/14 with registers."""
+    return _model("dinov2_vitl14_reg", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov2_vitg14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv2 ViT-g/14 with registers."""
+    return _model("dinov2_vitg14_reg", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov3_vits16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv3 ViT-S/16. Weights under the DINOv3 License, which is not open source."""
+    return _model("dinov3_vits16", pretrained, use_norm, weights, backbone_weights)
+
+
+def dinov3_vitb16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """DINOv3 ViT-B/16. Weights under the DINOv3 License, which is not open source."""
+    return _model("dinov3_vitb16", pretrained, use_norm, weights, backbone_weights)
+
+
+def siglip2_vitb16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+    """SigLIP 2 ViT-B/16."""
+    return _model("siglip2_vitb16", pretrained, use_norm, weights, backbone_weights)
+
+
+def jbu(pretrained=True, *, weights=None):
+    """The upsampler alone, for features of your own: upsampler(source, image) -> features."""
+    return _load_upsampler(pretrained=pretrained, weights=weights)

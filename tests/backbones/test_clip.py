@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+
+NAME = "vit_xsmall_patch16_clip_224"
+
+
+@pytest.fixture(scope="module")
+def donor() -> nn.Module:
+    """A small CLIP tower whose norms and projection are no identities."""
+    torch.manual_seed(1)
+    model = timm.create_model(NAME).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.1)
+    return model
+
+
+def native(donor: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """The image as CLIP was trained to see it."""
+    config = donor.pretrained_cfg
+    values = (IMAGENET_MEAN, IMAGENET_STD, config["mean"], config["std"])
+    mean, std, clip_mean, clip_std = (torch.tensor(v)[:, None, None] for v in values)
+    return (image * std + mean - clip_mean) / clip_std
+
+
+@torch.no_grad()
+def test_clip_projects_every_patch_token_as_clip_its_class_token(donor: nn.Module) -> None:
+    image = torch.randn(2, 3, 224, 224)
+    tokens = donor.forward_features(native(donor, image))
+    torch.testing.assert_close(donor.head(tokens[:, 0]), donor(native(donor, image)))
+    source = ClipBackbone(NAME, weights=donor.state_dict()).eval()(image)
+    assert source.shape == (2, 512, 14, 14)
+    torch.testing.assert_close(
+        source.flatten(2).mT, donor.head(tokens[:, 1:]), atol=1e-4, rtol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_maskclip_is_the_last_attention_of_every_token_to_itself_alone(donor: nn.Module) -> None:
+    # A sequence of one token attends to itself with weight one: its value, whatever q and k are.
+    image = torch.randn(1, 3, 224, 224)
+    seen: list[torch.Tensor] = []
+    handle = donor.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    donor(native(donor, image))
+    handle.remove()
+    alone = seen[0][0, 1:, None]  # (N, 1, D)
+    block = donor.blocks[-1]
+    expected = donor.head(donor.norm(block.attn(block.norm1(alone))))[:, 0]
+    source = MaskClipBackbone(NAME, weights=donor.state_dict()).eval()(image)
+    torch.testing.assert_close(source[0].flatten(1).mT, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [ClipBackbone, MaskClipBackbone])
+@torch.no_grad()
+def test_other_and_odd_sizes_are_taken(kind: type[Backbone]) -> None:
+    backbone = kind(NAME).eval()  # type: ignore[call-arg]
+    assert backbone(torch.randn(1, 3, 50, 97)).shape == (1, 512, 4, 7)
+
+
+def test_queries_and_keys_of_the_last_block_do_not_matter_to_maskclip(donor: nn.Module) -> None:
+    image, tensors = torch.randn(1, 3, 64, 64), dict(donor.state_dict())
+    before = MaskClipBackbone(NAME, weights=tensors).eval()(image)
+    name = f"blocks.{len(donor.blocks) - 1}.attn.qkv.weight"
+    joint = tensors[name].clone()
+    joint[: 2 * len(joint) // 3] = 0
+    tensors[name] = joint
+    assert torch.equal(MaskClipBackbone(NAME, weights=tensors).eval()(image), before)
+    assert not torch.equal(ClipBackbone(NAME, weights=tensors).eval()(image), before)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "eva02_tiny_patch14_224"])
+def test_what_is_no_clip_tower_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"a projection; timm's {name} lacks one"):
+        ClipBackbone(name)

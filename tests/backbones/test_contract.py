@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.backbones import Backbone, ChannelNorm
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+
+
+class Seen(Backbone):
+    """Hands out the image it was given, averaged over patches."""
+
+    def features(self, image: Tensor) -> Tensor:
+        self.image = image
+        return F.avg_pool2d(image, self.patch_size)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 47), (1, 1), (16, 5), (100, 17)])
+@pytest.mark.parametrize("patch", [14, 16, 32])
+def test_a_source_has_one_position_per_patch_begun(size: tuple[int, int], patch: int) -> None:
+    source = Seen(feat_dim=3, patch_size=patch)(torch.randn(2, 3, *size))
+    assert source.shape == (2, 3, -(-size[0] // patch), -(-size[1] // patch))
+
+
+def test_an_image_that_fits_is_not_touched() -> None:
+    backbone, image = Seen(feat_dim=3, patch_size=14), torch.randn(1, 3, 28, 42)
+    backbone(image)
+    assert backbone.image is image
+
+
+@pytest.mark.parametrize("width", [95, 90, 81])
+def test_a_source_covers_its_image_edge_to_edge(width: int) -> None:
+    # On a ramp, every position must report the colour at the centre of its share of the image.
+    ramp = (torch.arange(width) + 0.5).expand(1, 3, 64, width) / width
+    source = Seen(feat_dim=3, patch_size=16)(ramp)
+    centres = (torch.arange(6) + 0.5) / 6
+    torch.testing.assert_close(source[0, 0, 0], centres, atol=2e-3, rtol=0)
+
+
+def test_a_network_sees_the_image_in_its_own_normalisation() -> None:
+    colours = torch.rand(1, 3, 16, 16)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    backbone = Seen(feat_dim=3, patch_size=16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 1.0))
+    assert (backbone.mean, backbone.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    backbone((colours - mean) / std)
+    own = (colours - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.5, 0.2, 1.0])[
+        :, None, None
+    ]
+    torch.testing.assert_close(backbone.image, own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 4, 16, 16), (1, 3, 0, 16)])
+def test_what_is_no_rgb_image_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must be RGB, \(B, 3, H, W\); got"):
+        Seen(feat_dim=3, patch_size=16)(torch.zeros(shape))
+
+
+def test_integer_images_are_refused_with_the_remedy() -> None:
+    with pytest.raises(TypeError, match=r"got torch.uint8; divide by 255, subtract model.mean"):
+        Seen(feat_dim=3, patch_size=16)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_a_backbone_without_features_says_so() -> None:
+    with pytest.raises(NotImplementedError, match=r"Backbone must define features\(image\)"):
+        Backbone(feat_dim=3, patch_size=1)(torch.zeros(1, 3, 4, 4))
+
+
+def test_the_channel_norm_standardises_each_position() -> None:
+    norm, source = ChannelNorm(7), 3 * torch.randn(2, 7, 4, 5) + 1
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(7))
+        norm.bias.copy_(torch.randn(7))
+    centred = source - source.mean(1, keepdim=True)
+    unit = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    expected = unit * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm(source), expected)

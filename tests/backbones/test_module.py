@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from featup_hub.backbones import ModuleBackbone
+
+
+class Patches(nn.Module):
+    """An embedding of patches that hands its map out in a form to be chosen."""
+
+    def __init__(self, form: Callable[[Tensor], Any] = lambda x: x, *, stride: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, stride, stride=stride)
+        self.form = form
+
+    def forward(self, image: Tensor) -> Any:
+        return self.form(self.conv(image))
+
+
+def tokens(x: Tensor, *, prefix: int = 0) -> Tensor:
+    return torch.cat([x.new_full((len(x), prefix, x.shape[1]), 9.0), x.flatten(2).mT], dim=1)
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "NCHW": lambda x: x,
+    "NHWC": lambda x: x.permute(0, 2, 3, 1),
+    "tokens": tokens,
+    "list": lambda x: [x.new_zeros(1), x],
+    "tuple of a list": lambda x: (x.new_zeros(1), [tokens(x)]),
+    "dict of one": lambda x: {"anything": x},
+    "dict of torchvision": lambda x: {"aux": x.new_zeros(1), "out": x},
+    "dict of DINOv2": lambda x: {"x_norm_clstoken": x[..., 0, 0], "x_norm_patchtokens": tokens(x)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_features_are_understood_in_every_form(form: str) -> None:
+    module, image = Patches(FORMS[form]), torch.randn(2, 3, 32, 56)
+    source = ModuleBackbone(module, feat_dim=5, patch_size=8)(image)
+    torch.testing.assert_close(source, module.conv(image))
+
+
+def test_class_and_register_tokens_are_left_out() -> None:
+    module, image = Patches(lambda x: tokens(x, prefix=3)), torch.randn(2, 3, 32, 56)
+    source = ModuleBackbone(module, feat_dim=5, patch_size=8, prefix_tokens=3)(image)
+    torch.testing.assert_close(source, module.conv(image))
+
+
+def test_outputs_of_transformers_are_understood() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    module = transformers.Dinov2WithRegistersModel(config).eval()
+    image = torch.randn(1, 3, 42, 28)
+    source = ModuleBackbone(module, feat_dim=24, patch_size=14, prefix_tokens=5)(image)
+    expected = module(image).last_hidden_state[:, 5:]
+    torch.testing.assert_close(source.flatten(2).mT, expected)
+
+
+def test_the_network_can_be_called_in_ones_own_way() -> None:
+    module, image = Patches(), torch.randn(1, 3, 16, 16)
+    backbone = ModuleBackbone(module, feat_dim=5, patch_size=8, call=lambda m, x: -m.conv(x))
+    torch.testing.assert_close(backbone(image), -module.conv(image))
+
+
+def test_the_networks_parameters_are_the_backbones() -> None:
+    module = Patches()
+    backbone = ModuleBackbone(module, feat_dim=5, patch_size=8)
+    assert set(backbone.parameters()) == set(module.parameters())
+
+
+def test_a_convolution_without_padding_may_lose_a_row() -> None:
+    module = nn.Conv2d(3, 5, 11, stride=8)
+    source = ModuleBackbone(module, feat_dim=5, patch_size=8)(torch.randn(1, 3, 32, 32))
+    assert source.shape == (1, 5, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"feat_dim": 6, "patch_size": 8}, "NCHW"),
+        ({"feat_dim": 5, "patch_size": 4}, "NCHW"),
+        ({"feat_dim": 5, "patch_size": 16}, "NHWC"),
+        ({"feat_dim": 6, "patch_size": 8}, "tokens"),
+    ],
+)
+def test_features_unlike_those_announced_are_refused(options: dict[str, int], form: str) -> None:
+    backbone = ModuleBackbone(Patches(FORMS[form]), **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"needed .*; got .*; (correct them|set prefix_tokens)"):
+        backbone(torch.randn(1, 3, 64, 64))
+
+
+def test_pooled_features_are_refused() -> None:
+    backbone = ModuleBackbone(Patches(lambda x: x.mean((2, 3))), feat_dim=5, patch_size=8)
+    with pytest.raises(ValueError, match=r"for an image of \(16, 16\); got \(1, 5\); correct them"):
+        backbone(torch.randn(1, 3, 16, 16))
+
+
+def test_tokens_that_make_no_grid_name_the_remedy() -> None:
+    backbone = ModuleBackbone(Patches(lambda x: tokens(x, prefix=1)), feat_dim=5, patch_size=8)
+    with pytest.raises(ValueError, match=r"needed 2×4 tokens after 0 others; got 9 in all; set pr"):
+        backbone(torch.randn(1, 3, 16, 32))
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [({"a": 1, "b": 2}, "a dictionary of a, b"), (None, "NoneType"), ([], "list"), ("x", "str")],
+)
+def test_what_holds_no_features_is_refused(output: object, got: str) -> None:
+    backbone = ModuleBackbone(Patches(lambda _: output), feat_dim=5, patch_size=8)
+    with pytest.raises(TypeError, match=f"needed a tensor of features.*; got {got}; select"):
+        backbone(torch.randn(1, 3, 16, 16))

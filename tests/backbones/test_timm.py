@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from featup_hub.backbones import TimmBackbone, timm_card
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+from featup_hub.weights import read
+
+VITS = [
+    "test_vit",  # class token
+    "test_vit2",  # register, no class token
+    "test_vit4",  # RMS norm
+    "deit_tiny_distilled_patch16_224",  # class and distillation token
+    "eva02_tiny_patch14_224",  # rotary positions, patch 14
+    "vit_small_patch16_dinov3",  # rotary positions, class token and four registers
+]
+CNNS = ["test_efficientnet", "test_resnet", "test_convnext", "mobilenetv3_small_050", "regnetx_002"]
+OTHERS = [
+    "swin_tiny_patch4_window7_224",
+    "repvit_m0_9",
+    "mobilevit_xxs",
+    "pvt_v2_b0",
+    "xcit_nano_12_p16_224",
+]
+
+
+def native(name: str, image: Tensor) -> Tensor:
+    """The image as the network was trained to see it."""
+    config = timm.get_pretrained_cfg(name)
+    colours = image * torch.tensor(IMAGENET_STD)[:, None, None]
+    colours = colours + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
+    return (colours - mean) / std
+
+
+@pytest.mark.parametrize("name", [*VITS, *CNNS, *OTHERS])
+def test_every_kind_of_network_keeps_the_contract(name: str) -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone(name).eval()
+        patch = backbone.patch_size
+        for height, width in ((3 * patch, 5 * patch), (4 * patch + 3, 2 * patch + 1), (200, 133)):
+            source = backbone(torch.empty(2, 3, height, width))
+            assert source.shape == (2, backbone.feat_dim, -(-height // patch), -(-width // patch))
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_a_vit_gives_its_normalised_patch_tokens(name: str) -> None:
+    donor = timm.create_model(name).eval()
+    size = donor.pretrained_cfg["input_size"][-1]
+    backbone = TimmBackbone(name, weights=donor.state_dict()).eval()
+    image = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        tokens = donor.forward_features(native(name, image))[:, donor.num_prefix_tokens :]
+        source = backbone(image)
+    if not isinstance(donor.norm, torch.nn.Identity):  # else the head's norm comes after pooling
+        torch.testing.assert_close(source.flatten(2).mT, tokens, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (240, 112)])
+def test_position_embeddings_follow_the_image(size: tuple[int, int]) -> None:
+    donor = timm.create_model("test_vit")
+    tensors = donor.state_dict()
+    fixed = timm.create_model(
+        "test_vit",
+        img_size=size,
+        dynamic_img_size=False,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": dict(tensors)},
+    ).eval()
+    assert fixed.pos_embed.shape != donor.pos_embed.shape
+    image = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        tokens = fixed.forward_features(native("test_vit", image))[:, 1:]
+        source = TimmBackbone("test_vit", weights=tensors).eval()(image)
+    torch.testing.assert_close(source.flatten(2).mT, tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_for_another_image_size_are_resampled() -> None:
+    other = timm.create_model("test_vit", img_size=96)
+    backbone = TimmBackbone("test_vit", weights=other.state_dict())
+    assert backbone.model.pos_embed.shape != other.pos_embed.shape
+    assert torch.equal(backbone.model.blocks[3].attn.qkv.weight, other.blocks[3].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("layer", [0, 3, -2])
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_chosen_block_is_the_one_taken(layer: int, norm: bool) -> None:
+    donor = timm.create_model("test_vit").eval()
+    torch.nn.init.normal_(donor.norm.weight)
+    seen: list[Tensor] = []
+    donor.blocks[layer].register_forward_hook(lambda *args: seen.append(args[2]))
+    backbone = TimmBackbone("test_vit", weights=donor.state_dict(), layer=layer, norm=norm).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        donor(native("test_vit", image))
+        expected = donor.norm(seen[0]) if norm else seen[0]
+        torch.testing.assert_close(
+            backbone(image).flatten(2).mT, expected[:, 1:], atol=1e-5, rtol=1e-5
+        )
+    assert len(backbone.model.blocks) == layer % 6 + 1
+
+
+@pytest.mark.parametrize(("stride", "feat_dim"), [(8, 40), (16, 112), (32, 320)])
+def test_a_cnn_gives_the_deepest_features_of_a_stride(stride: int, feat_dim: int) -> None:
+    donor = timm.create_model("tf_efficientnet_lite0").eval()
+    backbone = TimmBackbone(
+        "tf_efficientnet_lite0", weights=donor.state_dict(), stride=stride
+    ).eval()
+    assert (backbone.patch_size, backbone.feat_dim) == (stride, feat_dim)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        levels = donor.forward_intermediates(
+            native("tf_efficientnet_lite0", image), intermediates_only=True
+        )
+        source = backbone(image)
+    (expected,) = [level for level in levels if level.shape[1] == feat_dim]
+    torch.testing.assert_close(source, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_lies_behind_the_features_is_removed() -> None:
+    whole = sum(p.numel() for p in timm.create_model("tf_efficientnet_lite0").parameters())
+    left = sum(p.numel() for p in TimmBackbone("tf_efficientnet_lite0", stride=16).parameters())
+    assert left < 0.3 * whole
+
+
+def test_half_precision_weights_fill_a_float32_network() -> None:
+    donor = timm.create_model("test_vit").half()
+    backbone = TimmBackbone("test_vit", weights=donor.state_dict())
+    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
+    assert torch.equal(backbone.model.norm.weight, donor.norm.weight.float())
+
+
+def test_the_weights_are_not_kept_twice() -> None:
+    backbone = TimmBackbone("test_vit", weights=timm.create_model("test_vit").state_dict())
+    assert "state_dict" not in backbone.model.pretrained_cfg
+
+
+@pytest.mark.parametrize("damage", ["missing", "left over", "another shape"])
+def test_weights_that_do_not_fit_are_refused(damage: str) -> None:
+    tensors = timm.create_model("test_vit").state_dict()
+    if damage == "missing":
+        del tensors["blocks.2.attn.qkv.weight"]
+    elif damage == "left over":
+        tensors["blocks.9.attn.qkv.weight"] = torch.zeros(1)
+    else:
+        tensors["blocks.2.attn.qkv.weight"] = torch.zeros(3, 64)
+    with pytest.raises(ValueError, match=r"are not those of timm's test_vit: (.|\n)*qkv.weight"):
+        TimmBackbone("test_vit", weights=tensors)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    tensors = timm.create_model("test_resnet").state_dict()
+    with pytest.raises(ValueError, match="are not those of timm's test_vit"):
+        TimmBackbone("test_vit", weights=tensors)
+
+
+def test_unknown_names_are_refused_with_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"no model 'resnet5O'; did you mean .*resnet50.*upgrade"):
+        TimmBackbone("resnet5O")
+
+
+def test_unknown_tags_are_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"no weights 'resnet18.nope'; it has .*resnet18.a1_in1k"):
+        TimmBackbone("resnet18.nope")
+
+
+def test_strides_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"features of strides \[2, 4, 8, 16, 32\]; got stride=14"):
+        TimmBackbone("test_resnet", stride=14)
+
+
+def test_layers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="layers 0 to 5; got layer=6"):
+        TimmBackbone("test_vit", layer=6)
+
+
+def test_layer_and_stride_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="by layer or by stride; got layer=1 and stride=16"):
+        TimmBackbone("test_resnet", layer=1, stride=16)
+
+
+def test_networks_without_intermediate_features_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(timm.models.MobileNetV3, "forward_intermediates")
+    with pytest.raises(ValueError, match=r"mobilenetv3_small_050 does not offer .*ModuleBackbone"):
+        TimmBackbone("mobilenetv3_small_050")
+
+
+def test_a_timm_that_counts_layers_otherwise_is_noticed() -> None:
+    backbone = TimmBackbone("test_resnet").eval()
+    backbone.layer -= 1  # as timm 1.0.9 does in ConvNeXt
+    with pytest.raises(
+        RuntimeError, match=r"announces \d+ channels in layer 3 .*; got .*; upgrade"
+    ):
+        backbone(torch.randn(1, 3, 64, 64))
+
+
+def test_a_network_of_one_size_says_which() -> None:
+    backbone = TimmBackbone("gcvit_xxtiny").eval()
+    assert backbone(torch.randn(1, 3, 224, 224)).shape == (1, backbone.feat_dim, 7, 7)
+    with pytest.raises(
+        ValueError, match=r"made for images of \(224, 224\) pixels; got \(96, 96\), and it fai"
+    ):
+        backbone(torch.randn(1, 3, 96, 90))
+
+
+def test_networks_that_know_no_closing_norm_are_not_asked_for_one() -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone("hiera_tiny_224").eval()
+        assert backbone(torch.empty(1, 3, 224, 224)).shape == (1, 768, 7, 7)
+
+
+def test_a_card_can_be_made_for_any_network_of_timm() -> None:
+    row = timm_card("convnext_tiny.fb_in1k")
+    assert (row.name, row.image_size) == ("timm/convnext_tiny.fb_in1k", 224)
+    assert row.backbone_file is not None
+    assert row.backbone_file.repo_id == "timm/convnext_tiny.fb_in1k"
+    assert row.backbone_file.filename == "model.safetensors"
+
+
+@pytest.mark.shared
+def test_real_vit_weights_give_the_same_structure_at_any_size(shared: Path) -> None:
+    tensors = read(shared / "backbones" / "dinov2_vits14_saliency_ft.safetensors")
+    backbone = TimmBackbone("vit_small_patch14_dinov2", weights=tensors).eval()
+    image = torch.nn.functional.interpolate(torch.randn(1, 3, 6, 8), (210, 280), mode="bicubic")
+    with torch.no_grad():
+        fitting, odd = backbone(image), backbone(image[..., :205, :275])
+    assert fitting.shape == (1, 384, 15, 20)
+    assert odd.shape == (1, 384, 15, 20)
+    assert torch.nn.functional.cosine_similarity(fitting, odd).mean() > 0.9

@@ -1,0 +1,65 @@
+"""What every test shares: where the research data is, and what a missing GPU means."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.local_hub import LocalHub, serving
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's top folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The research data beside the checkout; tests that need it are listed as skipped without."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("no research data: ../shared/data is missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """A CUDA device; FEATUP_HUB_REQUIRE_CUDA=1 turns a missing one into a failure."""
+    if not torch.cuda.is_available():
+        if os.environ.get("FEATUP_HUB_REQUIRE_CUDA") == "1":
+            pytest.fail("FEATUP_HUB_REQUIRE_CUDA=1, but torch finds no CUDA device")
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for files of the Hugging Face Hub."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A Hugging Face Hub on this machine, which the Hub's library talks to."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with serving() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 3)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield running

@@ -1,0 +1,209 @@
+"""Upstream's checkpoints: strict, complete, and never a program."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from featup_hub import JBUStack, weights
+
+PUBLISHED = [
+    ("featup_clip_jbu_stack_cocostuff.ckpt", 512, False),
+    ("featup_maskclip_jbu_stack_cocostuff.ckpt", 512, False),
+    ("sam_no_norm.ckpt", 256, False),
+    ("sam_yes_norm.ckpt", 256, True),
+]
+
+
+def state(feat_dim: int = 4, *, norm: bool = True) -> dict[str, Tensor]:
+    """A state as upstream's training module has it."""
+    tensors = {f"upsampler.{n}": t for n, t in JBUStack(feat_dim).state_dict().items()}
+    if norm:
+        tensors["model.1.norm.weight"] = torch.rand(feat_dim)
+        tensors["model.1.norm.bias"] = torch.rand(feat_dim)
+    tensors["downsampler.w"] = torch.rand(16, 16)
+    tensors["scale_net.net.bias"] = torch.rand(1)
+    return tensors
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("name", "feat_dim", "norm"), PUBLISHED)
+def test_published_checkpoints_load_strictly(shared, tmp_path, name, feat_dim, norm):
+    checkpoint = weights.convert(shared / "checkpoints" / name, tmp_path / "out.safetensors")
+    assert checkpoint.feat_dim == feat_dim
+    assert (checkpoint.norm is not None) == norm
+    upsampler, kept_norm = weights.split_norm(weights.read(tmp_path / "out.safetensors"))
+    stack = JBUStack(feat_dim)
+    weights.load_into(stack, upsampler, origin=name)
+    original = torch.load(shared / "checkpoints" / name, map_location="cpu", weights_only=True)
+    original = original.get("state_dict", original)
+    for key, tensor in stack.state_dict().items():
+        assert torch.equal(tensor, original[f"upsampler.{key}"])
+    if norm:
+        assert torch.equal(kept_norm["weight"], original["model.1.norm.weight"])
+        assert torch.equal(kept_norm["bias"], original["model.1.norm.bias"])
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"epoch": 3, "state_dict": s}])
+def test_every_tensor_arrives_in_its_place(tmp_path, wrap):
+    tensors = state()
+    checkpoint = weights.convert_upstream(saved(tmp_path / "in.ckpt", wrap(tensors)))
+    assert checkpoint.feat_dim == 4
+    assert len(checkpoint.upsampler) == 42
+    for name, tensor in checkpoint.upsampler.items():
+        assert torch.equal(tensor, tensors[f"upsampler.{name}"])
+    assert torch.equal(checkpoint.norm["weight"], tensors["model.1.norm.weight"])
+    assert torch.equal(checkpoint.norm["bias"], tensors["model.1.norm.bias"])
+    assert sorted(checkpoint.extras) == ["downsampler.w", "scale_net.net.bias"]
+
+
+def test_the_file_tells_where_it_comes_from(tmp_path):
+    source = saved(tmp_path / "in.ckpt", state(norm=False))
+    weights.convert(source, tmp_path / "out.safetensors")
+    assert weights.metadata(tmp_path / "out.safetensors") == {
+        "format_version": "1",
+        "feat_dim": "4",
+        "source": "in.ckpt",
+        "source_sha256": weights.digest(source),
+    }
+    assert len(weights.read(tmp_path / "out.safetensors")) == 42  # nothing of the training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.0.blocks.0.weight": torch.ones(1)}, r"no place in it: model.0.blocks.0.weight"),
+        ({"upsampler.up5.range_temp": torch.ones(())}, r"no place .*upsampler.up5.range_temp"),
+        ({"upsampler.up2.range_temp": None}, r"a file without upsampler.up2.range_temp"),
+        ({"upsampler.fixup_proj.1.bias": None}, r"a file without upsampler.fixup_proj.1.bias"),
+        ({"model.1.norm.bias": None}, r"a file without model.1.norm.bias"),
+        ({"model.1.norm.bias": torch.ones(5)}, r"model.1.norm.bias of shape \(5,\)"),
+        (
+            {"upsampler.up1.fixup_proj.3.bias": torch.ones(25)},
+            r"upsampler.up1.fixup_proj.3.bias of shape \(25,\) .*needed \(49,\)",
+        ),
+        (
+            {"upsampler.up1.range_temp": torch.tensor(1)},
+            r"range_temp of shape \(\) and torch.int64, needed \(\), floating point",
+        ),
+        ({"upsampler.up1.range_temp": 1.0}, r"got float under the name 'upsampler.up1.range_temp'"),
+        ({7: torch.ones(1)}, r"got Tensor under the name 7"),
+    ],
+)
+def test_what_is_not_upstreams_is_refused_by_name(tmp_path, change, message):
+    wrong = {name: value for name, value in {**state(), **change}.items() if value is not None}
+    path = saved(tmp_path / "in.ckpt", wrong)
+    with pytest.raises(ValueError, match=rf"in.ckpt must be a checkpoint of FeatUp.*{message}"):
+        weights.convert_upstream(path)
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        weights.convert(path, tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.witness),)
+
+
+def test_a_malicious_checkpoint_is_refused_and_never_run(tmp_path):
+    witness = tmp_path / "witness"
+    path = saved(tmp_path / "in.ckpt", {"state_dict": {**state(), "bomb": Bomb(witness)}})
+    with pytest.raises(ValueError, match="more than tensors in it, which may run code") as caught:
+        weights.convert_upstream(path)
+    assert not witness.exists()
+    assert "weights_only" not in str(caught.value)  # nobody is told to open it all the same
+    assert caught.value.__context__ is None  # PyTorch's own error advises just that
+    torch.load(path, weights_only=False)
+    assert witness.exists()  # the bomb was live
+
+
+def test_a_malicious_pickle_under_another_name_is_refused_and_never_run(tmp_path):
+    witness = tmp_path / "witness"
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Bomb(witness)))
+    with pytest.raises(ValueError, match="Python pickle"):
+        weights.read(path)
+    with pytest.raises(ValueError, match="Python pickle"):
+        weights.convert_upstream(path)
+    assert not witness.exists()
+
+
+def test_a_compressed_archive_is_refused_before_it_unfolds(tmp_path):
+    source = saved(tmp_path / "in.ckpt", state())
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="got a zip file with compressed entries"):
+        weights.convert_upstream(tmp_path / "bomb.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got an empty file"),
+        (b"<html>login</html>", "got a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "got a Git LFS pointer"),
+        (b"\x10\0\0\0\0\0\0\0{}              ", "got no zip file, as torch.save makes them"),
+        (b"hello", "must be a checkpoint"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(tmp_path, content, message):
+    (tmp_path / "in.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        weights.convert_upstream(tmp_path / "in.ckpt")
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {}, {"state_dict": "none"}])
+def test_pickles_of_other_things_are_refused(tmp_path, content):
+    with pytest.raises(ValueError, match="in place of named tensors"):
+        weights.convert_upstream(saved(tmp_path / "in.ckpt", content))
+
+
+def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path):
+    path = saved(tmp_path / "in.ckpt", state())
+    data = bytearray(path.read_bytes())
+    tensor = weights.convert_upstream(path).upsampler["up3.range_proj.3.weight"]
+    data[data.index(tensor.numpy().tobytes()) + 100] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a damaged file: .* fails its checksum"):
+        weights.convert_upstream(path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*in.ckpt; check the name"):
+        weights.convert_upstream(tmp_path / "in.ckpt")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 10**9), st.binary(max_size=9)), min_size=1, max_size=4),
+    cut=st.none() | st.integers(0, 10**9),
+)
+def test_mutated_checkpoints_are_read_or_refused(tmp_path_factory, edits, cut):
+    path = saved(tmp_path_factory.getbasetemp() / "fuzzed.ckpt", state())
+    data = bytearray(path.read_bytes())
+    for position, replacement in edits:
+        at = position % len(data)
+        data[at : at + len(replacement)] = replacement
+    path.write_bytes(data[: None if cut is None else cut % len(data)])
+    with contextlib.suppress(ValueError):
+        assert len(weights.convert_upstream(path).upsampler) == 42

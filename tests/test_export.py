@@ -1,0 +1,236 @@
+"""Exported and compiled models: the numbers of the eager ones, at sizes not used for tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
+from featup_hub.backbones import ChannelNorm
+from featup_hub.cli import main
+from featup_hub.export import trace, write_onnx, write_pt2
+from tests.ops.formulations import randomise
+
+TOLERANCE = 2e-5
+CHANNELS = 4
+STRIDE = 4  # two stages
+
+
+def stack() -> JBUStack:
+    """Two stages of 3×3 taps: all there is to trace, at a fraction of the time."""
+    return randomise(JBUStack(CHANNELS, num_stages=2, radius=1, key_dim=4)).eval()
+
+
+def model() -> UpsampledBackbone:
+    network = nn.Conv2d(3, CHANNELS, STRIDE, stride=STRIDE)
+    backbone = ModuleBackbone(network, feat_dim=CHANNELS, patch_size=STRIDE)
+    return UpsampledBackbone(backbone, stack(), norm=ChannelNorm(CHANNELS)).eval()
+
+
+def pair(batch: int, source: tuple[int, int], image: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, CHANNELS, *source), torch.randn(batch, 3, *image)
+
+
+# Of the example's two stages: ratios above 2 and up to 4; odd sides, another ratio on each axis.
+PAIRS = [(1, (4, 9), (15, 36)), (3, (7, 7), (28, 23)), (2, (6, 5), (24, 20))]
+IMAGES = [(1, 16, 36), (3, 28, 12), (2, 20, 20)]
+
+
+@pytest.fixture(scope="module")
+def upsampler() -> JBUStack:
+    torch.manual_seed(1)
+    return stack()
+
+
+@pytest.fixture(scope="module")
+def complete() -> UpsampledBackbone:
+    torch.manual_seed(2)
+    return model()
+
+
+@pytest.fixture(scope="module")
+def upsampler_program(upsampler: JBUStack) -> ExportedProgram:
+    return trace(upsampler, *pair(1, (5, 5), (18, 18)))
+
+
+@pytest.fixture(scope="module")
+def complete_program(complete: UpsampledBackbone) -> ExportedProgram:
+    return trace(complete, torch.randn(1, 3, 24, 24))
+
+
+def assert_same(run: Callable[..., Tensor], eager: nn.Module, *inputs: Tensor) -> None:
+    with torch.no_grad():
+        expected = eager(*inputs)
+        got = run(*inputs)
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
+
+
+def in_onnxruntime(path: Path) -> Callable[..., Tensor]:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["features"]
+
+    def run(*inputs: Tensor) -> Tensor:
+        names = [given.name for given in session.get_inputs()]
+        arrays = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return run
+
+
+def test_a_program_of_the_upsampler_serves_other_sizes_after_a_round_trip(
+    upsampler: JBUStack, upsampler_program: ExportedProgram, tmp_path: Path
+) -> None:
+    write_pt2(upsampler_program, tmp_path / "upsampler.pt2")
+    run = torch.export.load(tmp_path / "upsampler.pt2").module()
+    for sizes in PAIRS:
+        assert_same(run, upsampler, *pair(*sizes))
+
+
+def test_a_program_of_a_whole_model_serves_other_sizes(
+    complete: UpsampledBackbone, complete_program: ExportedProgram
+) -> None:
+    run = complete_program.module()
+    for batch, height, width in IMAGES:
+        assert_same(run, complete, torch.randn(batch, 3, height, width))
+
+
+def test_a_program_refuses_what_takes_another_number_of_stages(
+    upsampler_program: ExportedProgram,
+) -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        upsampler_program.module()(*pair(1, (4, 4), (33, 33)))
+
+
+def test_a_static_program_takes_its_own_size_only(upsampler: JBUStack) -> None:
+    inputs = pair(1, (3, 4), (12, 16))
+    run = trace(upsampler, *inputs, dynamic=False).module()
+    assert_same(run, upsampler, *inputs)
+    with pytest.raises((RuntimeError, AssertionError)):
+        run(*pair(1, (4, 4), (16, 16)))
+
+
+def test_programs_hold_standard_operators_only(upsampler_program: ExportedProgram) -> None:
+    calls = {str(n.target) for n in upsampler_program.graph.nodes if n.op == "call_function"}
+    assert not any("featup_hub" in call for call in calls)
+
+
+@pytest.mark.slow
+def test_onnxruntime_agrees_on_the_upsampler_at_other_sizes(
+    upsampler: JBUStack, upsampler_program: ExportedProgram, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    write_onnx(upsampler_program, tmp_path / "upsampler.onnx")
+    run = in_onnxruntime(tmp_path / "upsampler.onnx")
+    for sizes in PAIRS:
+        assert_same(run, upsampler, *pair(*sizes))
+
+
+@pytest.mark.slow
+def test_onnxruntime_agrees_on_a_whole_model_at_other_sizes(
+    complete: UpsampledBackbone, complete_program: ExportedProgram, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    write_onnx(complete_program, tmp_path / "model.onnx")
+    run = in_onnxruntime(tmp_path / "model.onnx")
+    for batch, height, width in IMAGES:
+        assert_same(run, complete, torch.randn(batch, 3, height, width))
+
+
+@pytest.fixture
+def compiled(upsampler: JBUStack) -> tuple[Callable[..., Tensor], list[int]]:
+    """The upsampler compiled without a code generator, and the graphs compiled so far."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[object]) -> Callable[..., object]:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(upsampler, fullgraph=True, dynamic=True, backend=backend), graphs
+
+
+def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(
+    upsampler: JBUStack, compiled: tuple[Callable[..., Tensor], list[int]]
+) -> None:
+    run, graphs = compiled
+    # PyTorch takes sizes that agree in the first call for one and the same, and 1 for a constant.
+    for sizes in ((2, (6, 5), (24, 20)), (3, (7, 7), (28, 23)), (5, (9, 6), (35, 17))):
+        assert_same(run, upsampler, *pair(*sizes))
+    assert len(graphs) == 1
+    for sizes in ((2, (6, 5), (11, 9)), (3, (7, 8), (14, 15))):
+        assert_same(run, upsampler, *pair(*sizes))
+    assert len(graphs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_compiles_the_whole_upsampler_as_one_graph(
+    upsampler: JBUStack, dynamic: bool
+) -> None:
+    torch._dynamo.reset()
+    run = torch.compile(upsampler, fullgraph=True, dynamic=dynamic)
+    assert_same(run, upsampler, *pair(2, (6, 5), (24, 20)))
+
+
+def test_a_model_in_training_mode_is_not_exported(upsampler: JBUStack) -> None:
+    with pytest.raises(ValueError, match=r"must be in evaluation mode; call model\.eval\(\)"):
+        trace(JBUStack(), *pair(2, (5, 5), (10, 10)))
+
+
+def test_a_side_of_one_is_no_example_of_a_dynamic_one(upsampler: JBUStack) -> None:
+    with pytest.raises(ValueError, match=r"at least 2 in the example.*\(1, 4, 1, 5\)"):
+        trace(upsampler, *pair(1, (1, 5), (4, 20)))
+
+
+def test_what_onnx_lacks_is_said(
+    upsampler_program: ExportedProgram, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs onnx and onnxscript; pip install"):
+        write_onnx(upsampler_program, tmp_path / "x.onnx")
+
+
+@pytest.fixture
+def _tiny_model(complete: UpsampledBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featup_hub.cli.export.load", lambda *_, **__: complete)
+
+
+@pytest.mark.usefixtures("_tiny_model")
+@pytest.mark.slow
+def test_the_command_writes_a_program_for_every_size(
+    complete: UpsampledBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.pt2"
+    assert main(["export", str(path)]) == 0
+    assert "sides in multiples of 4 in, 4 channels out" in capsys.readouterr().out
+    assert_same(torch.export.load(path).module(), complete, torch.randn(3, 3, 20, 32))
+
+
+@pytest.mark.usefixtures("_tiny_model")
+def test_the_command_writes_a_program_for_one_size(
+    complete: UpsampledBackbone, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    assert main(["export", str(path), "--format", "pt2", "--static", "16x24"]) == 0
+    assert_same(torch.export.load(path).module(), complete, torch.randn(1, 3, 16, 24))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.pth"], "must be named *.onnx or *.pt2; got model.pth"),
+        (["model.onnx", "--static", "224"], "--static must be HxW, such as 224x224; got '224'"),
+    ],
+)
+def test_what_was_typed_wrongly_is_explained(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from featup_hub import JBUStack
+from featup_hub.registry import MODELS
+from featup_hub.weights import write
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random stages."""
+    path = tmp_path_factory.mktemp("weights") / "stages.safetensors"
+    torch.manual_seed(3)
+    write(JBUStack().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hubconf() -> ModuleType:
+    """The entry points as torch.hub imports them."""
+    path = Path(__file__).parents[1] / "hubconf.py"
+    spec = importlib.util.spec_from_file_location("hubconf", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(code: str, *arguments: object, cwd: Path) -> None:
+    """Runs Python elsewhere, where featup_hub can only come from torch.hub."""
+    own = {"PYTHONPATH", "COVERAGE_PROCESS_START"}
+    environment = {k: v for k, v in os.environ.items() if k not in own}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        env={**environment, "HF_HUB_OFFLINE": "1", "TORCH_HOME": str(cwd)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_model_is_an_entry_point_and_nothing_else_is(hubconf: ModuleType) -> None:
+    public = {n for n in dir(hubconf) if callable(getattr(hubconf, n)) and not n.startswith("_")}
+    assert public == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_entry_points_load_the_model_of_their_name(
+    name: str, hubconf: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(hubconf, "_load", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(
+        hubconf, "_load_upsampler", lambda *args, **options: calls.append((args, options))
+    )
+    entry = getattr(hubconf, name)
+    assert entry.__doc__
+    if name == "jbu":
+        entry(False, weights="w")
+        assert calls == [((), {"pretrained": False, "weights": "w"})]
+        return
+    assert list(inspect.signature(entry).parameters)[:2] == ["pretrained", "use_norm"]  # upstream's
+    entry(False, True, weights="w", backbone_weights="b")
+    entry()
+    given = {"pretrained": False, "use_norm": True, "weights": "w", "backbone_weights": "b"}
+    default = {"pretrained": True, "use_norm": True, "weights": None, "backbone_weights": None}
+    assert calls == [((name,), given), ((name,), default)]
+
+
+def test_what_hub_checks_for_is_what_loading_needs(hubconf: ModuleType) -> None:
+    assert set(hubconf.dependencies) == {"torch", "timm", "huggingface_hub", "safetensors"}
+
+
+LOAD = """
+import sys, torch
+stages = sys.argv[2]
+def load():
+    return torch.hub.load(
+        sys.argv[1], "efficientnet_lite0", source="local", trust_repo=True, weights=stages
+    )
+"""
+
+
+def test_a_model_loads_elsewhere_without_being_installed(
+    root: Path, tmp_path: Path, stages: Path
+) -> None:
+    code = """
+torch.manual_seed(1)
+state = torch.get_rng_state()
+path = list(sys.path)
+first, second = load(), load()
+import featup_hub
+assert featup_hub.__file__.startswith(sys.argv[1])
+assert sys.path == path
+assert torch.equal(torch.get_rng_state(), state)
+assert not any(module.training for module in first.modules())
+image = torch.randn(1, 3, 60, 75)
+with torch.no_grad():
+    assert torch.equal(first(image), second(image))
+    assert first(image).shape == (1, 112, 60, 75)
+"""
+    run(LOAD + code, root, stages, cwd=tmp_path)
+
+
+def test_a_model_keeps_working_when_its_folder_left_the_path(
+    root: Path, tmp_path: Path, stages: Path
+) -> None:
+    # Loaded by a relative path, then the folder changes: what is imported late must be found.
+    code = """
+import os, pathlib, pkgutil, importlib
+model = load()
+os.chdir("/")
+import featup_hub
+loaded = {name for name in sys.modules if name.startswith("featup_hub.")}
+late = [m.name for m in pkgutil.walk_packages(featup_hub.__path__, "featup_hub.")]
+late = [name for name in late if name not in loaded and "weights_data" not in name]
+assert late
+importlib.import_module("featup_hub.visualize")
+with torch.no_grad():
+    model(torch.randn(1, 3, 32, 32))
+featup_hub.load_backbone("efficientnet_lite0")
+"""
+    run(LOAD + code, os.path.relpath(root, tmp_path), stages, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_another_repository_with_common_names_is_not_disturbed(
+    ours_first: bool, root: Path, tmp_path: Path, stages: Path
+) -> None:
+    other = tmp_path / "other"
+    for name in ("utils", "models", "weights", "tests", "benchmarks", "ops"):
+        (other / name).mkdir(parents=True)
+        (other / name / "__init__.py").write_text(f"ORIGIN = 'other {name}'\n")
+    (other / "hubconf.py").write_text(
+        "import benchmarks, models, ops, tests, utils, weights\n"
+        "def origins():\n"
+        "    return [m.ORIGIN for m in (benchmarks, models, ops, tests, utils, weights)]\n"
+    )
+    code = f"""
+def theirs():
+    found = torch.hub.load(sys.argv[3], "origins", source="local", trust_repo=True)
+    names = ["benchmarks", "models", "ops", "tests", "utils", "weights"]
+    assert found == ["other " + name for name in names], found
+order = [load, theirs] if {ours_first} else [theirs, load]
+for step in order:
+    step()
+import featup_hub.weights
+assert featup_hub.weights.__file__.startswith(sys.argv[1])
+with torch.no_grad():
+    load()(torch.randn(1, 3, 32, 32))
+"""
+    run(LOAD + code, root, stages, other, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite0_stride32", "jbu"])
+def test_the_shipped_models_load_without_a_network(name: str, root: Path, tmp_path: Path) -> None:
+    code = "import sys, torch; torch.hub.load(*sys.argv[1:], source='local', trust_repo=True)"
+    run(code, root, name, cwd=tmp_path)

@@ -1,0 +1,260 @@
+"""Reading images as a person sees them, and sizes that a patch divides."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featup_hub.image import preprocess, read_image, resize, write_atomically
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_a_photograph_is_read_as_pillow_reads_it(root: Path) -> None:
+    path = root / "tests/data/chelsea.jpg"
+    assert np.array_equal(pixels(path), np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+    upright = np.zeros((20, 30, 3), np.uint8)
+    upright[:10, :15] = (255, 0, 0)
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)
+    stored = Image.fromarray(upright)
+    if back is not None:
+        stored = stored.transpose(Image.Transpose(back))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "rotated.png", exif=exif)
+    assert np.array_equal(pixels(tmp_path / "rotated.png"), upright)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grayscale_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"deep.{suffix}", RAMP.astype(np.uint16) * 257)
+    assert np.array_equal(pixels(path), np.repeat(RAMP[..., None], 3, axis=2))
+
+
+def test_big_endian_16_bit_is_read_right(tmp_path: Path) -> None:
+    path = tmp_path / "deep.tif"
+    Image.frombytes("I;16B", (16, 16), (RAMP.astype(">u2") * 257).tobytes()).save(path)
+    assert np.array_equal(pixels(path)[..., 0], RAMP)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    black_and_white = np.zeros((16, 16, 3), np.uint8)
+    black_and_white[:, 8:] = 255
+    path = save(
+        tmp_path / ("x.jpg" if mode in {"CMYK", "YCbCr"} else "x.png"), black_and_white, mode
+    )
+    assert np.abs(pixels(path).astype(int) - black_and_white).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white_and_half_transparent_ones_are_mixed(
+    tmp_path: Path, mode: str
+) -> None:
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 3] = (255, 128, 0)
+    image = Image.fromarray(rgba)
+    if mode == "P":
+        image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+        image.putpalette([0] * 9)
+        image.info["transparency"] = bytes([255, 128, 0])
+    elif mode == "LA":
+        image = image.convert("LA")
+    image.save(tmp_path / "x.png")
+    assert pixels(tmp_path / "x.png")[0].tolist() == [[0] * 3, [127] * 3, [255] * 3]
+
+
+def test_a_single_pixel_is_an_image(tmp_path: Path) -> None:
+    path = save(tmp_path / "one.png", np.full((1, 1, 3), 7, np.uint8))
+    assert pixels(path).tolist() == [[[7, 7, 7]]]
+    assert preprocess(read_image(path), mean=[0] * 3, std=[1] * 3, multiple_of=16).shape[2:] == (
+        16,
+        16,
+    )
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tif", "bmp", "webp"])
+def test_a_truncated_file_is_an_error_wherever_it_ends(
+    tmp_path: Path, root: Path, suffix: str, share: float
+) -> None:
+    path = tmp_path / f"cut.{suffix}"
+    Image.open(root / "tests/data/chelsea.jpg").save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ValueError, match=r"cut\.\w+ is (damaged or cut short|not an image)"):
+        read_image(path)
+
+
+def test_what_is_not_an_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_text("<html></html>")
+    with pytest.raises(ValueError, match=r"page\.jpg is not an image Pillow can read"):
+        read_image(tmp_path / "page.jpg")
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ValueError, match=r"empty\.jpg is an empty file"):
+        read_image(tmp_path / "empty.jpg")
+
+
+def test_a_folder_a_missing_and_a_forbidden_file_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        read_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*cat\.jpg"):
+        read_image(tmp_path / "cat.jpg")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match=r"cannot read .*cat\.jpg: Permission denied"):
+        read_image(tmp_path / "cat.jpg")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    body = (
+        chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 10**6)) + chunk(b"IEND", b"")
+    )
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    with pytest.raises(ValueError, match=r"too many pixels.*if you trust it"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_pixels_without_a_defined_white_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "float.tif", np.ones((4, 4), np.float32))
+    with pytest.raises(ValueError, match=r"8 or 16 bits.*floating-point"):
+        read_image(path)
+    path = save(tmp_path / "wide.tif", np.full((4, 4), 70_000, np.int32))
+    with pytest.raises(ValueError, match=r"8 or 16 bits.*32-bit pixels from 70000 to 70000"):
+        read_image(path)
+
+
+def test_damaged_metadata_does_not_hide_a_picture(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(data, "JPEG", exif=b"Exif\0\0II*\0garbage")
+    (tmp_path / "x.jpg").write_bytes(data.getvalue())
+    assert pixels(tmp_path / "x.jpg").shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple_of", "expected"),
+    [
+        (None, 1, (300, 451)),
+        (None, 14, (294, 448)),
+        (None, 16, (304, 448)),
+        (None, 1000, (1000, 1000)),
+        (224, 14, (224, 336)),
+        (7, 7, (7, 14)),
+        ((224, 140), 14, (224, 140)),
+    ],
+)
+def test_sizes_are_multiples_of_the_patch(
+    size: int | tuple[int, int] | None, multiple_of: int, expected: tuple[int, int]
+) -> None:
+    photo = Image.new("RGB", (451, 300))
+    result = resize(photo, size, multiple_of=multiple_of)
+    assert result.size == expected[::-1]
+
+
+def test_an_exact_size_crops_the_centre_and_keeps_proportions() -> None:
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 255
+    assert np.asarray(resize(Image.fromarray(wide), (50, 50))).mean() > 250
+    assert np.asarray(resize(Image.fromarray(wide), 50)).shape == (50, 150, 3)
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 42, 3), np.uint8))
+    for size in (None, 28, (28, 42)):
+        assert np.array_equal(np.asarray(resize(noise, size, multiple_of=14)), np.asarray(noise))
+
+
+@pytest.mark.parametrize("size", [225, (224, 225)])
+def test_a_size_the_patch_does_not_divide_is_refused_with_the_nearest(
+    size: int | tuple[int, int],
+) -> None:
+    with pytest.raises(ValueError, match="positive multiple of 14; got 225; try 224 or 238"):
+        resize(Image.new("RGB", (300, 300)), size, multiple_of=14)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_must_be_positive(size: int) -> None:
+    with pytest.raises(ValueError, match=f"size must be positive; got {size}; try 1 or 2"):
+        resize(Image.new("RGB", (300, 300)), size)
+
+
+def test_a_strip_is_not_blown_up_without_bound() -> None:
+    with pytest.raises(ValueError, match="ask for a smaller size"):
+        resize(Image.new("RGB", (40_000, 1)), 224)
+
+
+def test_preprocess_normalises_each_channel() -> None:
+    red = Image.new("RGB", (6, 4), (255, 0, 51))
+    image = preprocess(red, mean=(0.5, 0.25, 0.2), std=(0.5, 0.25, 0.1))
+    assert image.shape == (1, 3, 4, 6)
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+    assert torch.allclose(image[0, :, 2, 3], torch.tensor([1.0, -1.0, 0.0]), atol=1e-6)
+
+
+def test_preprocess_agrees_with_timm(root: Path) -> None:
+    transforms = pytest.importorskip("timm.data").create_transform
+    theirs = transforms((3, 224, 224), interpolation="bicubic", crop_pct=1.0)
+    photo = read_image(root / "tests/data/chelsea.jpg")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    ours = preprocess(photo, (224, 224), mean=mean, std=std)[0]
+    # Half a pixel of the crop is all that differs: theirs rounds, ours does not.
+    assert (ours - theirs(photo)).abs().mean() < 0.06
+
+
+def test_preprocess_wants_rgb() -> None:
+    with pytest.raises(ValueError, match="an RGB image is needed; got mode L"):
+        preprocess(Image.new("L", (4, 4)), mean=(0,), std=(1,))
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+
+    def half() -> None:
+        with write_atomically(path) as partial:
+            partial.write_bytes(b"half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        half()
+    assert path.read_bytes() == b"old"
+    with write_atomically(path) as partial:
+        partial.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]

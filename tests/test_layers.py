@@ -1,0 +1,90 @@
+"""Who may import whom, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAYERS = [
+    {"ops"},
+    {"registry", "image", "visualize"},
+    {"weights"},
+    {"upsamplers", "backbones"},
+    {"model"},
+    {"training", "evaluation", "export"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+PACKAGE = Path(__file__).resolve().parents[1] / "featup_hub"
+
+
+def modules() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.stem != "__init__"]
+
+
+def unit(path: Path) -> str:
+    """The part of the package that a file belongs to: a folder or a module at the top."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_units(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("featup_hub.")}
+    return found & set(RANK)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_lower_layers_only(path: Path) -> None:
+    own = unit(path)
+    assert own in RANK, f"{path.name} belongs to no layer; add it to LAYERS"
+    for other in imported_units(ast.parse(path.read_text())) - {own}:
+        assert RANK[other] < RANK[own], f"{own} imports {other}, which is not below it"
+
+
+def test_importing_needs_torch_only_and_changes_nothing() -> None:
+    program = """
+import random, sys, warnings
+import torch
+warnings.simplefilter("error")
+before = set(sys.modules)
+state, threads, flags = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
+import featup_hub
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert new <= {"featup_hub", "torch"}, new
+assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+upsampler = featup_hub.JBUStack()
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert new <= {"featup_hub", "torch"}, new
+assert torch.is_grad_enabled() == flags
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert result.stderr == ""
+
+
+def test_setup_does_not_import_torch() -> None:
+    assert "torch" not in imported_roots(PACKAGE.parent / "setup.py")
+
+
+def imported_roots(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+    return names

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
+from featup_hub.backbones import ChannelNorm, MaskClipBackbone, TimmBackbone
+from featup_hub.image import preprocess, read_image
+from featup_hub.model import find_card, list_models, load, load_backbone, load_upsampler
+from featup_hub.registry import MODELS
+from featup_hub.weights import convert, write
+
+NAME = "efficientnet_lite0"
+
+
+def random_stack(feat_dim: int | None = None) -> JBUStack:
+    torch.manual_seed(3)
+    return JBUStack(feat_dim).eval()
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random stages."""
+    path = tmp_path_factory.mktemp("weights") / "stages.safetensors"
+    write(random_stack().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(stages: Path) -> UpsampledBackbone:
+    """The shipped backbone behind random stages."""
+    return load(NAME, weights=stages)
+
+
+def tiny(upsampler: JBUStack | None = None, *, norm: bool = False) -> UpsampledBackbone:
+    torch.manual_seed(4)
+    backbone = ModuleBackbone(nn.Conv2d(3, 6, 8, stride=8), feat_dim=6, patch_size=8)
+    upsampler = random_stack() if upsampler is None else upsampler
+    return UpsampledBackbone(backbone, upsampler, norm=ChannelNorm(6) if norm else None).eval()
+
+
+# What a model computes
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (61, 83)])
+def test_features_have_the_resolution_of_the_image(
+    model: UpsampledBackbone, size: tuple[int, int]
+) -> None:
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, *size)).shape == (2, 112, *size)
+
+
+@torch.no_grad()
+def test_a_model_is_backbone_norm_and_upsampler(model: UpsampledBackbone) -> None:
+    image = torch.randn(1, 3, 64, 80)
+    low = model.backbone(image)
+    normed = F.layer_norm(low.permute(0, 2, 3, 1), (112,)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(model.source(image), normed)
+    torch.testing.assert_close(model(image), model.upsampler(normed, image))
+
+
+@torch.no_grad()
+def test_another_output_size_can_be_asked_for() -> None:
+    assert tiny()(torch.randn(1, 3, 30, 40), size=(64, 80)).shape == (1, 6, 64, 80)
+
+
+@torch.no_grad()
+def test_the_implementation_can_be_chosen() -> None:
+    image = torch.randn(1, 3, 32, 40)
+    fast, definition = (tiny()(image, impl=impl) for impl in ("torch", "reference"))
+    torch.testing.assert_close(fast, definition, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("closing", [None, 6])
+def test_a_folded_head_equals_the_head_behind_the_model(closing: int | None) -> None:
+    whole, head = tiny(random_stack(closing), norm=True), nn.Conv2d(6, 2, 1)
+    image = torch.randn(2, 3, 32, 45)
+    folded = whole.fold_head(head)
+    assert not folded.training
+    torch.testing.assert_close(folded(image), head(whole(image)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="has a head already; fold one into the model it came"):
+        tiny().fold_head(nn.Conv2d(6, 2, 1)).fold_head(nn.Conv2d(2, 2, 1))
+
+
+def test_a_plain_module_is_no_backbone() -> None:
+    with pytest.raises(TypeError, match=r"got Conv2d; wrap it: ModuleBackbone\("):
+        UpsampledBackbone(nn.Conv2d(3, 3, 1), JBUStack())  # type: ignore[arg-type]
+
+
+def test_an_upsampler_for_other_features_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"made for 7 channels; the backbone has 6; use one"):
+        tiny(JBUStack(7))
+
+
+def test_gradients_reach_backbone_norm_and_upsampler() -> None:
+    whole = tiny(norm=True)
+    whole(torch.randn(1, 3, 16, 16)).square().sum().backward()
+    assert whole.norm is not None
+    for part in (whole.backbone, whole.norm, whole.upsampler.up4):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+# How a model is loaded
+
+
+def test_two_loads_are_equal_bit_for_bit(model: UpsampledBackbone, stages: Path) -> None:
+    torch.manual_seed(7)
+    again = load(NAME, weights=stages)
+    states = model.state_dict(), again.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    image = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(model(image), again(image))
+
+
+def test_loading_leaves_the_random_state_alone(stages: Path) -> None:
+    before = torch.get_rng_state()
+    load(NAME, weights=stages)
+    load_backbone(NAME)
+    load_upsampler(weights=stages)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_models_come_in_evaluation_mode(model: UpsampledBackbone, stages: Path) -> None:
+    assert not any(part.training for part in model.modules())
+    assert not any(part.training for part in load_backbone(NAME).modules())
+    assert not any(part.training for part in load_upsampler(weights=stages).modules())
+    assert not any(part.training for part in load(NAME, pretrained=False).modules())
+
+
+def test_models_come_on_the_cpu_whatever_the_default_device(stages: Path) -> None:
+    with torch.device("meta"):
+        loaded = load(NAME, weights=stages)
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+
+
+def test_random_weights_are_drawn_as_everywhere_in_torch() -> None:
+    torch.manual_seed(5)
+    first, second = (load(NAME, pretrained=False) for _ in range(2))
+    torch.manual_seed(5)
+    third = load(NAME, pretrained=False)
+    name = "upsampler.up1.range_proj.0.weight"
+    assert not torch.equal(first.state_dict()[name], second.state_dict()[name])
+    assert torch.equal(first.state_dict()[name], third.state_dict()[name])
+
+
+def test_the_upsamplers_file_is_read_into_it(model: UpsampledBackbone) -> None:
+    for name, tensor in random_stack().state_dict().items():
+        assert torch.equal(model.upsampler.state_dict()[name], tensor)
+
+
+@torch.no_grad()
+def test_the_shipped_backbone_tells_a_cat_from_a_cup(root: Path) -> None:
+    backbone = load_backbone(NAME)
+
+    def pooled(name: str) -> Tensor:
+        photo = read_image(root / "tests" / "data" / name)
+        image = preprocess(photo, size=(224, 224), mean=backbone.mean, std=backbone.std)
+        return backbone(torch.cat([image, image.flip(-1)])).mean((2, 3))
+
+    cat, cup = pooled("chelsea.jpg"), pooled("coffee.jpg")
+    same = min(float(F.cosine_similarity(*pair, dim=0)) for pair in (cat, cup))
+    assert same > float(F.cosine_similarity(cat, cup).max()) + 0.1
+
+
+def test_without_a_norm_features_are_the_backbones_own(stages: Path) -> None:
+    plain = load(NAME, use_norm=False, weights=stages)
+    image = torch.randn(1, 3, 48, 48)
+    assert plain.norm is None
+    with torch.no_grad():
+        assert torch.equal(plain.source(image), plain.backbone(image))
+
+
+def test_a_norm_in_the_file_is_loaded(tmp_path: Path) -> None:
+    norm = {"norm.weight": torch.rand(112), "norm.bias": torch.rand(112)}
+    write({**random_stack(112).state_dict(), **norm}, tmp_path / "all.safetensors")
+    loaded = load(NAME, weights=tmp_path / "all.safetensors")
+    assert loaded.norm is not None
+    assert torch.equal(loaded.norm.weight, norm["norm.weight"])
+    assert torch.equal(loaded.norm.bias, norm["norm.bias"])
+    with pytest.raises(ValueError, match=r"trained behind a channel norm, .* leave it at True"):
+        load(NAME, use_norm=False, weights=tmp_path / "all.safetensors")
+    with pytest.raises(ValueError, match=r"holds a channel norm, .* load both"):
+        load_upsampler(weights=tmp_path / "all.safetensors")
+
+
+def test_an_upsampler_trained_without_a_norm_gets_none(tmp_path: Path) -> None:
+    write(random_stack(112).state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=r"without a channel norm; .* pass use_norm=False"):
+        load(NAME, weights=tmp_path / "bare.safetensors")
+    loaded = load(NAME, use_norm=False, weights=tmp_path / "bare.safetensors")
+    assert loaded.upsampler.feat_dim == 112
+
+
+def test_an_upsampler_for_another_backbone_is_refused(tmp_path: Path) -> None:
+    write(random_stack(7).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="made for 7 channels; the backbone has 112"):
+        load(NAME, use_norm=False, weights=tmp_path / "other.safetensors")
+
+
+def test_a_file_that_is_no_upsampler_is_refused(tmp_path: Path) -> None:
+    write({"weight": torch.zeros(3)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="does not fit JBUStack"):
+        load(NAME, weights=tmp_path / "odd.safetensors")
+
+
+def test_a_file_that_is_no_backbone_is_refused(stages: Path) -> None:
+    with pytest.raises(ValueError, match="are not those of timm's tf_efficientnet_lite0"):
+        load(NAME, weights=stages, backbone_weights=stages)
+
+
+def test_missing_files_are_named(tmp_path: Path, stages: Path) -> None:
+    missing = tmp_path / "missing.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"missing\.safetensors"):
+        load(NAME, weights=missing)
+    with pytest.raises(FileNotFoundError, match=r"missing\.safetensors"):
+        load(NAME, weights=stages, backbone_weights=missing)
+
+
+def test_the_upsampler_alone_is_no_model() -> None:
+    with pytest.raises(ValueError, match=r"got 'jbu', an upsampler alone; call load_upsampler\(\)"):
+        load("jbu")
+    assert "jbu" not in list_models()
+    assert set(list_models()) < set(MODELS)
+
+
+def test_unknown_models_bring_suggestions() -> None:
+    with pytest.raises(ValueError, match="did you mean 'dinov2'"):
+        load("dinov22")
+
+
+@torch.no_grad()
+def test_any_model_of_timm_loads_by_its_name(stages: Path) -> None:
+    for name in ("test_resnet", "timm/test_resnet.r160_in1k"):
+        loaded = load(name, pretrained=False, weights=stages)
+        assert loaded(torch.randn(1, 3, 40, 72)).shape == (1, loaded.feat_dim, 40, 72)
+
+
+def test_where_the_table_and_timm_share_a_name_the_table_wins_unless_told() -> None:
+    assert find_card("resnet50").backbone == "resnet50.tv_in1k"
+    assert find_card("timm/resnet50").backbone == "resnet50"
+
+
+@torch.no_grad()
+def test_maskclip_works_with_its_defaults(stages: Path) -> None:
+    loaded = load("maskclip", pretrained=False, weights=stages)
+    assert isinstance(loaded.backbone, MaskClipBackbone)
+    assert loaded(torch.randn(1, 3, 48, 40)).shape == (1, 512, 48, 40)
+
+
+def test_the_default_model_needs_nothing_but_the_package() -> None:
+    default = load(NAME)
+    assert default.upsampler.feat_dim is None
+    with torch.no_grad():
+        assert default(torch.randn(1, 3, 64, 64)).shape == (1, 112, 64, 64)
+
+
+# Real weights
+
+
+@pytest.mark.shared
+def test_a_checkpoint_of_upstream_is_loaded_whole(shared: Path, tmp_path: Path) -> None:
+    source = shared / "checkpoints" / "featup_maskclip_jbu_stack_cocostuff.ckpt"
+    checkpoint = convert(source, tmp_path / "maskclip.safetensors")
+    loaded = load(
+        "maskclip",
+        pretrained=False,
+        use_norm=checkpoint.norm is not None,
+        weights=tmp_path / "maskclip.safetensors",
+    )
+    state = loaded.upsampler.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in checkpoint.upsampler.items())
+    if checkpoint.norm is not None:
+        assert loaded.norm is not None
+        assert torch.equal(loaded.norm.weight, checkpoint.norm["weight"])
+
+
+@pytest.mark.shared
+def test_a_vit_loads_from_the_hubs_cache_without_a_network(
+    shared: Path, tmp_path: Path, stages: Path, root: Path
+) -> None:
+    # timm's layout: one model.safetensors in the repository that the card names.
+    repository = tmp_path / "hub" / "models--timm--vit_small_patch14_dinov2.lvd142m"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    file = shared / "backbones" / "dinov2_vits14_saliency_ft.safetensors"
+    shutil.copy(file, snapshot / "model.safetensors")
+    code = (
+        "import sys, torch, featup_hub\n"
+        "model = featup_hub.load('dinov2', weights=sys.argv[1])\n"
+        "torch.save(model.source(torch.linspace(-1, 1, 3 * 56 * 70).view(1, 3, 56, 70)),"
+        " sys.argv[2])\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(stages), str(tmp_path / "source.pt")],
+        check=True,
+        cwd=root,
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"},
+    )
+    image = torch.linspace(-1, 1, 3 * 56 * 70).view(1, 3, 56, 70)
+    expected = load("dinov2", weights=stages, backbone_weights=file)
+    assert isinstance(expected.backbone, TimmBackbone)
+    source = torch.load(tmp_path / "source.pt", weights_only=True)
+    with torch.no_grad():
+        torch.testing.assert_close(source, expected.source(image), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,48 @@
+"""What the README says is run: its Python blocks here, its two commands by ``.ci/run``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from featup_hub.registry import MODELS
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda b: b.splitlines()[-1][:40])
+def test_a_python_block_runs(block: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.chdir(root)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_continuous_integration_runs_the_readmes_two_commands(root: Path) -> None:
+    script = (root / ".ci/run").read_text()
+    first, second = (block.strip() for block in blocks("bash"))
+    install, upsample = first.split(" && ")
+    assert f"{install.replace('pip install', 'pip install --quiet')}\n" in script
+    assert upsample.replace("tests/data", "$OLDPWD/tests/data").split(" --out")[
+        0
+    ] in script.replace('"', "")
+    install, tests = second.split(" && ")
+    assert install.replace("pip install", "pip install --quiet") in script
+    assert f"\n{tests}" in script
+
+
+def test_every_model_of_the_registry_is_in_the_table() -> None:
+    table = README[README.index("## Models") : README.index("## How good")]
+    named = set(re.findall(r"`([a-z0-9_]+)`", table))
+    for name in MODELS:
+        assert name in named
+
+
+def test_pictures_and_files_that_are_named_exist(root: Path) -> None:
+    for target in re.findall(r"\]\(([^):]+)\)", README):
+        if not target.startswith("http"):
+            assert (root / target).exists(), target

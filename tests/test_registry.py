@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone, TimmBackbone
+from featup_hub.model import list_models
+from featup_hub.registry import (
+    EFFICIENTNET_LITE0,
+    JBU_UNIVERSAL,
+    MODELS,
+    ModelCard,
+    WeightFile,
+    card,
+)
+from featup_hub.weights import digest, shipped_folder
+
+WITH_BACKBONE = list_models()
+
+
+@pytest.mark.parametrize("name", WITH_BACKBONE)
+def test_a_card_tells_the_dimensions_of_its_backbone(name: str) -> None:
+    row = card(name)
+    assert row.backbone is not None
+    with torch.device("meta"):
+        backbone: Backbone
+        if row.kind == "timm":
+            backbone = TimmBackbone(row.backbone, stride=row.patch_size)
+        else:
+            kind = ClipBackbone if row.kind == "clip" else MaskClipBackbone
+            backbone = kind(row.backbone)
+    assert (backbone.feat_dim, backbone.patch_size) == (row.feat_dim, row.patch_size)
+    assert row.image_size % backbone.patch_size == 0
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_BACKBONE if "lite0" not in n])
+def test_files_on_the_hub_and_licences_are_those_timm_names(name: str) -> None:
+    row = card(name)
+    assert row.backbone is not None
+    assert row.backbone_file is not None
+    config = timm.get_pretrained_cfg(row.backbone)
+    assert row.backbone_file.repo_id == config.hf_hub_id
+    assert row.backbone_file.filename == (config.hf_hub_filename or "model.safetensors")
+    assert row.licence.lower().replace(" ", "-") == config.license
+
+
+@pytest.mark.parametrize("file", [EFFICIENTNET_LITE0, JBU_UNIVERSAL])
+def test_shipped_files_have_the_digest_of_their_row(file: WeightFile) -> None:
+    assert digest(shipped_folder() / file.filename) == file.sha256
+    assert str(file.sha256) in (shipped_folder() / file.filename).with_suffix(".md").read_text()
+
+
+def test_upstreams_names_are_all_there() -> None:
+    assert {"vit", "dino16", "dinov2", "clip", "maskclip", "resnet50"} <= set(WITH_BACKBONE)
+
+
+def test_names_are_unique_and_their_own() -> None:
+    assert all(name == row.name for name, row in MODELS.items())
+
+
+def test_the_upsampler_alone_is_a_row_without_a_backbone() -> None:
+    row = card("jbu")
+    assert (row.backbone, row.backbone_file, row.feat_dim) == (None, None, None)
+    assert row.licence == row.upsampler_file.licence
+    assert row.data == row.upsampler_file.data
+
+
+@pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vitb16"])
+def test_the_licence_of_dinov3_is_not_passed_off_as_open_source(name: str) -> None:
+    row = card(name)
+    assert row.licence == "DINOv3 License"
+    assert row.backbone_file is not None
+    assert "not an open-source licence" in row.backbone_file.note
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("dinov22", "dinov2"), ("maskclp", "maskclip"), ("resnet", "resnet50")]
+)
+def test_an_unknown_name_brings_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"got '{typed}'; did you mean .*'{meant}'"):
+        card(typed)
+
+
+def test_a_name_like_none_brings_all() -> None:
+    with pytest.raises(ValueError, match=r"got 'zzz'; none is similar(.|\n)*dinov2_vitb14.*jbu"):
+        card("zzz")
+
+
+def test_cards_cannot_be_changed() -> None:
+    row: ModelCard = card("dinov2")
+    with pytest.raises(AttributeError):
+        row.feat_dim = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        row.scores["x"] = 1.0  # type: ignore[index]
+
+
+def test_the_table_needs_nothing_but_the_standard_library(root: Path) -> None:
+    source = (root / "featup_hub" / "registry.py").read_text()
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert {line.split()[1].split(".")[0] for line in imports} <= {
+        "__future__", "collections", "dataclasses", "difflib", "types", "typing",
+    }  # fmt: skip

@@ -1,0 +1,302 @@
+"""Weights files: every damage is seen, every write is whole, every source is tried in order."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from featup_hub import weights
+from featup_hub.registry import EFFICIENTNET_LITE0, WeightFile
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
+
+def some() -> dict[str, Tensor]:
+    return {
+        "matrix": torch.arange(6.0).reshape(2, 3),
+        "scalar": torch.tensor(0.5),
+        "half": torch.ones(4, dtype=torch.float16),
+        "brain": torch.ones(2, 2, dtype=torch.bfloat16),
+        "count": torch.tensor(7),
+        "nothing": torch.empty(0, 3),
+    }
+
+
+def written(folder: Path) -> Path:
+    weights.write(some(), folder / "some.safetensors", metadata={"b": "é", "a": "1", "c": "3"})
+    return folder / "some.safetensors"
+
+
+def equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return got.keys() == expected.keys() and all(
+        torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype
+        for name, tensor in expected.items()
+    )
+
+
+def right_or_refused(path: Path) -> bool:
+    try:
+        return equal(weights.read(path), some())
+    except ValueError as error:
+        return str(path) in str(error)
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = written(tmp_path)
+    assert equal(weights.read(path), some())
+    assert equal(weights.read(str(path), sha256=weights.digest(path).upper()), some())
+    assert weights.metadata(path) == {"a": "1", "b": "é", "c": "3"}
+
+
+def test_other_programs_read_what_is_written(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    assert equal(load_file(written(tmp_path)), some())
+    with safe_open(tmp_path / "some.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"  # transformers refuses files without it
+
+
+def test_what_other_programs_write_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(some(), tmp_path / "plain.safetensors")
+    assert equal(weights.read(tmp_path / "plain.safetensors"), some())
+    assert weights.metadata(tmp_path / "plain.safetensors") == {}
+
+
+def test_the_same_tensors_make_the_same_bytes(tmp_path):
+    assert len({weights.digest(written(tmp_path)) for _ in range(8)}) == 1
+
+
+def test_views_and_shared_tensors_are_written(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"all": base, "transposed": base.T, "part": base[:, 1::2], "grad": nn.Parameter(base)}
+    weights.write(tensors, tmp_path / "views.safetensors")
+    assert equal(weights.read(tmp_path / "views.safetensors"), tensors)
+
+
+def test_changing_what_was_read_leaves_the_file(tmp_path):
+    path = written(tmp_path)
+    before = weights.digest(path)
+    weights.read(path)["matrix"].zero_()
+    assert weights.digest(path) == before
+
+
+def test_every_flipped_bit_of_the_tensors_is_seen_without_a_pinned_digest(tmp_path):
+    path = written(tmp_path)
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    for position in range(start * 8, len(data) * 8):
+        data[position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is not the weights needed: tensors with sha256"):
+            weights.read(path)
+        data[position // 8] ^= 1 << position % 8
+
+
+def test_a_flipped_bit_anywhere_never_changes_what_is_read(tmp_path):
+    path = written(tmp_path)
+    data = bytearray(path.read_bytes())
+    for position in range(0, len(data) * 8, 9):
+        data[position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        assert right_or_refused(path)  # a flip in a note may pass
+        data[position // 8] ^= 1 << position % 8
+
+
+def test_any_flipped_bit_is_seen_with_a_pinned_digest(tmp_path):
+    path = written(tmp_path)
+    pinned = weights.digest(path)
+    data = bytearray(path.read_bytes())
+    for position in range(0, len(data) * 8, 97):
+        data[position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(
+            ValueError, match=f"sha256 {pinned}; got .*; delete .*some.safetensors and fetch"
+        ):
+            weights.read(path, sha256=pinned)
+        data[position // 8] ^= 1 << position % 8
+
+
+def zip_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.ones(3)}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got an empty file"),
+        (LFS, "got a Git LFS pointer .*git lfs pull"),
+        (b"\n<!DOCTYPE html><html><body>404</body></html>", "got a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "got a web page"),
+        (b'{"error":"Repository not found"}', "got a server's error message"),
+        (zip_file(), r"perhaps a PyTorch pickle; convert it with: featup-hub convert"),
+        (pickle.dumps({"weight": [1.0]}), "got a Python pickle, which can run code"),
+        (b"\x10\x00\x00", "got a file cut off after 3 bytes"),
+        (b"\xff" * 64, "got Error while deserializing header"),
+        (b"\x02\x00\x00\x00\x00\x00\x00\x00{}tail", "got Error while deserializing header"),
+        (b"\xff\xff\xff\xff\x00\x00\x00\x00{}", "got a file cut off after 10 bytes"),
+    ],
+)
+@pytest.mark.parametrize("sha256", [None, "0" * 64])
+def test_other_files_under_the_name_are_named_for_what_they_are(tmp_path, content, message, sha256):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    if sha256 and "deserializing" in message:
+        message = f"needed: a file with sha256 {sha256}; got sha256"
+    with pytest.raises(ValueError, match=message) as caught:
+        weights.read(path, sha256=sha256)
+    assert str(path) in str(caught.value)
+
+
+def test_every_truncation_is_seen(tmp_path):
+    path = written(tmp_path)
+    data = path.read_bytes()
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match="is not the weights needed: a whole safetensors"):
+            weights.read(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=9)), max_size=4))
+def test_mutated_files_are_read_right_or_refused(tmp_path_factory, edits):
+    path = written(tmp_path_factory.getbasetemp())
+    data = bytearray(path.read_bytes())
+    for position, replacement in edits:
+        at = position % len(data)
+        data[at : at + len(replacement)] = replacement
+    path.write_bytes(data)
+    assert right_or_refused(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*gone.safetensors; check"):
+        weights.read(tmp_path / "gone.safetensors")
+    written(tmp_path)
+    with pytest.raises(ValueError, match=r"is a folder; name the file, it holds some.safetensors"):
+        weights.read(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = written(tmp_path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        weights.write({"other": torch.ones(3)}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_replaced_and_its_target_left(tmp_path):
+    target = written(tmp_path)
+    before = target.read_bytes()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(target)
+    weights.write({"other": torch.ones(3)}, link)
+    assert target.read_bytes() == before
+    assert not link.is_symlink()
+    assert list(weights.read(link)) == ["other"]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(OSError, match=r"cannot write weights to .*: its folder does not exist"):
+        weights.write(some(), tmp_path / "no" / "where.safetensors")
+    with pytest.raises(OSError, match=r"cannot write weights to .*: it is a folder"):
+        weights.write(some(), tmp_path)
+    with pytest.raises(TypeError, match=r"metadata must be strings; got feat_dim=3; use str"):
+        weights.write(some(), tmp_path / "x.safetensors", metadata={"feat_dim": 3})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_do_not_fit_leave_the_module_as_it_was():
+    module = nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    right = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    for change, message in (
+        ({"bias": None}, "missing: bias"),
+        ({"scale": torch.ones(1)}, "not known here: scale"),
+        ({"bias": torch.zeros(3)}, r"of another shape or kind: bias \(3,\), needed \(2,\)"),
+        ({"bias": torch.zeros(2).long()}, r"bias \(2,\) torch.int64, needed \(2,\)"),
+    ):
+        wrong = {name: t for name, t in {**right, **change}.items() if t is not None}
+        with pytest.raises(ValueError, match=f"^it.ckpt does not fit Linear.*{message}.*feat_dim"):
+            weights.load_into(module, wrong, origin="it.ckpt")
+        assert equal(dict(module.state_dict()), before)
+    weights.load_into(module, right, origin="it.ckpt")
+    assert equal(dict(module.state_dict()), right)
+
+
+def test_a_long_list_of_problems_is_cut():
+    with pytest.raises(ValueError, match=r"missing: 0.weight, .* and 14 more"):
+        weights.load_into(nn.Sequential(*[nn.Linear(1, 1)] * 10), {}, origin="it")
+
+
+def row(filename: str, **options: str) -> WeightFile:
+    return WeightFile(name="a test", filename=filename, licence="MIT", data="none", **options)
+
+
+def test_shipped_weights_are_the_ones_the_registry_pins():
+    assert EFFICIENTNET_LITE0.sha256
+    assert len(weights.load(EFFICIENTNET_LITE0)) == 296
+
+
+def test_the_shipped_backbone_fits_timm_exactly_and_knows_a_cat(root):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    weights.load_into(model, weights.load(EFFICIENTNET_LITE0), origin="shipped")
+    from featup_hub.image import preprocess, read_image
+
+    photos = sorted((root / "tests/data").glob("chelsea*"))
+    if not photos:
+        pytest.skip("no photograph of a cat in tests/data")
+    image = preprocess(read_image(photos[0]), (224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
+    with torch.inference_mode():
+        assert model.eval()(image).argmax().item() in {281, 282, 285}  # tabby, tiger, Egyptian
+
+
+def test_shipped_weights_are_found_in_an_installed_wheel(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages/featup_hub"
+    (package / "weights").mkdir(parents=True)
+    monkeypatch.setattr(weights, "__file__", str(package / "weights/__init__.py"))
+    assert weights.shipped_folder() == tmp_path / "site-packages/weights"
+    (package / "weights_data").mkdir()
+    assert weights.shipped_folder() == package / "weights_data"
+
+
+def test_a_damaged_shipped_file_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "shipped_folder", lambda: tmp_path)
+    path = written(tmp_path)
+    pinned = row(path.name, sha256=weights.digest(path))
+    assert equal(weights.load(pinned), some())
+    path.write_bytes(LFS)
+    with pytest.raises(ValueError, match="Git LFS pointer"):
+        weights.load(pinned)
+
+
+def test_an_explicit_path_comes_first_and_is_not_held_to_the_registry(tmp_path):
+    own = written(tmp_path)
+    assert weights.resolve(EFFICIENTNET_LITE0, path=own) == own
+    assert equal(weights.load(EFFICIENTNET_LITE0, path=own), some())
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*mine.safetensors; check"):
+        weights.resolve(EFFICIENTNET_LITE0, path=tmp_path / "mine.safetensors")
+
+
+def test_a_file_that_is_nowhere_says_where_it_was_looked_for():
+    with pytest.raises(RuntimeError, match=r"needed x.safetensors \(a test\); it is not in the sh"):
+        weights.resolve(row("x.safetensors"))
