@@ -1,0 +1,1 @@
+"""How upsamplers are trained: views, downsamplers, losses, and the loops (extra ``[train]``)."""

@@ -1,0 +1,96 @@
+"""What a training run of JBU stages is made of; the command line's flags are these fields."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig"]
+
+UPSTREAM_TAPS = (0, 1, 4, 9, 16, 25, 36)
+"""Taps that ever got a gradient in upstream's CUDA code, for ``kernel_taps``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JBUTrainingConfig:
+    """All that decides what a run learns; defaults are upstream's unless they say otherwise.
+
+    Attributes:
+        backbones: Whose features to explain: models' names, or ``TIMM_NAME=FILE`` for a timm
+            model with weights from a file. One is drawn per step; a name given twice is drawn
+            twice as often.
+        steps: Optimiser steps.
+        batch: Photographs per step.
+        image_size: Side of the crops, in pixels; the root of their area where shapes vary.
+        max_aspect: Crops are up to this much wider than high, or higher than wide (ours; 1:
+            squares, as upstream).
+        max_stride: Backbones look at the crops enlarged or reduced by up to this factor, so that
+            strides other than their own are learnt, too (ours; 1: never, as upstream).
+        min_scale: Smallest share of a photograph's area in a crop (ours).
+        views: Jittered views per photograph.
+        max_pad: Pixels by which a view may reach beyond the crop.
+        max_zoom: Largest magnification of a view.
+        downsampler: Model of how the backbone makes features, "attention" or "simple".
+        window: Side of the downsampler's window in the backbone's patches.
+        projection_dim: Channels in which features are compared.
+        uncertainty: Whether to predict where features cannot be explained.
+        crf_weight: Weight of the conditional random field.
+        crf_samples: Pixels it draws.
+        tv_weight: Weight of the total variation of magnitudes.
+        region_weight: Weight of restoring piecewise constant regions, see
+            :mod:`featup_hub.training.regions` (ours).
+        region_channels: Length of a region's random vector.
+        lr: Peak learning rate of NAdam.
+        final_lr: Share of it that is left at the end of a cosine (ours; upstream: constant).
+        warmup: Steps over which the rate rises (ours; upstream clips at 1e-4 for ten steps).
+        max_grad_norm: Gradients are clipped to this norm (ours).
+        ema: Decay of the running mean of weights that is exported; 0 exports the last (ours).
+        dropout: Chance of dropping a hidden channel of a stage (upstream: 0.1).
+        unit_sum: Whether kernels are kept to a sum of exactly one, so that features keep their
+            scale (ours).
+        kernel_taps: Research only: the taps whose gradient counts; empty means all, and
+            0 1 4 9 16 25 36 repeats the fault of upstream's CUDA code.
+        start: Weights file of stages to start from; empty starts afresh.
+        seed: Decides all that is random.
+        checkpoint_minutes: Longest time between checkpoints.
+        device: Where to compute.
+    """
+
+    backbones: tuple[str, ...] = ("efficientnet_lite0",)
+    steps: int = 2000
+    batch: int = 4
+    image_size: int = 224
+    max_aspect: float = 1.0
+    max_stride: float = 1.0
+    min_scale: float = 0.4
+    views: int = 5
+    max_pad: int = 20
+    max_zoom: float = 2.0
+    downsampler: Literal["attention", "simple"] = "attention"
+    window: float = 1.0
+    projection_dim: int = 30
+    uncertainty: bool = True
+    crf_weight: float = 0.001
+    crf_samples: int = 1000
+    tv_weight: float = 0.0
+    region_weight: float = 0.0
+    region_channels: int = 8
+    lr: float = 1e-3
+    final_lr: float = 0.02
+    warmup: int = 20
+    max_grad_norm: float = 1.0
+    ema: float = 0.99
+    dropout: float = 0.0
+    unit_sum: bool = True
+    kernel_taps: tuple[int, ...] = ()
+    start: str = ""
+    seed: int = 0
+    checkpoint_minutes: float = 5.0
+    device: str = "cpu"
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the rate of a step: linear warm-up, then a cosine down to ``final_lr``."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)

@@ -1,0 +1,98 @@
+"""The multi-view consistency loss of one batch: what a step of the JBU trainer minimises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featup_hub.training.config import JBUTrainingConfig
+from featup_hub.training.losses import magnitude_tv, reconstruction_loss, sampled_crf
+from featup_hub.training.projection import random_projection
+from featup_hub.training.regions import random_regions, reduce_regions
+from featup_hub.training.sources import TrainingSource
+from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
+from featup_hub.upsamplers import JBUStack
+
+__all__ = ["consistency_loss"]
+
+
+def consistency_loss(
+    stack: JBUStack,
+    source: TrainingSource,
+    rgb: Tensor,
+    looked_at: tuple[int, int],
+    config: JBUTrainingConfig,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Computes what a batch of photographs says about a stack.
+
+    Args:
+        stack: The upsampler.
+        source: Backbone, downsampler and scale.
+        rgb: Photographs, (B, 3, H, W), values in [0, 1].
+        looked_at: Height and width in which the backbone looks at them.
+        config: Views, weights of the terms, size of the projection.
+        generator: Source of all randomness, on the CPU.
+
+    Returns:
+        ``loss``, its terms before weighting, and ``error``, the mean squared error of the views.
+    """
+    image = source.normalise(rgb)
+    jitters = [_jitters(image, config, generator) for _ in range(config.views)]
+    # One pass of the backbone over the photographs and all their views.
+    looks = torch.cat([image, *(apply_jitter(image, jitter) for jitter in jitters)])
+    own, *views = source.observe(looks, looked_at).split(len(image))
+    projection = random_projection(source.feat_dim, config.projection_dim, generator).to(own)
+
+    low = source.project(own, projection)
+    count = low.shape[1]
+    if config.region_weight:
+        regions = random_regions(rgb, config.region_channels, generator)
+        cells = reduce_regions(regions, (own.shape[-2], own.shape[-1]), generator)
+        low = torch.cat([low, cells], dim=1)
+    upsampled = _upsample(stack, low, image, config.kernel_taps)
+    features, saliency, restored = upsampled.tensor_split([len(projection), count], dim=1)
+    losses, errors = [], []
+    for jitter, view in zip(jitters, views, strict=True):
+        predicted = source.downsample(
+            apply_jitter(features, jitter),
+            apply_jitter(saliency, jitter) if saliency.shape[1] else None,
+            (view.shape[-2], view.shape[-1]),
+        )
+        observed = torch.einsum("kc,bchw->bkhw", projection, view)
+        scale = source.scale(view) if config.uncertainty else None
+        losses.append(reconstruction_loss(predicted, observed, scale))
+        errors.append((predicted.detach() - observed).square().mean())
+    terms = {"reconstruction": torch.stack(losses).mean()}
+    loss = terms["reconstruction"]
+    if config.crf_weight:
+        terms["crf"] = sampled_crf(image, features, samples=config.crf_samples, generator=generator)
+        loss = loss + config.crf_weight * terms["crf"]
+    if config.region_weight:
+        terms["regions"] = (restored - regions).square().mean()
+        loss = loss + config.region_weight * terms["regions"]
+    if config.tv_weight:
+        terms["tv"] = magnitude_tv(features)
+        loss = loss + config.tv_weight * terms["tv"]
+    return {"loss": loss, **terms, "error": torch.stack(errors).mean()}
+
+
+def _jitters(image: Tensor, config: JBUTrainingConfig, generator: torch.Generator) -> list[Jitter]:
+    size = (image.shape[-2], image.shape[-1])
+    return [
+        sample_jitter(size, max_pad=config.max_pad, max_zoom=config.max_zoom, generator=generator)
+        for _ in image
+    ]
+
+
+def _upsample(stack: JBUStack, source: Tensor, image: Tensor, taps: tuple[int, ...]) -> Tensor:
+    """Upsamples; where taps are named, only their gradient reaches the kernels."""
+    if not taps:
+        return stack(source, image)
+    kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]))
+    for kernel in kernels.stages:
+        mask = kernel.new_zeros(kernel.shape[1], 1, 1)
+        mask[list(taps)] = 1
+        if kernel.requires_grad:
+            kernel.register_hook(mask.mul)
+    return stack.upsample(source, kernels)

@@ -1,0 +1,221 @@
+"""Trains a stack of JBU stages by multi-view consistency on photographs without labels.
+
+Every step: photographs, their features and the features of a few jittered views from one frozen
+backbone; a random projection to a few channels (the stack is linear in the source and treats
+channels alike, so the source is projected, not the result); the upsampled features are jittered as
+the views were, downsampled by a learned model of the backbone, and compared.
+
+Everything random in step n follows from the seed and n, so a run that was stopped goes on exactly.
+
+Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from featup_hub.backbones import Backbone
+from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
+from featup_hub.training.consistency import consistency_loss
+from featup_hub.training.images import PhotoStream, seeded
+from featup_hub.training.projection import make_unit_sum
+from featup_hub.training.records import Metrics, Progress, load_checkpoint, save_checkpoint
+from featup_hub.training.sources import TrainingSource, open_backbones
+from featup_hub.upsamplers import JBUStack
+from featup_hub.weights import load_into, read, write
+
+__all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig", "train"]
+
+
+def train(
+    photos: str | Path,
+    out: str | Path,
+    config: JBUTrainingConfig,
+    *,
+    backbones: Mapping[str, Backbone] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Trains stages on a folder of photographs, going on where an earlier call was stopped.
+
+    Args:
+        photos: Folder of photographs, searched with its subfolders.
+        out: Folder for ``checkpoint.pt``, ``metrics.csv`` and ``jbu.safetensors``.
+        config: What to do.
+        backbones: Backbones by the names in ``config.backbones``; default: they are loaded.
+        progress: Whether to show progress on the standard error stream.
+
+    Returns:
+        The weights file: stages for any backbone, with the config in its metadata.
+
+    Raises:
+        FileNotFoundError: If the folder of photographs does not exist.
+        ValueError: If it holds none, or ``out`` holds a run of another config.
+    """
+    stream = PhotoStream(photos, seed=config.seed, min_scale=config.min_scale)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(config, stream, open_backbones(config.backbones, backbones))
+    first = run.restore(out / "checkpoint.pt")
+    saved = time.monotonic()
+    with (
+        Metrics(out / "metrics.csv", first) as metrics,
+        Progress(config.steps, first, progress) as bar,
+    ):
+        for step in range(first, config.steps):
+            row = run.step(step)
+            metrics.add({"step": step, **row})
+            bar.advance(f"{row['source']} loss {row['loss']:.4f}")
+            last = step + 1 == config.steps
+            if last or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                metrics.flush()
+                save_checkpoint(out / "checkpoint.pt", run.state(step + 1))
+                saved = time.monotonic()
+    return run.export(out / "jbu.safetensors", photos=len(stream.paths))
+
+
+class _Run:
+    """The state of a training run, and how one step changes it."""
+
+    def __init__(
+        self, config: JBUTrainingConfig, stream: PhotoStream, backbones: Mapping[str, Backbone]
+    ) -> None:
+        self.config, self.stream, self.names = config, stream, list(backbones)
+        # Modules draw their first weights from the global generator, which is put back after.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.stack = JBUStack(dropout=config.dropout)
+            self.sources = nn.ModuleDict()
+            for index, backbone in enumerate(backbones.values()):
+                self.sources[str(index)] = TrainingSource(
+                    backbone.to(config.device), downsampler=config.downsampler, window=config.window
+                )
+        if config.start:
+            load_into(self.stack, read(config.start), origin=config.start)
+        if config.unit_sum:
+            make_unit_sum(self.stack)
+        self.stack.train().to(config.device)
+        self.sources.train().to(config.device)
+        self.mean = {name: p.detach().clone() for name, p in self.stack.state_dict().items()}
+        self.parameters = [*self.stack.parameters(), *self.sources.parameters()]
+        self.optimizer = torch.optim.NAdam(self.parameters, lr=config.lr)
+
+    def step(self, step: int) -> dict[str, float | str]:
+        """Takes one optimiser step and returns its metrics."""
+        config, began = self.config, time.monotonic()
+        generator = seeded(config.seed, 2, step)
+        drawn = int(torch.randint(len(config.backbones), (), generator=generator))
+        source = self.sources[str(self.names.index(config.backbones[drawn]))]
+        assert isinstance(source, TrainingSource)
+        size, looked_at = self._sizes(source.patch_size, generator)
+        rgb = self.stream.batch(step, config.batch, size).to(config.device)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[], enabled=config.dropout > 0):
+            if config.dropout > 0:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            terms = consistency_loss(self.stack, source, rgb, looked_at, config, generator)
+        terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self.optimizer.step()
+        if config.unit_sum:
+            make_unit_sum(self.stack)
+        for name, value in self.stack.state_dict().items():
+            # The mean of few steps must not remember the start: its decay grows with them.
+            self.mean[name].lerp_(value, 1 - min(config.ema, (1 + step) / (10 + step)))
+        return {
+            "source": config.backbones[drawn].partition("=")[0],
+            "size": f"{size[0]}x{size[1]}",
+            **{name: value.item() for name, value in terms.items()},
+            "grad_norm": float(norm),
+            "lr": config.learning_rate(step),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+
+    def _sizes(
+        self, patch: int, generator: torch.Generator
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Draws the crops' size and the size in which the backbone looks at them."""
+        config = self.config
+        shape, zoom = (2 * torch.rand(2, generator=generator, dtype=torch.float64) - 1).tolist()
+        sides = [config.image_size * config.max_aspect ** (s * shape / 2) for s in (1, -1)]
+        height, width = (max(round(side / patch), 2) * patch for side in sides)
+        factor = config.max_stride**zoom
+        looked_at = [max(round(side * factor / patch), 2) * patch for side in (height, width)]
+        return (height, width), (looked_at[0], looked_at[1])
+
+    def state(self, step: int) -> dict[str, object]:
+        """Returns all that a stopped run needs to go on after ``step`` steps."""
+        return {
+            "step": step,
+            "config": _comparable(self.config),
+            "stack": self.stack.state_dict(),
+            "mean": self.mean,
+            "sources": self.sources.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, path: Path) -> int:
+        """Takes up a checkpoint where there is one; returns the first step to take."""
+        if not path.exists():
+            self._measure()
+            return 0
+        state = load_checkpoint(path, _comparable(self.config))
+        self.stack.load_state_dict(state["stack"])
+        self.sources.load_state_dict(state["sources"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.mean = {name: value.to(self.config.device) for name, value in state["mean"].items()}
+        return int(state["step"])
+
+    def _measure(self, photos: int = 32) -> None:
+        """Measures the scale of every backbone's features on the first photographs."""
+        side = self.config.image_size
+        for source in self.sources.values():
+            assert isinstance(source, TrainingSource)
+            even = max(round(side / source.patch_size), 2) * source.patch_size
+            features = [
+                source.raw(
+                    source.normalise(
+                        self.stream.sample(n, (even, even))[None].to(self.config.device)
+                    ),
+                    (even, even),
+                )
+                for n in range(photos)
+            ]
+            source.standardise.fit(torch.cat(features))
+
+    def export(self, path: Path, *, photos: int) -> Path:
+        """Writes the stages, averaged over the last steps, for any backbone."""
+        stages = self.mean if self.config.ema else self.stack.state_dict()
+        config = asdict(self.config)
+        # Files are named, not located: the weights travel, the folders do not.
+        config["backbones"] = [_without_folder(name) for name in self.config.backbones]
+        config["start"] = _without_folder(self.config.start)
+        notes = {
+            "architecture": "JBUStack(feat_dim=None)",
+            "config": json.dumps(config),
+            "seed": str(self.config.seed),
+            "photos": str(photos),
+        }
+        write(stages, path, metadata=notes)
+        return path
+
+
+def _comparable(config: JBUTrainingConfig) -> dict[str, object]:
+    """Returns what a checkpoint must agree in: everything but where and how often it is kept."""
+    fields = asdict(config)
+    return {k: v for k, v in fields.items() if k not in {"checkpoint_minutes", "device"}}
+
+
+def _without_folder(name: str) -> str:
+    """Shortens ``FILE`` and ``TIMM_NAME=FILE`` to the file's own name."""
+    before, equals, file = name.rpartition("=")
+    return before + equals + Path(file).name

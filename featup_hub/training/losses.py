@@ -1,0 +1,147 @@
+r"""What training minimises: disagreement of views, and what is expected of any feature map.
+
+Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), eqs. 1 and 8; the constants of
+the conditional random field agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ScaleNet",
+    "blur_residual",
+    "magnitude_tv",
+    "mean_magnitude",
+    "reconstruction_loss",
+    "sampled_crf",
+]
+
+MIN_SCALE = 1e-4
+
+
+class ScaleNet(nn.Module):
+    """Predicts how far a view's features may be missed, max(exp(conv1×1(f) + 0.1), 1e-4).
+
+    Args:
+        feat_dim: Channels of the features.
+    """
+
+    def __init__(self, feat_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(feat_dim, 1, 1)
+        with torch.no_grad():  # close to one scale everywhere, to begin with
+            for parameter in self.net.parameters():
+                parameter.mul_(0.1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns the scale at every position, (B, C, h, w) -> (B, 1, h, w)."""
+        return torch.exp(self.net(features) + 0.1).clamp(min=MIN_SCALE)
+
+
+def reconstruction_loss(predicted: Tensor, observed: Tensor, scale: Tensor | None = None) -> Tensor:
+    r"""Returns the mean of :math:`(p - o)^2 / 2s^2 + \log s`, over everything.
+
+    Its minimum over s is at the root of the mean squared error, where it is ½ + log s.
+
+    Args:
+        predicted: Downsampled view of the high-resolution features, (B, C, h, w).
+        observed: The backbone's features of the view, (B, C, h, w).
+        scale: Predicted standard deviation s, (B, 1, h, w); default: 1.
+
+    Returns:
+        The loss, ().
+    """
+    squares = (predicted - observed).square()
+    if scale is None:
+        return squares.mean() / 2
+    return (squares.mean(1, keepdim=True) / (2 * scale.square()) + scale.log()).mean()
+
+
+def magnitude_tv(features: Tensor) -> Tensor:
+    r"""Returns the total variation of the features' lengths, mean of squared steps.
+
+    Args:
+        features: Features, (B, C, H, W).
+
+    Returns:
+        The loss, (): mean over steps down plus mean over steps right.
+    """
+    # The length's gradient at a vanishing vector is undefined; the floor makes it zero.
+    length = features.square().sum(1).clamp(min=1e-12).sqrt()
+    return length.diff(dim=1).square().mean() + length.diff(dim=2).square().mean()
+
+
+def blur_residual(features: Tensor) -> Tensor:
+    r"""Returns what a blur would change: mean of (F − g ∗ F)², g = [1 2 1]ᵀ[1 2 1] / 16.
+
+    Args:
+        features: Features, (B, C, H, W); their border is repeated.
+
+    Returns:
+        The loss, ().
+    """
+    blurred = features
+    for axis in (2, 3):
+        n = blurred.shape[axis]
+        before = torch.cat([blurred.narrow(axis, 0, 1), blurred.narrow(axis, 0, n - 1)], axis)
+        after = torch.cat([blurred.narrow(axis, 1, n - 1), blurred.narrow(axis, n - 1, 1)], axis)
+        blurred = (before + 2 * blurred + after) / 4
+    return (features - blurred).square().mean()
+
+
+def mean_magnitude(features: Tensor) -> Tensor:
+    """Returns the mean length of the features, (B, C, H, W) -> ()."""
+    return features.square().sum(1).clamp(min=1e-12).sqrt().mean()
+
+
+def sampled_crf(
+    image: Tensor,
+    features: Tensor,
+    *,
+    samples: int = 1000,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Returns a conditional random field's energy between random pixels of the same image.
+
+    .. math::
+        \operatorname{mean}_{p,q}\; \|F_p - F_q\|^2 \left(10\, e^{-\|p-q\|^2 / 0.2 -
+        \|I_p - I_q\|^2 / 0.3} + 3\, e^{-\|p-q\|^2 / 0.01}\right)
+
+    Positions are in units of the longer side.
+
+    Args:
+        image: Normalised RGB, (B, 3, H, W), of exactly what ``features`` show.
+        features: Features, (B, C, H, W).
+        samples: Number of pixels drawn, the same ones for all samples.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        The loss, ().
+
+    Raises:
+        ValueError: If image and features differ in size.
+    """
+    if image.shape[-2:] != features.shape[-2:]:
+        raise ValueError(
+            "image and features must show the same pixels; got "
+            f"{tuple(image.shape[-2:])} and {tuple(features.shape[-2:])}; resize one of them"
+        )
+    height, width = image.shape[-2:]
+    pixel = torch.randint(height * width, (samples,), generator=generator)
+    position = torch.stack([pixel // width, pixel % width], 1) / max(height, width)
+    pixel, position = pixel.to(image.device), position.to(image)[None]
+    colour = image.flatten(2)[:, :, pixel].transpose(1, 2)
+    vector = features.flatten(2)[:, :, pixel].transpose(1, 2)
+    near = _square_distances(position)
+    alike = _square_distances(colour)
+    similarity = 10 * torch.exp(-near / 0.2 - alike / 0.3) + 3 * torch.exp(-near / 0.01)
+    return (_square_distances(vector) * similarity).mean()
+
+
+def _square_distances(x: Tensor) -> Tensor:
+    """Returns ‖x_p − x_q‖² for all pairs, (B, N, C) -> (B, N, N)."""
+    squares = x.square().sum(2)
+    distances = squares[:, :, None] + squares[:, None, :] - 2 * x @ x.transpose(1, 2)
+    return distances.clamp(min=0)

@@ -1,0 +1,140 @@
+"""What a training run leaves behind while it goes on: checkpoints, metrics, a line of progress."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from featup_hub.image import write_atomically
+
+__all__ = ["Metrics", "Progress", "load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
+    """Writes a checkpoint, whole or not at all."""
+    with write_atomically(path) as partial:
+        torch.save(dict(state), partial)
+
+
+def load_checkpoint(path: Path, config: Mapping[str, object]) -> dict[str, Any]:
+    """Reads a checkpoint of a run with the same config.
+
+    Raises:
+        ValueError: If the file is not a checkpoint, or one of another config.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = state["config"]
+    except Exception as error:  # unpickling damaged bytes raises anything
+        # torch's own advice is to unpickle unsafely; it is not passed on.
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of this trainer ({type(error).__name__}); "
+            "remove it to start again, or choose another folder"
+        ) from None
+    keys = sorted({*theirs, *config})
+    if differing := [k for k in keys if theirs.get(k) != config.get(k)]:
+        changes = "; ".join(f"{k}: {theirs.get(k)} there, {config.get(k)} here" for k in differing)
+        raise ValueError(
+            f"{path} belongs to a run of another config ({changes}); "
+            "repeat its options to go on, or choose another folder"
+        )
+    return state
+
+
+class Metrics:
+    """A CSV file with a row per step, in which a resumed run writes on after its checkpoint.
+
+    Args:
+        path: The file.
+        first: Step to go on with; rows from there on are of a run that was stopped later than its
+            checkpoint, and are dropped.
+    """
+
+    def __init__(self, path: Path, first: int) -> None:
+        kept: list[dict[str, str]] = []
+        if first and path.exists():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) < first]
+        self._file = path.open("w", newline="")
+        self._writer: csv.DictWriter[str] | None = None
+        self._flushed = time.monotonic()
+        for row in kept:
+            self.add(row)
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Appends a row; the first one decides the columns."""
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, list(row))
+            self._writer.writeheader()
+        self._writer.writerow(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        )
+        if time.monotonic() - self._flushed > 10:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands all rows to the operating system."""
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+class Progress:
+    """A progress bar on the standard error stream: tqdm's, or a plain line now and then.
+
+    Args:
+        total: Steps in all.
+        first: Steps taken already.
+        shown: Whether to show anything.
+        seconds: Least time between plain lines.
+    """
+
+    def __init__(self, total: int, first: int, shown: bool, *, seconds: float = 10.0) -> None:
+        self._total, self._done, self._shown = total, first, shown
+        self._seconds, self._next = seconds, 0.0
+        self._bar: Any = None
+        if shown:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, initial=first, unit="step", mininterval=seconds / 10)
+
+    def advance(self, note: str) -> None:
+        """Counts one step."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update()
+        elif self._shown and (time.monotonic() >= self._next or self._done == self._total):
+            sys.stderr.write(f"step {self._done}/{self._total} {note}\n")
+            self._next = time.monotonic() + self._seconds
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

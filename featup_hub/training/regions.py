@@ -1,0 +1,78 @@
+"""Piecewise constant features of known resolution, made from photographs without labels.
+
+A photograph is cut into regions of similar colour, and every region is given a random vector. Its
+cells at low resolution are then a source whose high-resolution original is known: what no
+backbone offers. Trained beside multi-view consistency, this teaches stages where edges are,
+directly and at almost no cost: the regions pass the same kernels as a few more channels.
+
+Source: regions by Felzenszwalb and Huttenlocher, "Efficient Graph-Based Image Segmentation",
+IJCV 2004, as scikit-image implements it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["random_regions", "reduce_regions"]
+
+# Segmentations from fine to coarse, in the units of the paper's constant k and in pixels.
+MIN_SCALE, MAX_SCALE = 60.0, 800.0
+MIN_PIXELS, MAX_PIXELS = 30, 120
+
+
+def random_regions(rgb: Tensor, channels: int, generator: torch.Generator) -> Tensor:
+    """Cuts photographs into regions and gives each a random vector of unit variance.
+
+    Args:
+        rgb: Photographs, (B, 3, H, W), values in [0, 1].
+        channels: Length K of the vectors.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        Piecewise constant maps, (B, K, H, W), on the photographs' device.
+
+    Raises:
+        ImportError: If scikit-image is missing.
+    """
+    try:
+        from skimage.segmentation import felzenszwalb
+    except ImportError as error:
+        raise ImportError(
+            "training on regions needs scikit-image, which is not installed; "
+            'pip install "featup_hub[train]", or set region_weight to 0'
+        ) from error
+    maps = []
+    for photo in rgb.cpu():
+        size, fineness = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        labels = felzenszwalb(
+            photo.permute(1, 2, 0).mul(255).round().byte().numpy(),
+            scale=MIN_SCALE * math.pow(MAX_SCALE / MIN_SCALE, fineness),
+            min_size=round(MIN_PIXELS + size * (MAX_PIXELS - MIN_PIXELS)),
+        )
+        vectors = torch.randn(int(labels.max()) + 1, channels, generator=generator)
+        maps.append(vectors[torch.from_numpy(labels)].permute(2, 0, 1))
+    return torch.stack(maps).to(rgb)
+
+
+def reduce_regions(regions: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Brings maps to a backbone's grid in one of the ways a backbone might see them.
+
+    Args:
+        regions: Maps, (B, K, H, W).
+        size: Height and width of the grid.
+        generator: Decides between the middle of a cell, its mean, and a smooth mean that
+            reaches into its neighbours.
+
+    Returns:
+        The maps' cells, (B, K, *size).
+    """
+    way = int(torch.randint(3, (), generator=generator))
+    if way == 0:
+        return F.interpolate(regions, size, mode="nearest-exact")
+    if way == 1:
+        return F.adaptive_avg_pool2d(regions, size)
+    return F.interpolate(regions, size, mode="bicubic", antialias=True)

@@ -1,0 +1,73 @@
+"""The stream of photographs: complete, shuffled, and the same again whenever asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from featup_hub.training.images import PhotoStream, seeded
+
+
+def test_every_photograph_comes_once_an_epoch_in_another_order(photos, monkeypatch):
+    stream = PhotoStream(photos)
+    opened = []
+    from featup_hub.training import images
+
+    read = images.read_image
+    monkeypatch.setattr(images, "read_image", lambda path: (opened.append(path), read(path))[1])
+    for step in range(6):
+        stream.batch(step, 3, (16, 16))
+    first, second = opened[:9], opened[9:]
+    assert sorted(first) == sorted(second) == stream.paths
+    assert first != second
+
+
+def test_a_sample_depends_on_seed_and_number_alone(photos):
+    straight = [PhotoStream(photos, seed=1).batch(step, 2, (24, 32)) for step in range(4)]
+    stream = PhotoStream(photos, seed=1)
+    assert torch.equal(stream.batch(3, 2, (24, 32)), straight[3])
+    assert torch.equal(stream.batch(1, 2, (24, 32)), straight[1])
+    assert not torch.equal(PhotoStream(photos, seed=2).batch(1, 2, (24, 32)), straight[1])
+
+
+def test_batches_are_rgb_in_the_unit_interval_at_the_size_asked(photos):
+    batch = PhotoStream(photos).batch(0, 9, (40, 24))
+    assert batch.shape == (9, 3, 40, 24)
+    assert 0 <= batch.min() < batch.max() <= 1
+
+
+def test_a_crop_of_the_full_scale_shows_the_photograph_unstretched(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    y, x = np.mgrid[:64, :96]
+    picture = np.stack([2 * y, 2 * x, 0 * x], -1).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "ramp.png")
+    crops = [PhotoStream(tmp_path, min_scale=1.0).sample(n, (64, 64)) for n in range(8)]
+    for crop in crops:
+        down = crop[0].diff(dim=0) * 255
+        right = crop[1].diff(dim=1).abs() * 255
+        torch.testing.assert_close(down[2:-2], torch.full_like(down[2:-2], 2.0), atol=1.01, rtol=0)
+        assert float(right.mean()) == pytest.approx(2, abs=0.1)
+    flipped = [bool(crop[1, 0, -1] < crop[1, 0, 0]) for crop in crops]
+    assert {True, False} == set(flipped)
+
+
+def test_the_global_generator_is_left_alone(photos):
+    before = torch.random.get_rng_state()
+    PhotoStream(photos).batch(0, 2, (16, 16))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_seeds_next_to_each_other_are_unrelated():
+    draws = torch.stack([torch.rand(64, generator=seeded(0, n)) for n in range(64)])
+    assert draws.flatten().unique().numel() > 4000
+    assert float(torch.corrcoef(draws).triu(1).abs().mean()) < 0.15
+    assert not torch.equal(*(torch.rand(4, generator=seeded(*n)) for n in [(1, 2), (2, 1)]))
+
+
+def test_a_folder_without_photographs_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"needs a folder of photographs; .*nowhere"):
+        PhotoStream(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"needs photographs .*hold none"):
+        PhotoStream(tmp_path)

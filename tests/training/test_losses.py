@@ -1,0 +1,92 @@
+"""Losses against sums written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from featup_hub.training.images import seeded
+from featup_hub.training.losses import ScaleNet, magnitude_tv, reconstruction_loss, sampled_crf
+
+
+def test_reconstruction_is_the_gaussian_likelihood_summed_by_hand():
+    predicted, observed = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
+    scale = torch.rand(2, 1, 2, 2) + 0.5
+    total = 0.0
+    for b in range(2):
+        for c in range(3):
+            for i in range(2):
+                for j in range(2):
+                    s = float(scale[b, 0, i, j])
+                    error = float(predicted[b, c, i, j] - observed[b, c, i, j])
+                    total += error**2 / (2 * s**2) + math.log(s)
+    assert float(reconstruction_loss(predicted, observed, scale)) == pytest.approx(total / 24)
+    assert float(reconstruction_loss(predicted, observed)) == pytest.approx(
+        float((predicted - observed).square().mean()) / 2
+    )
+
+
+def test_the_best_scale_is_the_true_deviation():
+    error = 0.37 * torch.randn(1, 64, 20, 20)
+    scales = torch.linspace(0.2, 0.6, 41)
+    losses = [
+        float(reconstruction_loss(error, torch.zeros_like(error), s.expand(1, 1, 20, 20)))
+        for s in scales
+    ]
+    assert float(scales[losses.index(min(losses))]) == pytest.approx(0.37, abs=0.02)
+
+
+def test_scale_net_is_the_exponential_of_a_linear_map_with_a_floor():
+    net, features = ScaleNet(4), torch.randn(2, 4, 3, 3)
+    linear = torch.einsum("oc,bchw->bohw", net.net.weight.flatten(1), features) + net.net.bias
+    torch.testing.assert_close(net(features), torch.exp(linear + 0.1))
+    net.net.bias.data.fill_(-100)
+    assert torch.equal(net(features), torch.full((2, 1, 3, 3), 1e-4))
+
+
+def test_total_variation_counts_steps_of_the_length_only():
+    angle = torch.rand(1, 6, 7) * 6
+    turning = 2 * torch.stack([angle.sin(), angle.cos()], 1)
+    assert float(magnitude_tv(turning)) == pytest.approx(0, abs=1e-10)
+    step = torch.zeros(1, 2, 4, 6)
+    step[:, 0, :, 3:] = 5.0
+    assert float(magnitude_tv(step)) == pytest.approx(25 / 5, rel=1e-4)  # 4 of 4 · 5 steps right
+    zero = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    magnitude_tv(zero).backward()
+    assert torch.isfinite(zero.grad).all()
+
+
+def test_the_crf_is_the_double_sum_over_its_pixels():
+    image, features = torch.randn(2, 3, 6, 9), torch.randn(2, 4, 6, 9)
+    pixels = torch.randint(54, (11,), generator=seeded(5)).tolist()
+    total = 0.0
+    for b in range(2):
+        for p in pixels:
+            for q in pixels:
+                (yp, xp), (yq, xq) = divmod(p, 9), divmod(q, 9)
+                near = ((yp - yq) ** 2 + (xp - xq) ** 2) / 81
+                alike = float((image[b, :, yp, xp] - image[b, :, yq, xq]).square().sum())
+                differ = float((features[b, :, yp, xp] - features[b, :, yq, xq]).square().sum())
+                total += differ * (
+                    10 * math.exp(-near / (2 * 0.1) - alike / (2 * 0.15))
+                    + 3 * math.exp(-near / (2 * 0.005))
+                )
+    loss = sampled_crf(image, features, samples=11, generator=seeded(5))
+    assert float(loss) == pytest.approx(total / (2 * 11 * 11), rel=1e-4)
+
+
+def test_the_crf_prefers_features_whose_edges_are_the_images():
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., 16:] = 2.0
+    aligned, shifted = torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)
+    aligned[..., 16:] = 1.0
+    shifted[..., 8:24] = 1.0
+    values = [sampled_crf(image, f, generator=seeded(1)) for f in (aligned, shifted)]
+    assert values[0] < 0.5 * values[1]
+
+
+def test_the_crf_refuses_features_of_another_size():
+    with pytest.raises(ValueError, match=r"same pixels; got \(8, 8\) and \(4, 4\); resize"):
+        sampled_crf(torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 4, 4))

@@ -1,0 +1,132 @@
+"""Jitters: distributions as upstream's, and image and features moved alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featup_hub.training.images import seeded
+from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
+
+
+def coordinates(height: int, width: int) -> torch.Tensor:
+    """Every pixel's own position in the image, in fractions, (1, 2, H, W)."""
+    y = (torch.arange(height) + 0.5) / height
+    x = (torch.arange(width) + 0.5) / width
+    return torch.stack([y[:, None].expand(height, width), x.expand(height, width)])[None]
+
+
+def mirrored(x: torch.Tensor) -> torch.Tensor:
+    x = x.abs() % 2
+    return torch.minimum(x, 2 - x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([(64, 64), (48, 80), (70, 42)]),
+    stride=st.sampled_from([1, 2, 7, 8]),
+)
+def test_a_map_of_any_stride_shows_the_point_the_jitter_names(seed, size, stride):
+    jitter = sample_jitter(size, max_pad=10, max_zoom=2.5, generator=seeded(seed))
+    height, width = size[0] // stride, size[1] // stride
+    view = apply_jitter(coordinates(height, width).double(), [jitter])
+    at = coordinates(height, width).double()
+    x = 1 - at[:, 1] if jitter.flip else at[:, 1]
+    y_true = mirrored(jitter.top + at[:, 0] / jitter.zoom)
+    x_true = mirrored(jitter.left + x / jitter.zoom)
+    # Interpolation repeats the border within half a pixel of it, where no line can be continued.
+    inside = (
+        ((y_true - 0.5).abs() < 0.5 - 0.5 / height) & ((x_true - 0.5).abs() < 0.5 - 0.5 / width)
+    ).expand(1, height, width)
+    assert inside.any()
+    assert (view[:, 0] - y_true)[inside].abs().max() < 1e-5
+    assert (view[:, 1] - x_true)[inside].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_image_and_features_at_its_resolution_stay_aligned(seed):
+    image = coordinates(45, 61)
+    features = torch.cat([image, 3 * image[:, :1] - image[:, 1:]], 1)
+    jitter = [sample_jitter((45, 61), generator=seeded(seed))]
+    seen, moved = apply_jitter(image, jitter), apply_jitter(features, jitter)
+    assert (moved[:, :2] - seen).abs().max() < 1e-5
+    assert (moved[:, 2] - 3 * seen[:, 0] + seen[:, 1]).abs().max() < 1e-5
+
+
+def test_the_identity_is_exactly_the_identity():
+    x = torch.randn(2, 3, 13, 9)
+    assert torch.equal(apply_jitter(x, [Jitter()] * 2), x)
+    half = apply_jitter(x, [Jitter(), Jitter(flip=True)])
+    torch.testing.assert_close(half, torch.stack([x[0], x[1].flip(2)]), atol=1e-5, rtol=0)
+
+
+def test_without_zoom_a_view_is_a_crop_of_the_mirrored_image():
+    image = torch.randn(1, 3, 30, 40)
+    jitter = Jitter(top=-4 / 30, left=5 / 40)
+    rows = torch.cat([torch.arange(3, -1, -1), torch.arange(26)])
+    columns = torch.cat([torch.arange(5, 40), torch.arange(39, 34, -1)])
+    expected = image[:, :, rows][:, :, :, columns]
+    torch.testing.assert_close(apply_jitter(image, [jitter]), expected, atol=1e-5, rtol=0)
+
+
+def test_a_zoomed_view_is_the_resized_crop():
+    image = torch.randn(1, 2, 40, 40)
+    jitter = Jitter(top=0.25, left=0.5, zoom=2)
+    view = apply_jitter(image, [jitter])
+    part = torch.nn.functional.interpolate(
+        image[:, :, 10:30, 20:], scale_factor=2, mode="bilinear", align_corners=False
+    )
+    torch.testing.assert_close(view[:, :, 2:-2, 2:-2], part[:, :, 2:-2, 2:-2], atol=1e-4, rtol=0)
+
+
+def test_samples_of_a_batch_move_on_their_own():
+    x = torch.randn(3, 2, 16, 24)
+    jitters = [sample_jitter((16, 24), max_pad=4, generator=seeded(n)) for n in range(3)]
+    together = apply_jitter(x, jitters)
+    alone = torch.cat([apply_jitter(x[n : n + 1], jitters[n : n + 1]) for n in range(3)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_draws_follow_upstreams_distribution():
+    generator = seeded(7)
+    drawn = [
+        sample_jitter((100, 200), max_pad=20, max_zoom=2, generator=generator) for _ in range(4000)
+    ]
+    zoomed = [j for j in drawn if j.zoom > 1]
+    assert len(zoomed) / 4000 == pytest.approx(0.5, abs=0.03)
+    assert sum(j.flip for j in drawn) / 4000 == pytest.approx(0.5, abs=0.03)
+    assert sum(j.zoom for j in zoomed) / len(zoomed) == pytest.approx(1.5, abs=0.03)
+    assert max(j.zoom for j in drawn) < 2
+    for j in drawn:
+        assert j.top >= -0.2 - 1e-9
+        assert j.top + 1 / j.zoom <= 1.2 + 1e-9
+        assert j.left >= -0.1 - 1e-9
+        assert j.left + 1 / j.zoom <= 1.1 + 1e-9
+    plain = [j for j in drawn if j.zoom == 1]
+    shifts = {round(j.top * 100, 6) for j in plain}
+    assert shifts == set(range(-20, 21))
+
+
+def test_a_generator_decides_everything_and_the_global_one_nothing():
+    before = torch.random.get_rng_state()
+    first, second = (sample_jitter((50, 60), generator=seeded(3)) for _ in range(2))
+    assert first == second
+    assert first != sample_jitter((50, 60), generator=seeded(4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_gradients_reach_what_a_view_shows_and_nothing_else():
+    x = torch.zeros(1, 1, 20, 20, requires_grad=True)
+    apply_jitter(x, [Jitter(top=0.5, left=0.5, zoom=2)]).sum().backward()
+    assert (x.grad[0, 0, :9] == 0).all()
+    assert (x.grad[0, 0, 11:, 11:] > 0).all()
+
+
+def test_impossible_jitters_are_refused():
+    with pytest.raises(ValueError, match="max_pad >= 0 pixels and max_zoom >= 1; got max_pad=-1"):
+        sample_jitter((8, 8), max_pad=-1)
+    with pytest.raises(ValueError, match=r"one jitter per sample, 2; got 1"):
+        apply_jitter(torch.zeros(2, 1, 4, 4), [Jitter()])
