@@ -1,0 +1,67 @@
+"""The command line: ``featup-hub COMMAND``, one module per command.
+
+A command is a module with ``add_parser(commands)``, which adds its flags and names the function
+to run; nothing is computed here. Exit codes: 0 all went well, 1 something failed, 2 what was
+typed cannot work, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from featup_hub import __version__
+from featup_hub.cli import convert, evaluate, export, fit, models, train, upsample
+from featup_hub.cli.terminal import Parser, UsageError, complain, explain
+
+__all__ = ["main"]
+
+_COMMANDS = (models, upsample, fit, train, convert, export, evaluate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Arguments; default: those of the process.
+
+    Returns:
+        The exit code. A user's mistake is one line on stderr; with ``--debug`` it is raised.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    try:
+        if not argv:
+            parser.print_help(sys.stderr)
+            return 2
+        args = parser.parse_args(argv)
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        complain("interrupted; what is finished is kept, the same command goes on from there")
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    # Other exceptions are our mistakes, and their traceback is what a report needs.
+    except (OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
+        if "--debug" in argv:
+            raise
+        complain(explain(error))
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="featup-hub",
+        description="High-resolution features from any vision backbone.",
+        epilog="featup-hub COMMAND --help explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"featup_hub {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    for choice in commands.choices.values():
+        choice.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser

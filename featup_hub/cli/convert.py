@@ -1,0 +1,36 @@
+"""``featup-hub convert``: checkpoints of FeatUp's own code as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from featup_hub.cli.terminal import UsageError
+from featup_hub.weights import convert
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert a FeatUp checkpoint",
+        description=(
+            "Converts a checkpoint of FeatUp's own code to safetensors, without running code from "
+            "it. The upsampler and the channel norm are kept; what only training needs is not."
+        ),
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="IN.ckpt", help="file to read")
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="file to write")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"the file to write must be named *.safetensors; got {args.out}")
+    read = convert(args.checkpoint, args.out)
+    norm, flag = ("with its", "") if read.norm else ("without a", " --no-norm")
+    print(f"wrote {args.out}: an upsampler for {read.feat_dim} channels, {norm} channel norm")
+    print(f"use it: featup-hub upsample IMAGE --weights {args.out}{flag} --model ITS_BACKBONE")
+    return 0

@@ -1,0 +1,56 @@
+"""``featup-hub evaluate``: upsamplers side by side on labelled data."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from featup_hub.cli.flags import add_flags, from_flags
+from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.figure import draw
+from featup_hub.evaluation.protocol import evaluate
+from featup_hub.evaluation.report import Row, table, write_csv, write_json
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score upsamplers side by side on labelled data",
+        description="Scores upsamplers side by side on the same images and features, with 95 % "
+        "intervals over images and paired differences.",
+        epilog="Example: featup-hub evaluate --data camvid:DATA/camvid nyu:DATA/nyu "
+        "--upsamplers bilinear bicubic mine.safetensors --protocols oracle --val-images 12",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for results.json, results.csv and results.png"
+    )
+    add_flags(parser, EvaluationConfig)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = from_flags(EvaluationConfig, args)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+
+    def progress(line: str) -> None:
+        print(f"[{time.monotonic() - start:.0f} s] {line}", file=sys.stderr, flush=True)
+
+    scored: list[Row] = []
+    for rows in evaluate(config, progress=progress):
+        print(table(rows), end="\n\n", flush=True)
+        scored += rows
+        if args.out:  # after every table, so that a run that is stopped leaves what it found
+            write_json(scored, config, args.out / "results.json")
+            write_csv(scored, args.out / "results.csv")
+    if args.out:
+        if any(row.versus for row in scored):
+            draw(scored, args.out / "results.png")
+        print(f"wrote results to {args.out}")
+    return 0

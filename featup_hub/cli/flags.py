@@ -1,0 +1,126 @@
+"""Flags made from the fields of a configuration, so that neither is written twice."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from types import MappingProxyType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["add_flags", "from_flags"]
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config: type[DataclassInstance],
+    *,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Adds a flag ``--name`` for every field of a dataclass.
+
+    Fields may be int, float, str, bool (which makes ``--name`` and ``--no-name``), Path, Literal,
+    tuples of these, and any of these or None. The help is the field's entry in the docstring's
+    ``Attributes:``; a field without a default is a flag that must be given.
+
+    Args:
+        parser: The parser to extend.
+        config: The dataclass.
+        aliases: Second flags by the name of the field, such as ``{"backbones": "--model"}``.
+
+    Raises:
+        TypeError: If a field is of another type.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Config:
+        ...     '''A run.
+        ...
+        ...     Attributes:
+        ...         steps: Number of steps.
+        ...     '''
+        ...
+        ...     steps: int = 10
+        >>> parser = argparse.ArgumentParser()
+        >>> add_flags(parser, Config)
+        >>> from_flags(Config, parser.parse_args(["--steps", "3"]))
+        Config(steps=3)
+    """
+    hints, helps = get_type_hints(config), _attributes(config)
+    group = parser.add_argument_group("options of the run")
+    for field in fields(config):
+        text = helps.get(field.name, "") + _default_text(field, hints[field.name])
+        names = [f"--{field.name.replace('_', '-')}", aliases.get(field.name)]
+        group.add_argument(
+            *filter(None, names),
+            dest=field.name,
+            default=argparse.SUPPRESS,  # the dataclass knows its defaults
+            required=field.default is MISSING and field.default_factory is MISSING,
+            help=text.strip().replace("%", "%%"),
+            **_options(hints[field.name], field.name),
+        )
+
+
+def from_flags(config: type[T], args: argparse.Namespace) -> T:
+    """Makes a configuration of the flags that were given; the others keep their defaults.
+
+    Args:
+        config: The dataclass whose flags were added.
+        args: What the parser returned.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If the configuration refuses a value.
+    """
+    given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return config(**values)
+
+
+def _options(hint: Any, name: str) -> dict[str, Any]:
+    """Returns what argparse must know of a type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        inner = [a for a in arguments if a is not type(None)]
+        if len(inner) == 1:
+            return _options(inner[0], name)
+    elif origin is Literal:
+        return {"choices": list(arguments), "type": type(arguments[0])}
+    elif origin is tuple and len({a for a in arguments if a is not ...}) == 1:
+        count = "+" if ... in arguments else len(arguments)
+        return {**_options(arguments[0], name), "nargs": count}
+    elif hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    elif hint in (int, float, str, Path):
+        return {"type": hint, "metavar": hint.__name__.upper()}
+    raise TypeError(f"a flag is int, float, str, bool, Path, Literal or a tuple; {name} is {hint}")
+
+
+def _default_text(field: Field[Any], hint: Any) -> str:
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    if value in (MISSING, None, "", ()):
+        return ""
+    if hint is bool:
+        value = "on" if value else "off"
+    return f" (default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
+
+
+def _attributes(config: type) -> dict[str, str]:
+    """Reads the ``Attributes:`` section of a Google docstring."""
+    section = re.search(r"^Attributes:\n((?: .*\n?|\n)*)", inspect.getdoc(config) or "", re.M)
+    if section is None:
+        return {}
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1], re.M)
+    unmarked = ((name, re.sub(r"(?::\w+:)?`+~?([^`]*)`+", r"\1", text)) for name, text in entries)
+    return {name: " ".join(text.split()).removesuffix(".") for name, text in unmarked}

@@ -1,0 +1,35 @@
+"""``featup-hub train``: stages of one's own from photographs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from featup_hub.cli.flags import add_flags, from_flags
+from featup_hub.training.jbu import JBUTrainingConfig, train
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train an upsampler on photographs",
+        description="Trains an upsampler on photographs without labels, by multi-view consistency.",
+        epilog="A run that was stopped goes on when the same command is given again.",
+    )
+    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photographs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for jbu.safetensors, metrics.csv and checkpoint.pt",
+    )
+    add_flags(parser, JBUTrainingConfig, aliases={"backbones": "--model"})
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    print(f"wrote {train(args.photos, args.out, from_flags(JBUTrainingConfig, args))}")
+    return 0

@@ -1,0 +1,1 @@
+"""How good features are: oracles, probes, class activation maps, time and memory."""

@@ -1,0 +1,135 @@
+"""Upsamplers that take part in an evaluation, by name, by file or by plug-in.
+
+* ``nearest``, ``bilinear``, ``bicubic``, ``joint_bilateral`` – the package's baselines;
+* ``FILE`` – the stages of a JBU weights file (safetensors, or upstream's checkpoint);
+* ``FILE@unit`` – the same with every kernel divided by its sum;
+* ``module:callable`` – anything ``f(source (B,C,h,w), image (B,3,H,W) normalised, size)``.
+
+``NAME=`` in front of any of them sets what tables call it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.upsamplers import JBUKernels, JBUStack, baselines
+from featup_hub.weights import convert_upstream, digest, load_into, read
+
+__all__ = ["Candidate", "candidate"]
+
+Head = Literal["before", "inside", "after"]
+BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral")
+MIN_SUM = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An upsampler in an evaluation.
+
+    Attributes:
+        name: What tables call it.
+        function: (source (B, C, h, w), image (B, 3, H, W), size) -> (B, C, *size).
+        head: Where a linear head W (K, C) may be applied. ``"after"`` holds for everything;
+            ``"before"``, on the source, is exact for what is linear in the source and treats
+            channels alike, and much cheaper; ``"inside"`` is for plug-ins that apply it
+            themselves, ``function(source, image, size, head=W)``, such as attention, linear in
+            its values only. A plug-in states it in an attribute ``head``.
+        identity: Digest of what it computes, so that what it left once may be used again; None
+            where that is unknown.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    head: Head = "after"
+    identity: str | None = None
+
+    def __call__(self, source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Upsamples features, (B, C, h, w) -> (B, C, *size)."""
+        return self.function(source, image, size)
+
+    def project(
+        self, source: Tensor, image: Tensor, size: tuple[int, int], weight: Tensor
+    ) -> Tensor:
+        """Upsamples features and applies a linear head, (B, C, h, w) -> (B, K, *size).
+
+        A bias is for the caller to add afterwards, so that kernels that do not sum to one have
+        the effect they have.
+        """
+        if self.head == "inside":
+            return self.function(source, image, size, head=weight)
+        if self.head == "before":
+            return self.function(F.conv2d(source, weight[:, :, None, None]), image, size)
+        return F.conv2d(self.function(source, image, size), weight[:, :, None, None])
+
+
+def candidate(spec: str) -> Candidate:
+    """Finds an upsampler.
+
+    Args:
+        spec: As the module describes.
+
+    Returns:
+        The upsampler.
+
+    Raises:
+        ValueError: If nothing is known by that name.
+
+    Example:
+        >>> candidate("plain=bilinear").name
+        'plain'
+    """
+    name, _, rest = spec.rpartition("=")
+    file, _, option = rest.partition("@")
+    module, _, attribute = rest.partition(":")
+    function: Callable[..., Tensor]
+    head: Head = "before"
+    if rest in BASELINES:
+        function, default, part = getattr(baselines, rest), rest, rest
+        source = Path(baselines.__file__)
+    elif Path(file).is_file() and option in ("", "unit"):
+        function, source = _stack(Path(file), unit_sum=option == "unit"), Path(file)
+        default, part = source.stem + (f"@{option}" if option else ""), option
+    elif attribute:
+        function = getattr(importlib.import_module(module), attribute)
+        default = part = attribute
+        head = getattr(function, "head", "after")
+        source = Path(getattr(sys.modules[module], "__file__", None) or "")
+    else:
+        raise ValueError(
+            f"an upsampler is one of {', '.join(BASELINES)}, a weights file (FILE or FILE@unit) "
+            f"or a plug-in module:callable; got {spec!r}"
+        )
+    identity = f"{digest(source)} {part}" if source.is_file() else None
+    return Candidate(name=name or default, function=function, head=head, identity=identity)
+
+
+def _stack(path: Path, *, unit_sum: bool) -> Callable[[Tensor, Tensor, tuple[int, int]], Tensor]:
+    stack = JBUStack().eval().requires_grad_(False)
+    load_into(stack, _stages(path), origin=path)
+
+    def upsample(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        if not unit_sum:
+            return stack(source, image, size=size)
+        kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]), size=size)
+        stages = tuple(_unit_sum(kernel) for kernel in kernels.stages)
+        return stack.upsample(source, JBUKernels(source_size=kernels.source_size, stages=stages))
+
+    return upsample
+
+
+def _unit_sum(kernel: Tensor) -> Tensor:
+    return kernel / kernel.sum(1, keepdim=True).clamp(min=MIN_SUM)
+
+
+def _stages(path: Path) -> dict[str, Tensor]:
+    """Reads the stages alone: a closing convolution belongs to one backbone."""
+    tensors = convert_upstream(path).upsampler if path.suffix == ".ckpt" else read(path)
+    return {key: value for key, value in tensors.items() if key.startswith("up")}

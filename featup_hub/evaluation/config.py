@@ -1,0 +1,67 @@
+"""What an evaluation measures; the command line's flags are these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["EvaluationConfig", "Protocol", "Reduction"]
+
+Reduction = Literal["point", "area"]
+Protocol = Literal["oracle", "preservation", "transfer", "consistency", "cost", "cam"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What a run measures.
+
+    Attributes:
+        data: Labelled data, each ``LAYOUT:FOLDER``; layouts are folder, camvid, nyu, voc, ade20k,
+            cityscapes, coco-stuff and nyuv2.
+        upsamplers: Each a baseline (nearest, bilinear, bicubic, joint_bilateral), a weights file,
+            ``FILE@unit`` (kernels divided by their sum) or a plug-in ``module:callable``;
+            ``NAME=`` in front names it in tables.
+        backbones: Whose features, each ``NAME`` or ``NAME@FILE``, a model and weights of your own;
+            ``LABEL=`` in front names it in tables.
+        protocols: What to measure: label oracle, frozen probe (preservation), probe of each
+            upsampler's own features (transfer), multi-view consistency, time and memory (cost),
+            class activation maps (cam).
+        strides: Cells of the label oracle, pixels.
+        reductions: Ways down of the label oracle.
+        versus: Upsamplers to give paired differences from.
+        train_images: Images a frozen probe is fitted on, evenly spread; 0 for all.
+        transfer_images: Images a transfer probe is fitted on, evenly spread; 0 for all.
+        val_images: Images scored, evenly spread; 0 for all.
+        cost_images: Images on which time and memory are taken.
+        max_side: Longer images are shrunk to this side; 0 leaves all as they are.
+        probe_steps: Optimiser steps of a segmentation probe.
+        pixels: Random pixels of each image that a transfer probe learns from.
+        photos: Folder of photographs for class activation maps.
+        photo_images: Photographs of it, evenly spread; 0 for all.
+        classifier: Model whose classifier is asked for class activation maps.
+        cache: Folder in which features are kept; without one they are computed every time.
+        resamples: Bootstrap replicates over images.
+        seed: Decides all that is random.
+    """
+
+    data: tuple[str, ...] = ()
+    upsamplers: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "joint_bilateral")
+    backbones: tuple[str, ...] = ("efficientnet_lite0",)
+    protocols: tuple[Protocol, ...] = ("oracle", "preservation")
+    strides: tuple[int, ...] = (8, 14, 16, 32)
+    reductions: tuple[Reduction, ...] = ("point", "area")
+    versus: tuple[str, ...] = ("bilinear", "bicubic")
+    train_images: int = 0
+    transfer_images: int = 100
+    val_images: int = 0
+    cost_images: int = 5
+    max_side: int = 0
+    probe_steps: int = 600
+    pixels: int = 1024
+    photos: Path | None = None
+    photo_images: int = 200
+    classifier: str = "efficientnet_lite0"
+    cache: Path | None = None
+    resamples: int = 1000
+    seed: int = 0

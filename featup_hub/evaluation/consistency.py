@@ -1,0 +1,183 @@
+r"""Multi-view consistency: do upsampled features explain what the backbone sees in other views?
+
+A view is a magnified, perhaps mirrored part of a photograph. Upsampled features go through the
+same transform and are downsampled to the backbone's grid; the error is what is left of the
+backbone's own features of the view:
+
+.. math:: \sum |P f(t(x)) - \sigma_\downarrow(t(\uparrow P f(x)))|^2 \,/\, \sum |P f(t(x)) - m|^2
+
+P are random directions of standardised features and m their mean. The downsampler is one blur
+kernel over a cell, fitted by least squares on other photographs, to every upsampler its own best:
+none is favoured by a downsampler that another was trained with.
+
+Source: the objective of Fu, Hamilton et al., "FeatUp", ICLR 2024, eqs. 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.backbones import Backbone
+from featup_hub.evaluation.candidates import Candidate
+from featup_hub.evaluation.measurement import Bench, Measurement
+from featup_hub.evaluation.statistics import Metric
+
+__all__ = ["CONSISTENCY", "measure_consistency"]
+
+SIDE = 224
+FIT_IMAGES = 30
+MAX_TAPS = 16
+RIDGE = 1e-4
+
+
+def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
+    """Fits downsamplers on training images and measures on the others, squares of 224 px."""
+    found = bench.measurement("consistency")
+    train = bench.train.spread(FIT_IMAGES)
+    fit, test = (
+        [folder[index].square(SIDE) for index in range(len(folder))]
+        for folder in (train, bench.val)
+    )
+    for name, sums in consistency_sums(
+        fit, test, bench.backbone, candidates, seed=bench.config.seed
+    ):
+        found.add(name, sums)
+    return [found]
+
+
+class Directions(NamedTuple):
+    """Random directions of standardised features: weight (K, C) and the mean's image m (K,)."""
+
+    weight: Tensor
+    mean: Tensor
+
+
+@torch.inference_mode()
+def consistency_sums(
+    fit: Sequence[Tensor],
+    test: Sequence[Tensor],
+    backbone: Backbone,
+    candidates: Sequence[Candidate],
+    *,
+    views: int = 3,
+    directions: int = 16,
+    max_zoom: float = 2.0,
+    seed: int = 0,
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Measures every upsampler on photographs of one size.
+
+    Args:
+        fit: Photographs the downsamplers are fitted on, each normalised, (1, 3, H, W).
+        test: Photographs to measure.
+        backbone: What looks at the views.
+        candidates: Upsamplers.
+        views: Views of each photograph.
+        directions: Random directions K in which features are compared.
+        max_zoom: Largest magnification of a view.
+        seed: Decides directions and views.
+
+    Yields:
+        Upsampler's name, ``consistency`` (2,) of a photograph: squared error, squared variation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = _directions([backbone(image) for image in fit], directions, generator)
+    plans = [[_View.draw(max_zoom, generator) for _ in range(views)] for _ in (*fit, *test)]
+    grams = {each.name: torch.zeros(()) for each in candidates}
+    moments = {each.name: torch.zeros(()) for each in candidates}
+    stride = backbone.patch_size
+    for image, plan in zip(fit, plans[: len(fit)], strict=True):
+        source, targets = _look(image, plan, backbone, chosen)
+        for each in candidates:
+            inputs = _cells(each, source, image, plan, chosen, stride)
+            grams[each.name] = grams[each.name] + inputs.t() @ inputs
+            moments[each.name] = moments[each.name] + inputs.t() @ targets
+    kernels = {name: _solve(grams[name], moments[name]) for name in grams}
+    for image, plan in zip(test, plans[len(fit) :], strict=True):
+        source, targets = _look(image, plan, backbone, chosen)
+        variation = targets - chosen.mean.repeat_interleave(len(targets) // len(chosen.mean))
+        for each in candidates:
+            inputs = _cells(each, source, image, plan, chosen, stride)
+            error = inputs @ kernels[each.name] - targets
+            sums = torch.stack([error.square().sum(), variation.square().sum()])
+            yield each.name, {"consistency": sums.double()}
+
+
+class _View(NamedTuple):
+    """A magnified part of an image: zoom, place of the part in [0, 1], and whether mirrored."""
+
+    zoom: float
+    top: float
+    left: float
+    mirrored: bool
+
+    @classmethod
+    def draw(cls, max_zoom: float, generator: torch.Generator) -> _View:
+        zoom, top, left, coin = torch.rand(4, generator=generator).tolist()
+        return cls(1 + zoom * (max_zoom - 1), top, left, coin < 0.5)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Transforms an image, or features of its size, (B, C, H, W)."""
+        height, width = x.shape[-2:]
+        rows, columns = round(height / self.zoom), round(width / self.zoom)
+        top, left = round((height - rows) * self.top), round((width - columns) * self.left)
+        part = x[:, :, top : top + rows, left : left + columns]
+        part = part.flip(3) if self.mirrored else part
+        return F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
+
+
+def _directions(features: Sequence[Tensor], count: int, generator: torch.Generator) -> Directions:
+    cells = torch.cat([each[0].flatten(1) for each in features], dim=1)
+    weight = torch.randn(count, cells.shape[0], generator=generator) / cells.shape[0] ** 0.5
+    weight = weight / cells.std(1).clamp(min=1e-6)
+    return Directions(weight, weight @ cells.mean(1))
+
+
+def _look(
+    image: Tensor, plan: Sequence[_View], backbone: Backbone, chosen: Directions
+) -> tuple[Tensor, Tensor]:
+    """Returns the image's features, and those of its views along the directions, (K·V·h·w,)."""
+    source = backbone(image)
+    views = backbone(torch.cat([view.apply(image) for view in plan]))
+    return source, torch.einsum("kc,vchw->kvhw", chosen.weight, views).flatten()
+
+
+def _cells(
+    upsampler: Candidate,
+    source: Tensor,
+    image: Tensor,
+    plan: Sequence[_View],
+    chosen: Directions,
+    stride: int,
+) -> Tensor:
+    """Returns what a downsampler may use of each cell: its taps and the mean, (K·V·h·w, T + 1)."""
+    size = (image.shape[-2], image.shape[-1])
+    upsampled = upsampler.project(source, image, size, chosen.weight)
+    views = torch.cat([view.apply(upsampled) for view in plan]).transpose(0, 1)  # (K, V, H, W)
+    pooled = -(-stride // MAX_TAPS)
+    taps = stride // pooled
+    views = F.avg_pool2d(views, pooled)
+    windows = F.unfold(views.flatten(0, 1)[:, None], taps, stride=taps)  # (K·V, T, h·w)
+    windows = windows.transpose(1, 2).flatten(0, 1)
+    mean = chosen.mean.repeat_interleave(len(windows) // len(chosen.mean))
+    return torch.cat([windows, mean[:, None]], dim=1)
+
+
+def _solve(gram: Tensor, moment: Tensor) -> Tensor:
+    gram = gram.double()
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, moment.double()).float()
+
+
+CONSISTENCY = (
+    Metric(
+        name="view error",
+        sums="consistency",
+        value=lambda s: s[..., 0] / s[..., 1],
+        higher_is_better=False,
+    ),
+)

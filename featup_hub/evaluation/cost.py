@@ -1,0 +1,104 @@
+"""Time and peak memory of upsampling all channels of one image."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featup_hub.evaluation.candidates import Candidate
+from featup_hub.evaluation.measurement import Bench, Measurement
+from featup_hub.evaluation.statistics import Metric
+
+__all__ = ["COST", "measure_cost"]
+
+MIB = 2**20
+
+
+def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
+    """Takes turns on a few images, after one that is not counted."""
+    found = bench.measurement("cost")
+    folder = bench.val.spread(bench.config.cost_images + 1)
+    for index, (sample, source) in enumerate(bench.features(folder)):
+        for each in candidates:
+            sums = cost_sums(source, sample.normalised(), each)
+            if index:
+                found.add(each.name, sums)
+    return [found]
+
+
+@torch.inference_mode()
+def cost_sums(source: Tensor, image: Tensor, upsampler: Candidate) -> dict[str, Tensor]:
+    """Measures one upsampler on one image, without a head.
+
+    Peak memory counts what is held beyond the inputs, the output included: on a GPU what torch
+    allocated, on Linux the rise of the process's resident memory, elsewhere NaN. Small
+    differences drown in the allocators' habits; megabytes do not.
+
+    Args:
+        source: Features, (1, C, h, w).
+        image: Normalised RGB, (1, 3, H, W).
+        upsampler: The upsampler.
+
+    Returns:
+        ``cost`` (4,): images, seconds, seconds of all cores together, MiB.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    device = source.device
+    before = _start_peak(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    output = upsampler(source, image, size)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = (_peak(device) - before) / MIB
+    del output
+    return {"cost": torch.tensor([1.0, wall, cpu, peak], dtype=torch.float64)}
+
+
+def _start_peak(device: torch.device) -> float:
+    """Forgets the peak so far; returns what is held now, bytes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if sys.platform != "linux":
+        return float("nan")
+    # Freed memory that the C library keeps would hide what is allocated next.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") if sys.platform == "linux" else float("nan")
+
+
+def _status(key: str) -> float:
+    """Reads a figure of this process from the kernel, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return float(line.split()[1]) * 1024
+    return float("nan")
+
+
+def _mean(name: str, index: int) -> Metric:
+    return Metric(
+        name=name,
+        sums="cost",
+        value=lambda sums: sums[..., index] / sums[..., 0],
+        higher_is_better=False,
+        percent=False,
+    )
+
+
+COST = (_mean("seconds", 1), _mean("CPU seconds", 2), _mean("peak MiB", 3))

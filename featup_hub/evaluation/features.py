@@ -1,0 +1,103 @@
+"""Low-resolution features of a folder of images, computed once and kept on disk.
+
+One safetensors file per image, half precision, below a folder named after everything the
+features depend on. Every upsampler sees the same rounded numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from featup_hub.backbones import Backbone
+from featup_hub.evaluation.folders import Folder, Sample
+from featup_hub.model import load_backbone
+from featup_hub.weights import read, write
+
+__all__ = ["CachedFeatures", "fingerprint", "open_backbone"]
+
+
+class CachedFeatures:
+    """Samples of a folder, cropped to a backbone's stride, with their features.
+
+    Args:
+        folder: The images.
+        backbone: What computes them.
+        cache: Folder to keep features in; None computes them every time.
+        mirror: Whether every second image is mirrored.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        backbone: Backbone,
+        *,
+        cache: Path | None = None,
+        mirror: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.backbone = backbone
+        self.stride = backbone.patch_size
+        self.mirror = mirror
+        self.place = None
+        if cache is not None:
+            key = f"stride{self.stride}-{fingerprint(backbone)}"
+            self.place = cache / key / f"{folder.name.replace('/', '-')}-{folder.max_side}"
+            self.place.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __iter__(self) -> Iterator[tuple[Sample, Tensor]]:
+        """Yields cropped samples and their features, (1, C, h, w)."""
+        for index in range(len(self.folder)):
+            sample = self.folder[index].crop(self.stride)
+            name = _file_name(self.folder.images[index])
+            if self.mirror and index % 2:
+                sample, name = sample.mirror(), f"mirrored-{name}"
+            yield sample, self._features(sample, name)
+
+    def _features(self, sample: Sample, name: str) -> Tensor:
+        path = None if self.place is None else self.place / name
+        if path is not None and path.is_file():
+            return read(path)["features"].float()
+        with torch.inference_mode():
+            features = self.backbone(sample.normalised()).half()
+        if path is not None:
+            write({"features": features}, path)
+        return features.float()
+
+
+def open_backbone(spec: str) -> tuple[str, Backbone]:
+    """Loads a backbone.
+
+    Args:
+        spec: ``NAME`` or ``NAME@FILE`` with a name that :func:`featup_hub.load` takes and weights
+            from a file; ``LABEL=`` in front sets what tables call it.
+
+    Returns:
+        Its name in tables, and the backbone, frozen.
+    """
+    label, _, rest = spec.rpartition("=")
+    name, _, file = rest.partition("@")
+    backbone = load_backbone(name, weights=file or None)
+    return label or name, backbone.requires_grad_(False)
+
+
+def _file_name(image: Path) -> str:
+    """Names an image's features; images of one name may lie in several folders."""
+    place = hashlib.sha256(str(image.resolve()).encode()).hexdigest()[:8]
+    return f"{image.stem}-{place}.safetensors"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Digests a module's state: features of other weights are other features."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:8]

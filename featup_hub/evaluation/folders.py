@@ -1,0 +1,197 @@
+"""Images with labels or depth, read from files and cut to fit a backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.evaluation.depth import depth_edges
+from featup_hub.evaluation.segmentation import boundary_strip
+from featup_hub.image import read_image
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["Folder", "Sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image and what is known of it.
+
+    Attributes:
+        name: File name without suffix.
+        image: RGB in [0, 1], (3, H, W).
+        labels: Classes, negative for void, (H, W); None where the data has no labels.
+        depth: Metres, 0 where missing, (H, W); None where the data has no depth.
+    """
+
+    name: str
+    image: Tensor
+    labels: Tensor | None = None
+    depth: Tensor | None = None
+
+    def crop(self, stride: int) -> Sample:
+        """Cuts the centre whose sides are the largest multiples of the stride.
+
+        Nothing is resampled: labels stay exact and edges where they are.
+
+        Raises:
+            ValueError: If the image is smaller than the stride.
+        """
+        height, width = self.image.shape[-2:]
+        if height < stride or width < stride:
+            raise ValueError(
+                f"an image must hold at least one {stride}×{stride} cell; "
+                f"{self.name!r} is {height}×{width}; choose a smaller stride"
+            )
+        top, left = (height % stride) // 2, (width % stride) // 2
+        rows = slice(top, top + height - height % stride)
+        columns = slice(left, left + width - width % stride)
+        return replace(
+            self,
+            image=self.image[:, rows, columns],
+            labels=None if self.labels is None else self.labels[rows, columns],
+            depth=None if self.depth is None else self.depth[rows, columns],
+        )
+
+    def mirror(self) -> Sample:
+        """Turns left into right."""
+        return replace(
+            self,
+            image=self.image.flip(-1),
+            labels=None if self.labels is None else self.labels.flip(-1),
+            depth=None if self.depth is None else self.depth.flip(-1),
+        )
+
+    def square(self, side: int) -> Tensor:
+        """Cuts the centre to a square of ``side`` pixels, normalised, (1, 3, side, side)."""
+        edge = min(self.image.shape[-2:])
+        top, left = ((length - edge) // 2 for length in self.image.shape[-2:])
+        centre = self.image[:, top : top + edge, left : left + edge]
+        size = (side, side)
+        resized = F.interpolate(centre[None], size, mode="bilinear", antialias=True)[0]
+        return replace(self, image=resized, labels=None, depth=None).normalised()
+
+    def shrink(self, max_side: int) -> Sample:
+        """Resizes an image whose longer side is longer than ``max_side``; 0 leaves all as is."""
+        height, width = self.image.shape[-2:]
+        scale = max_side / max(height, width)
+        if max_side == 0 or scale >= 1:
+            return self
+        size = (max(round(height * scale), 1), max(round(width * scale), 1))
+        image = F.interpolate(self.image[None], size, mode="bilinear", antialias=True)[0]
+        return replace(
+            self,
+            image=image,
+            labels=None if self.labels is None else _nearest(self.labels, size),
+            depth=None if self.depth is None else _nearest(self.depth, size),
+        )
+
+    def normalised(self) -> Tensor:
+        """Returns the image as backbones and upsamplers take it, (1, 3, H, W)."""
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        return ((self.image - mean[:, None, None]) / std[:, None, None])[None]
+
+    @cached_property
+    def strip(self) -> Tensor | None:
+        """The strip within 4 px of label boundaries, (H, W)."""
+        return None if self.labels is None else boundary_strip(self.labels)
+
+    @cached_property
+    def edges(self) -> Tensor | None:
+        """The strip within 4 px of depth edges, (H, W)."""
+        return None if self.depth is None else depth_edges(self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """One split of a data set.
+
+    Attributes:
+        name: What tables call it, such as ``camvid/val``.
+        images: Image files, in order.
+        labels: Label files, one per image, or empty.
+        depth: Depth files, one per image, or empty.
+        classes: Number of classes; labels outside 0 .. classes-1 are void.
+        label_map: Class of every stored value, where they differ; values beyond it are void.
+        depth_scale: Stored depth per metre.
+        max_side: Longer images are shrunk to this side; 0 leaves all as they are.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    labels: tuple[Path, ...] = ()
+    depth: tuple[Path, ...] = ()
+    classes: int = 0
+    label_map: tuple[int, ...] = ()
+    depth_scale: float = 1.0
+    max_side: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.images[index]
+        sample = Sample(
+            name=path.stem,
+            image=_tensor(read_image(path)).permute(2, 0, 1).float() / 255,
+            labels=self._labels(self.labels[index]) if self.labels else None,
+            depth=_read(self.depth[index]).float() / self.depth_scale if self.depth else None,
+        )
+        for kind, truth in (("labels", sample.labels), ("depth", sample.depth)):
+            if truth is not None and truth.shape != sample.image.shape[-2:]:
+                raise ValueError(
+                    f"the {kind} of {path} must have the image's size, "
+                    f"{tuple(sample.image.shape[-2:])}; got {tuple(truth.shape)}"
+                )
+        return sample.shrink(self.max_side)
+
+    def spread(self, count: int) -> Folder:
+        """Keeps ``count`` images, evenly spread; all where 0 or where there are fewer."""
+        total = len(self)
+        if not 0 < count < total:
+            return self
+        keep = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+        return replace(
+            self,
+            images=tuple(self.images[i] for i in keep),
+            labels=tuple(self.labels[i] for i in keep) if self.labels else (),
+            depth=tuple(self.depth[i] for i in keep) if self.depth else (),
+        )
+
+    def _labels(self, path: Path) -> Tensor:
+        labels = _read(path).long()
+        if self.label_map:
+            lookup = torch.tensor([*self.label_map, -1])
+            labels = lookup[labels.clamp(0, len(self.label_map))]
+        return labels.masked_fill((labels < 0) | (labels >= self.classes), -1)
+
+
+def _nearest(truth: Tensor, size: tuple[int, int]) -> Tensor:
+    resized = F.interpolate(truth[None, None].double(), size, mode="nearest-exact")
+    return resized[0, 0].to(truth.dtype)
+
+
+def _read(path: Path) -> Tensor:
+    """Reads the stored values of a label or depth file, not their colours, (H, W)."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        values = _tensor(picture)
+    if values.dim() != 2:
+        raise ValueError(
+            f"labels and depth must be stored as one channel; {path} is {tuple(values.shape)}; "
+            "convert colours to class numbers first"
+        )
+    return values
+
+
+def _tensor(picture: object) -> Tensor:
+    import numpy as np
+
+    values = np.array(picture)
+    return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)

@@ -1,0 +1,142 @@
+"""One run: every upsampler on the same images and features, all protocols asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+
+from featup_hub.backbones import Backbone
+from featup_hub.evaluation.cam import measure_cam
+from featup_hub.evaluation.candidates import Candidate, candidate
+from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.consistency import measure_consistency
+from featup_hub.evaluation.cost import measure_cost
+from featup_hub.evaluation.features import fingerprint, open_backbone
+from featup_hub.evaluation.folders import Folder
+from featup_hub.evaluation.layouts import open_data
+from featup_hub.evaluation.ledger import Stage, run_stage
+from featup_hub.evaluation.measurement import Bench, Measurement
+from featup_hub.evaluation.oracle import measure_oracle
+from featup_hub.evaluation.probing import measure_preservation, measure_transfer
+from featup_hub.evaluation.report import Row, rows
+
+__all__ = ["evaluate", "measure"]
+
+ON_FEATURES = {
+    "preservation": measure_preservation,
+    "transfer": measure_transfer,
+    "consistency": measure_consistency,
+    "cost": measure_cost,
+}
+IRRELEVANT = {
+    *("data", "upsamplers", "backbones", "protocols", "versus", "cache", "resamples"),
+    *("strides", "reductions", "cost_images", "photos", "photo_images", "classifier"),
+}
+"""Fields that decide no sums, or are named in the settings of the stages they decide."""
+
+
+def evaluate(
+    config: EvaluationConfig, *, progress: Callable[[str], None] = lambda _: None
+) -> Iterator[list[Row]]:
+    """Measures and scores upsamplers side by side.
+
+    Args:
+        config: What to measure.
+        progress: Called with a line at every step.
+
+    Yields:
+        Rows of one protocol, data set and backbone or stride: one per score and upsampler.
+
+    Raises:
+        ValueError: If something named does not exist, or data that a protocol needs is missing.
+    """
+    candidates = [candidate(spec) for spec in config.upsamplers]
+    names = [each.name for each in candidates]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"every upsampler needs a name of its own; got {', '.join(names)}; write NAME=FILE"
+        )
+    on_data = [name for name in config.protocols if name != "cam"]
+    if on_data and not config.data:
+        raise ValueError(
+            f"{', '.join(on_data)} need labelled data; got none; name it as LAYOUT:FOLDER"
+        )
+    looked_at = any(name in ON_FEATURES for name in config.protocols)
+    backbones = dict(map(open_backbone, config.backbones)) if looked_at else {}
+    splits = [
+        (
+            open_data(spec, "train", max_side=config.max_side),
+            open_data(spec, "val", max_side=config.max_side),
+        )
+        for spec in config.data
+    ]
+    for found in measure(splits, backbones, candidates, config, progress=progress):
+        yield rows([found], versus=config.versus, resamples=config.resamples)
+
+
+def measure(
+    data: Sequence[tuple[Folder, Folder]],
+    backbones: Mapping[str, Backbone],
+    candidates: Sequence[Candidate],
+    config: EvaluationConfig,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Measurement]:
+    """Measures upsamplers that are open already.
+
+    Args:
+        data: Training and validation split of each data set.
+        backbones: By name.
+        candidates: Upsamplers.
+        config: What to measure; its ``data``, ``upsamplers`` and ``backbones`` are not read.
+        progress: Called with a line at every step.
+
+    Yields:
+        One measurement per protocol, data set and backbone or stride.
+    """
+    for stage in _stages(data, backbones, config):
+        progress(stage.title)
+        yield from run_stage(stage, candidates, config.cache)
+
+
+def _stages(
+    data: Sequence[tuple[Folder, Folder]],
+    backbones: Mapping[str, Backbone],
+    config: EvaluationConfig,
+) -> Iterator[Stage]:
+    """Plans a run: the oracle, then everything on features, data set by data set."""
+    common = {key: value for key, value in asdict(config).items() if key not in IRRELEVANT}
+    for train, every in data:
+        val = every.spread(config.val_images)
+        where = f"on {val.name}, {len(val)} images"
+        common |= {"train": _digest(train), "val": _digest(val)}
+        for stride in config.strides if "oracle" in config.protocols else ():
+            yield Stage(
+                f"oracle {where}, stride {stride}",
+                {**common, "oracle": stride, "reductions": config.reductions},
+                partial(measure_oracle, val, stride=stride, reductions=config.reductions),
+            )
+        for name, backbone in backbones.items():
+            bench = Bench(name, backbone, train, val, config)
+            for protocol, run in ON_FEATURES.items():
+                if protocol in config.protocols:
+                    settings = {**common, protocol: name, "backbone": fingerprint(backbone)}
+                    yield Stage(
+                        f"{protocol} {where}, {name}",
+                        None if protocol == "cost" else settings,
+                        partial(run, bench),
+                    )
+    if "cam" in config.protocols:
+        named = {key: getattr(config, key) for key in ("photos", "photo_images", "classifier")}
+        yield Stage(
+            f"class activation maps of {config.classifier}",
+            {"cam": config.classifier, **named},
+            partial(measure_cam, config),
+        )
+
+
+def _digest(folder: Folder) -> str:
+    paths = "\n".join(str(path.resolve()) for path in folder.images)
+    return hashlib.sha256(paths.encode()).hexdigest()

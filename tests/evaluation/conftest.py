@@ -1,0 +1,36 @@
+"""Synthetic scenes in the plain layout, whose right answers are known by arithmetic."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EDGE = 20
+"""Where the scenes' upright edge is: 4 px to the right of a border of 16-px cells."""
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Dark and bright halves, labels 0 and 1, 1 m and 3 m, four of train and three of val."""
+    root = tmp_path_factory.mktemp("scenes")
+    for split, count in (("train", 4), ("val", 3)):
+        for kind in ("images", "labels", "depth"):
+            (root / split / kind).mkdir(parents=True)
+        for index in range(count):
+            right = np.zeros((32, 48), dtype=bool)
+            right[:, EDGE:] = True
+            shades = np.where(right, 220 + index, 30)
+            files = {
+                "images": shades[..., None].repeat(3, 2),
+                "labels": right,
+                "depth": np.where(right, 60, 20),
+            }
+            for kind, values in files.items():
+                picture = Image.fromarray(values.astype(np.uint8))
+                picture.save(root / split / kind / f"{index}.png")
+    description = {"classes": 2, "depth_scale": 20}
+    (root / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    return root

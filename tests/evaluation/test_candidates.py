@@ -1,0 +1,100 @@
+"""Upsamplers by name, by file, by plug-in; and where a linear head may be applied."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from featup_hub.evaluation.candidates import Candidate, candidate
+from featup_hub.upsamplers import JBUStack
+from featup_hub.weights import write
+
+SIZE = (16, 24)
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(1, 5, 4, 6), torch.randn(1, 3, *SIZE)
+
+
+@pytest.fixture
+def stack():
+    stack = JBUStack().eval()
+    for index in range(1, 5):  # kernels that shrink what they filter, as upstream's do
+        getattr(stack, f"up{index}").fixup_proj[3].bias.data.fill_(-0.05)
+    return stack.requires_grad_(False)
+
+
+@pytest.fixture
+def file(stack, tmp_path):
+    closing = {
+        "fixup_proj.1.weight": torch.randn(9, 9, 1, 1),
+        "fixup_proj.1.bias": torch.randn(9),
+    }
+    write({**stack.state_dict(), **closing}, tmp_path / "mine.safetensors")
+    return tmp_path / "mine.safetensors"
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "joint_bilateral"])
+def test_a_baseline_is_found_by_its_name(name, inputs):
+    found = candidate(name)
+    assert found.name == name
+    assert found(*inputs, SIZE).shape == (1, 5, *SIZE)
+
+
+def test_a_file_gives_its_stages_without_the_closing_convolution(file, stack, inputs):
+    found = candidate(str(file))
+    assert found.name == "mine"
+    torch.testing.assert_close(found(*inputs, SIZE), stack(*inputs, size=SIZE))
+
+
+def test_unit_divides_every_kernel_by_its_sum(file, inputs):
+    ones = torch.ones_like(inputs[0])
+    plain, unit = candidate(str(file)), candidate(f"{file}@unit")
+    assert (plain(ones, inputs[1], SIZE) - 1).abs().max() > 0.1
+    torch.testing.assert_close(unit(ones, inputs[1], SIZE), torch.ones(1, 5, *SIZE))
+    assert unit.name == "mine@unit"
+
+
+def test_a_plug_in_is_imported_and_taken_as_it_is(monkeypatch, inputs):
+    module = types.ModuleType("somebodys_upsampler")
+    module.squared = lambda source, image, size: F.interpolate(source, size) ** 2
+    monkeypatch.setitem(sys.modules, "somebodys_upsampler", module)
+    found = candidate("theirs=somebodys_upsampler:squared")
+    assert (found.name, found.head) == ("theirs", "after")
+    weight = torch.randn(2, 5)
+    expected = F.conv2d(found(*inputs, SIZE), weight[:, :, None, None])
+    torch.testing.assert_close(found.project(*inputs, SIZE, weight), expected)
+
+
+def test_a_head_before_inside_and_after_are_one(file, inputs):
+    weight = torch.randn(3, 5)
+    before = candidate(str(file))
+    after = Candidate(name="after", function=before.function)
+
+    def function(source, image, size, head):
+        return before.function(F.conv2d(source, head[:, :, None, None]), image, size)
+
+    inside = Candidate(name="inside", function=function, head="inside")
+    results = [c.project(*inputs, SIZE, weight) for c in (before, inside, after)]
+    torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+    assert torch.equal(results[0], results[1])
+
+
+def test_an_unknown_upsampler_is_refused():
+    with pytest.raises(ValueError, match=r"an upsampler is one of nearest.*got 'lanczos'"):
+        candidate("lanczos")
+
+
+@pytest.mark.shared
+def test_upstream_s_checkpoint_is_read_and_shrinks_features_unless_unit(shared, inputs):
+    path = shared / "checkpoints" / "featup_clip_jbu_stack_cocostuff.ckpt"
+    ones = torch.ones(1, 1, 4, 6)
+    image = torch.rand(1, 3, *SIZE)
+    assert candidate(str(path))(ones, image, SIZE).mean() < 0.9
+    unit = candidate(f"{path}@unit")(ones, image, SIZE)
+    torch.testing.assert_close(unit, torch.ones_like(unit))

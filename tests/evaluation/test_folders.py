@@ -1,0 +1,73 @@
+"""Samples: cutting to a stride, shrinking, picking, refusing what does not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featup_hub.evaluation.folders import Folder, Sample
+
+
+def sample(height, width):
+    grid = torch.arange(height * width).reshape(height, width)
+    return Sample(name="a", image=torch.rand(3, height, width), labels=grid, depth=grid.float())
+
+
+def test_a_crop_is_the_centre_and_keeps_truth_beside_its_pixels():
+    whole = sample(37, 50)
+    cut = whole.crop(16)
+    assert cut.image.shape == (3, 32, 48)
+    assert torch.equal(cut.image, whole.image[:, 2:34, 1:49])
+    assert torch.equal(cut.labels, whole.labels[2:34, 1:49])
+    assert torch.equal(cut.depth, whole.depth[2:34, 1:49])
+
+
+def test_an_image_that_fits_is_not_cut():
+    assert torch.equal(sample(32, 48).crop(16).labels, sample(32, 48).labels)
+
+
+def test_an_image_below_one_cell_is_refused():
+    with pytest.raises(ValueError, match="at least one 16×16 cell; 'a' is 10×50"):
+        sample(10, 50).crop(16)
+
+
+def test_shrinking_keeps_labels_labels_and_small_images_whole():
+    whole = sample(30, 60)
+    small = whole.shrink(20)
+    assert small.image.shape == (3, 10, 20)
+    assert torch.equal(small.labels, whole.labels[1::3, 1::3])
+    assert torch.equal(small.depth, whole.depth[1::3, 1::3])
+    assert whole.shrink(60) is whole
+    assert whole.shrink(0) is whole
+
+
+def test_the_normalised_image_is_imagenet_s():
+    grey = Sample(name="a", image=torch.full((3, 2, 2), 0.5)).normalised()
+    expected = (0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(grey[0, :, 0, 0], expected)
+
+
+def test_spread_takes_first_and_last_and_evenly_between(tmp_path):
+    files = tuple(tmp_path / f"{i}.png" for i in range(9))
+    folder = Folder(name="x", images=files, labels=files)
+    assert [p.stem for p in folder.spread(3).images] == ["0", "4", "8"]
+    assert folder.spread(3).labels == folder.spread(3).images
+    assert folder.spread(0) is folder
+    assert folder.spread(20) is folder
+
+
+def test_truth_of_another_size_is_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((4, 5), dtype=np.uint8)).save(tmp_path / "b.png")
+    folder = Folder(name="x", images=(tmp_path / "a.png",), labels=(tmp_path / "b.png",), classes=2)
+    with pytest.raises(ValueError, match=r"labels of .* must have the image's size.*\(4, 5\)"):
+        folder[0]
+
+
+def test_labels_stored_as_colours_are_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    folder = Folder(name="x", images=(tmp_path / "a.png",), labels=(tmp_path / "a.png",), classes=2)
+    with pytest.raises(ValueError, match=r"stored as one channel.*convert colours"):
+        folder[0]

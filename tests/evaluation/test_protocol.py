@@ -1,0 +1,170 @@
+"""The smoke run: the whole protocol on scenes whose right answers follow from arithmetic."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+
+from featup_hub.backbones import Backbone
+from featup_hub.evaluation import protocol
+from featup_hub.evaluation.candidates import candidate
+from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.layouts import open_data
+from featup_hub.evaluation.protocol import evaluate, measure
+from featup_hub.evaluation.report import rows
+
+
+class MeanColour(Backbone):
+    """Features whose right answer is known: the mean colour of every 16-px cell."""
+
+    def __init__(self):
+        super().__init__(feat_dim=3, patch_size=16)
+
+    def features(self, image):
+        return torch.nn.functional.avg_pool2d(image, 16)
+
+
+def score(scored, upsampler, metric, stage):
+    (row,) = (
+        r for r in scored if (r.upsampler, r.metric, r.protocol) == (upsampler, metric, stage)
+    )
+    return row
+
+
+@pytest.fixture(scope="module")
+def oracle(scenes):
+    config = EvaluationConfig(
+        data=(f"folder:{scenes}",),
+        upsamplers=("nearest", "bilinear", "joint_bilateral"),
+        protocols=("oracle",),
+        strides=(16,),
+        versus=("bilinear",),
+        resamples=50,
+    )
+    return list(chain.from_iterable(evaluate(config)))
+
+
+def test_the_point_oracle_of_bilinear_is_wrong_on_exactly_half_the_strip(oracle):
+    # Cells are sampled at columns 8 and 24, so bilinear puts the edge midway, at 16: of the
+    # strip's columns 16..23 the four before the true edge at 20 are wrong.
+    found = score(oracle, "bilinear", "strip accuracy", "point oracle")
+    assert found.score.value == 0.5
+    assert score(oracle, "bilinear", "accuracy", "point oracle").score.value == 44 / 48
+    assert score(oracle, "bilinear", "mIoU", "point oracle").score.value == pytest.approx(
+        (16 / 20 + 28 / 32) / 2
+    )
+
+
+def test_an_upsampler_that_follows_the_image_is_right_everywhere(oracle):
+    for metric in ("strip accuracy", "mIoU", "accuracy"):
+        assert score(oracle, "joint_bilateral", metric, "point oracle").score.value == 1
+
+
+def test_a_paired_difference_from_bilinear_is_half_the_strip_and_significant(oracle):
+    difference = score(oracle, "joint_bilateral", "strip accuracy", "point oracle").versus[
+        "bilinear"
+    ]
+    assert difference.value == 0.5
+    assert difference.significant
+
+
+def test_the_depth_oracle_of_nearest_is_wrong_by_two_metres_on_four_columns(oracle):
+    found = score(oracle, "nearest", "RMSE", "point oracle").score
+    assert found.value == pytest.approx((4 / 48 * 2**2) ** 0.5)
+    edge = score(oracle, "nearest", "edge RMSE", "point oracle").score
+    assert edge.value == pytest.approx((4 / 8 * 2**2) ** 0.5)
+
+
+def test_area_averages_carry_the_edge_that_points_lose(oracle):
+    # The cell over the edge is 3/4 bright, so bilinear finds the edge between 16 and 20.
+    point, area = (
+        score(oracle, "bilinear", "strip accuracy", f"{way} oracle").score.value
+        for way in ("point", "area")
+    )
+    assert area > point
+
+
+def test_a_frozen_probe_reads_labels_and_depth_off_upsampled_features(scenes, tmp_path):
+    config = EvaluationConfig(data=(), cache=tmp_path, protocols=("preservation",), resamples=50)
+    splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
+    candidates = [candidate(name) for name in ("nearest", "joint_bilateral")]
+    found = rows(measure(splits, {"mean colour": MeanColour()}, candidates, config), resamples=50)
+    labels = score(found, "nearest", "accuracy", "frozen probe")
+    assert labels.score.value == 44 / 48  # the mixed cell is mostly bright
+    assert labels.backbone == "mean colour /16"
+    assert labels.images == 3
+    blurred = score(found, "nearest", "edge RMSE", "frozen probe").score.value
+    sharp = score(found, "joint_bilateral", "edge RMSE", "frozen probe").score.value
+    assert sharp < blurred
+
+
+def test_cached_features_are_computed_once(scenes, tmp_path):
+    class Counting(MeanColour):
+        calls = 0
+
+        def features(self, image):
+            Counting.calls += 1
+            return super().features(image)
+
+    splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
+    config = EvaluationConfig(data=(), cache=tmp_path, protocols=("preservation",), probe_steps=5)
+    for name in ("nearest", "bilinear"):
+        list(measure(splits, {"x": Counting()}, [candidate(name)], config))
+    assert Counting.calls == 7
+
+
+def test_upsamplers_of_one_name_are_refused(scenes):
+    config = EvaluationConfig(
+        data=(f"folder:{scenes}",), upsamplers=("bilinear", "bilinear"), protocols=("oracle",)
+    )
+    with pytest.raises(ValueError, match=r"name of its own.*write NAME=FILE"):
+        list(evaluate(config))
+
+
+def test_progress_names_every_step(scenes):
+    lines = []
+    config = EvaluationConfig(
+        data=(f"folder:{scenes}",),
+        upsamplers=("bilinear",),
+        protocols=("oracle",),
+        strides=(16,),
+        val_images=2,
+        resamples=2,
+    )
+    list(evaluate(config, progress=lines.append))
+    assert len(lines) == 1
+    assert "/val, 2 images" in lines[0]
+
+
+def test_the_protocol_leaves_the_global_generator_alone(scenes):
+    state = torch.get_rng_state()
+    config = EvaluationConfig(data=(), protocols=("preservation",), probe_steps=2)
+    splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
+    list(protocol.measure(splits, {"x": MeanColour()}, [candidate("bilinear")], config))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_every_protocol_on_features_leaves_its_scores(scenes, tmp_path):
+    config = EvaluationConfig(
+        protocols=("transfer", "consistency", "cost"),
+        cache=tmp_path,
+        probe_steps=200,
+        pixels=64,
+        cost_images=2,
+    )
+    splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
+    candidates = [candidate(name) for name in ("nearest", "joint_bilateral")]
+    found = rows(measure(splits, {"x": MeanColour()}, candidates, config), resamples=20)
+    assert {row.protocol for row in found} == {"transfer probe", "consistency", "cost"}
+    # A probe of sharp features finds the edge that features repeated by cells cannot show.
+    assert score(found, "joint_bilateral", "accuracy", "transfer probe").score.value == 1
+    assert score(found, "nearest", "accuracy", "transfer probe").score.value < 1
+    assert score(found, "nearest", "seconds", "cost").score.value > 0
+    assert score(found, "nearest", "view error", "consistency").images == 3
+
+
+def test_protocols_without_their_data_are_refused():
+    with pytest.raises(ValueError, match=r"oracle need labelled data; got none"):
+        list(evaluate(EvaluationConfig(protocols=("oracle",))))

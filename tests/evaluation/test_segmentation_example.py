@@ -1,0 +1,42 @@
+"""The example trains what it says it trains, and stays short enough to be read."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+import torch
+
+import featup_hub
+from featup_hub.weights import write
+
+
+@pytest.fixture
+def example(root, tmp_path, monkeypatch):
+    stages = tmp_path / "stages.safetensors"
+    write(featup_hub.JBUStack().state_dict(), stages)
+    load = featup_hub.load
+    monkeypatch.setattr(featup_hub, "load", lambda name: load(name, weights=stages))
+    return runpy.run_path(str(root / "examples" / "segmentation_head.py"))
+
+
+def test_it_is_under_eighty_lines(root):
+    text = (root / "examples" / "segmentation_head.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 80
+
+
+@pytest.mark.parametrize("decoder", ["jbu", "bilinear"])
+def test_every_part_learns_and_the_loss_falls(example, decoder, scenes, capsys):
+    network = example["build"](2, decoder)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    data = example["open_data"](f"folder:{scenes}", "train")
+    example["train"](network, data, 8, side=32)
+    assert "step 0: loss" in capsys.readouterr().out
+    kept = [name for name, value in network.named_parameters() if torch.equal(value, before[name])]
+    unused = ("upsampler.upsampler.up", "model.upsampler")  # 2 of 4 stages at 32 px; none
+    assert [name for name in kept if not name.startswith(unused)] == []
+
+
+def test_it_runs_from_the_command_line_to_a_score(example, scenes, capsys):
+    example["main"](f"folder:{scenes}", "jbu", "2")
+    assert ", mIoU " in capsys.readouterr().out

@@ -1,0 +1,56 @@
+"""The bootstrap: its intervals cover, its pairs pair, and the global generator is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from featup_hub.evaluation.statistics import Metric, compare, estimate
+
+MEAN = Metric(name="mean", sums="x", value=lambda s: s[..., 0] / s[..., 1])
+
+
+def sums(values):
+    return torch.stack([values, torch.ones_like(values)], dim=1)
+
+
+def test_the_value_is_the_score_of_all_images_together():
+    stacked = torch.tensor([[1.0, 2.0], [3.0, 10.0]])
+    assert estimate(MEAN, stacked).value == pytest.approx(4 / 12)
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1)).double()
+    found = estimate(MEAN, sums(values), resamples=4000)
+    half = 1.96 * float(values.std()) / 400**0.5
+    assert found.high - found.value == pytest.approx(half, rel=0.1)
+    assert found.value - found.low == pytest.approx(half, rel=0.1)
+
+
+def test_a_small_difference_is_significant_because_images_are_paired():
+    values = 10 * torch.randn(60)
+    better = values + 0.1 + 0.02 * torch.randn(60)
+    difference = compare(MEAN, sums(better), sums(values))
+    assert difference.value == pytest.approx(0.1, abs=0.02)
+    assert difference.significant
+    assert difference.high - difference.low < 0.02
+
+
+def test_no_difference_is_not_significant():
+    same = sums(torch.randn(20))
+    difference = compare(MEAN, same, same)
+    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+    assert not difference.significant
+
+
+def test_sums_of_different_images_are_refused():
+    with pytest.raises(ValueError, match="same images on both sides"):
+        compare(MEAN, sums(torch.randn(3)), sums(torch.randn(4)))
+
+
+def test_the_same_seed_gives_the_same_interval_and_the_global_generator_is_untouched():
+    stacked = sums(torch.randn(30))
+    state = torch.get_rng_state()
+    assert estimate(MEAN, stacked, seed=3) == estimate(MEAN, stacked, seed=3)
+    assert estimate(MEAN, stacked, seed=3) != estimate(MEAN, stacked, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
