@@ -14,8 +14,7 @@ MOST_SHARED_BYTES = 48 * 1024  # what any device grants without asking
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize(
-X)
+@pytest.mark.parametrize("architecture", [90, *OTHERS])
 @pytest.mark.parametrize("program", list(programs()), ids=lambda p: f"{p.source}-{p.define}")
 def test_no_kernel_spills_or_asks_for_more_than_48_kilobytes(
     program: Program, architecture: int
