@@ -8,7 +8,7 @@ from torch import Tensor
 from featup_hub.training.config import JBUTrainingConfig
 from featup_hub.training.losses import magnitude_tv, reconstruction_loss, sampled_crf
 from featup_hub.training.projection import random_projection
-from featup_hub.training.regions import random_regions, reduce_regions
+from featup_hub.training.regions import random_field, random_regions, reduce_regions
 from featup_hub.training.sources import TrainingSource
 from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
 from featup_hub.upsamplers import JBUStack
@@ -47,8 +47,9 @@ def consistency_loss(
     low = source.project(own, projection)
     count = low.shape[1]
     if config.region_weight:
-        regions = random_regions(rgb, config.region_channels, generator)
-        cells = reduce_regions(regions, (own.shape[-2], own.shape[-1]), generator)
+        grid = (own.shape[-2], own.shape[-1])
+        regions = _regions(rgb, grid, config, generator)
+        cells = reduce_regions(regions, grid, generator)
         low = torch.cat([low, cells], dim=1)
     upsampled = _upsample(stack, low, image, config.kernel_taps)
     features, saliency, restored = upsampled.tensor_split([len(projection), count], dim=1)
@@ -75,6 +76,18 @@ def consistency_loss(
         terms["tv"] = magnitude_tv(features)
         loss = loss + config.tv_weight * terms["tv"]
     return {"loss": loss, **terms, "error": torch.stack(errors).mean()}
+
+
+def _regions(
+    rgb: Tensor, grid: tuple[int, int], config: JBUTrainingConfig, generator: torch.Generator
+) -> Tensor:
+    regions = random_regions(rgb, config.region_channels, generator)
+    if not config.region_field:
+        return regions
+    share = config.region_field * torch.rand((), generator=generator).item()
+    size = (rgb.shape[-2], rgb.shape[-1])
+    field = random_field(grid, size, (len(rgb), config.region_channels), generator).to(regions)
+    return (1 - share) ** 0.5 * regions + share**0.5 * field
 
 
 def _jitters(image: Tensor, config: JBUTrainingConfig, generator: torch.Generator) -> list[Jitter]:

@@ -5,6 +5,9 @@ cells at low resolution are then a source whose high-resolution original is know
 backbone offers. Trained beside multi-view consistency, this teaches stages where edges are,
 directly and at almost no cost: the regions pass the same kernels as a few more channels.
 
+Real features also change inside a region. Smooth random fields mixed into the vectors teach what to
+do there: interpolate sharply, rather than blur what a constant would never show.
+
 Source: regions by Felzenszwalb and Huttenlocher, "Efficient Graph-Based Image Segmentation",
 IJCV 2004, as scikit-image implements it.
 """
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["random_regions", "reduce_regions"]
+__all__ = ["random_field", "random_regions", "reduce_regions"]
 
 # Segmentations from fine to coarse, in the units of the paper's constant k and in pixels.
 MIN_SCALE, MAX_SCALE = 60.0, 800.0
@@ -56,6 +59,31 @@ def random_regions(rgb: Tensor, channels: int, generator: torch.Generator) -> Te
         vectors = torch.randn(int(labels.max()) + 1, channels, generator=generator)
         maps.append(vectors[torch.from_numpy(labels)].permute(2, 0, 1))
     return torch.stack(maps).to(rgb)
+
+
+def random_field(
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    count: tuple[int, int],
+    generator: torch.Generator,
+) -> Tensor:
+    """Draws smooth maps that a grid just resolves, or resolves with ease.
+
+    Args:
+        grid: Height and width of the low resolution.
+        size: Height and width of the maps.
+        count: Samples B and channels K.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        Maps of zero mean and unit variance, (B, K, *size).
+    """
+    finest, coarsest = 0.75, 0.25  # nodes per cell; at one, cells could not tell the node
+    share = coarsest + (finest - coarsest) * torch.rand((), generator=generator).item()
+    nodes = [max(round(cells * share), 2) for cells in grid]
+    field = torch.randn(*count, nodes[0], nodes[1], generator=generator)
+    field = F.interpolate(field, size, mode="bicubic", align_corners=True)
+    return (field - field.mean()) / field.std()
 
 
 def reduce_regions(regions: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from featup_hub.training.images import seeded
-from featup_hub.training.regions import random_regions, reduce_regions
+from featup_hub.training.regions import random_field, random_regions, reduce_regions
 
 pytest.importorskip("skimage", reason="scikit-image is not installed: the extra [train]")
 
@@ -44,3 +44,14 @@ def test_all_three_ways_down_occur_and_keep_what_is_constant() -> None:
     for n in range(6):
         reduced = reduce_regions(constant, (4, 6), seeded(n))
         torch.testing.assert_close(reduced, constant[..., :4, :6])
+
+
+def test_a_field_is_smooth_of_unit_variance_and_resolved_by_its_grid() -> None:
+    field = random_field((12, 16), (96, 128), (2, 3), seeded(4))
+    assert field.shape == (2, 3, 96, 128)
+    assert field.mean().abs() < 1e-5
+    assert abs(field.std() - 1) < 1e-5
+    assert field.diff(dim=3).square().mean() < 0.1
+    cells = F.adaptive_avg_pool2d(field, (12, 16))
+    again = F.interpolate(cells, (96, 128), mode="bicubic")
+    assert (again - field)[..., 8:-8, 8:-8].square().mean() < 0.15
