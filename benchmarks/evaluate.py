@@ -1,7 +1,9 @@
 """Scores upsamplers side by side on CamVid and NYU, with the settings of RESULTS.md.
 
     python -m benchmarks.evaluate weights/x.safetensors           # point oracle, under a minute
-    python -m benchmarks.evaluate weights/x.safetensors --full    # every protocol, minutes
+    python -m benchmarks.evaluate weights/x.safetensors --full    # every protocol, hours
+
+Sums are kept in the cache: a run that was stopped goes on, another upsampler joins old ones.
 
 ``featup-hub evaluate`` does the same for any data; this script knows where ours lies.
 """
@@ -36,12 +38,13 @@ def main() -> None:
     """Parses arguments, runs, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("upsampler", nargs="*", help="FILE, FILE@unit, module:callable, a baseline")
-    parser.add_argument("--full", action="store_true", help="all strides, frozen probes")
+    parser.add_argument("--full", action="store_true", help="every protocol, all strides")
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--strides", nargs="*", type=int, help="of the label oracle")
     parser.add_argument("--backbones", nargs="*", choices=BACKBONES, help="whose features")
     parser.add_argument("--images", type=int, help="validation images of each set, 0 for all")
-    parser.add_argument("--train-images", type=int, default=200, help="images a probe is fitted on")
+    parser.add_argument("--train-images", type=int, default=120, help="images a probe is fitted on")
+    parser.add_argument("--transfer-images", type=int, default=50, help="of a transfer probe")
     parser.add_argument("--area", action="store_true", help="the area oracle, too")
     parser.add_argument("--protocols", nargs="+", choices=get_args(Protocol))
     parser.add_argument("--photo-images", type=int, default=200, help="of the activation maps")
@@ -58,13 +61,11 @@ def main() -> None:
         data=tuple(f"{name}:{SHARED / 'data' / name}" for name in chosen.sets),
         upsamplers=tuple(dict.fromkeys(["bilinear", "bicubic", *chosen.upsampler])),
         backbones=tuple(BACKBONES[name] for name in names),
-        protocols=tuple(
-            chosen.protocols
-            or (["oracle"] if strides else []) + (["preservation"] if names else [])
-        ),
+        protocols=tuple(chosen.protocols or (get_args(Protocol) if full else ["oracle"])),
         strides=tuple(strides),
         reductions=("point", "area") if chosen.area else ("point",),
         train_images=chosen.train_images,
+        transfer_images=chosen.transfer_images,
         val_images=images,
         photos=SHARED / "data" / "photos",
         photo_images=chosen.photo_images,
