@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
-from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
-from featup_hub.training.images import seeded
 from featup_hub.training.implicit_config import PRESETS, ImplicitConfig
-from featup_hub.training.implicit_views import look, points_of
-from featup_hub.training.losses import (
-    ScaleNet,
-    blur_residual,
-    magnitude_tv,
-    mean_magnitude,
-    reconstruction_loss,
-)
+from featup_hub.training.implicit_objective import Objective, Sample, draw, seeded_modules
+from featup_hub.training.implicit_views import look
 from featup_hub.training.records import Progress, load_checkpoint, save_checkpoint
-from featup_hub.training.views import Jitter, apply_jitter
 from featup_hub.upsamplers import ImplicitUpsampler, JBUStack
-from featup_hub.upsamplers.implicit import pixel_centres
 
-__all__ = ["PRESETS", "ImplicitConfig", "fit"]
+__all__ = ["PRESETS", "ImplicitConfig", "Run", "fit"]
 
 
 def fit(
@@ -87,12 +77,12 @@ def fit(
     if image.dim() != 4 or image.shape[:2] != (1, 3):
         raise ValueError(
             f"fit takes one normalised RGB image, (1, 3, H, W); got {tuple(image.shape)}; "
-            "fit images one by one"
+            "several at once are for fit_batch"
         )
     if options:
         config = replace(config, **options)
     began = time.monotonic()
-    run = _Run(image, backbone, config, start)
+    run = Run(image, backbone, config, start)
     path = None if checkpoint is None else Path(checkpoint)
     first = run.restore(path)
     done = first
@@ -111,8 +101,15 @@ def fit(
     return run.result(done)
 
 
-class _Run:
-    """The state of a fit, and how one step changes it."""
+class Run:
+    """The state of a fit, and how one step changes it.
+
+    Args:
+        image: Normalised RGB, (1, 3, H, W).
+        backbone: Whose features.
+        config: What to do.
+        start: Stages whose features are the base.
+    """
 
     def __init__(
         self, image: Tensor, backbone: Backbone, config: ImplicitConfig, start: JBUStack | None
@@ -120,16 +117,14 @@ class _Run:
         self.config, self.image = config, image
         self.digest = _digest(backbone.state_dict())
         self.start = "" if start is None else _digest(start.state_dict())
-        self.pca, self.views, self.held_out = look(image, backbone, config)
-        dim = len(self.pca.components)
-        base = self.views.features[:1].float() if config.base == "source" else None
+        self.pca, self.views, self.unseen = look(image, backbone, config)
+        own = self.views.features[:1].float()
+        base = own if config.base == "source" else None
         if start is not None:
             with torch.no_grad():
-                base = start.to(image.device).eval()(self.views.features[:1].float(), image)
-        # Modules draw their first weights from the global generator, which is put back after.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = ImplicitUpsampler(
+                base = start.to(image.device).eval()(own, image)
+        with seeded_modules(config.seed):
+            model = ImplicitUpsampler(
                 image.cpu(),
                 self.pca.mean,
                 self.pca.directions,
@@ -141,18 +136,13 @@ class _Run:
                 backbone=str(getattr(backbone, "name", type(backbone).__name__)),
                 backbone_digest=self.digest,
             )
-            stride = config.taps or backbone.patch_size
-            self.downsampler: AttentionDownsampler | SimpleDownsampler = (
-                AttentionDownsampler(dim, stride)
-                if config.downsampler == "attention"
-                else SimpleDownsampler(stride)
-            )
-            self.scale = ScaleNet(dim)
+            grid = (own.shape[-2], own.shape[-1])
+            objective = Objective(model, config, grid=grid, patch_size=backbone.patch_size)
         if base is not None:  # at first, the base alone
-            for parameter in self.model.layers[-1].parameters():
+            for parameter in model.layers[-1].parameters():
                 nn.init.zeros_(parameter)
-        self.learned = nn.ModuleList([self.model, self.downsampler, self.scale]).to(image.device)
-        self.optimizer = torch.optim.NAdam(self.learned.parameters(), lr=config.lr)
+        self.objective = objective.to(image.device)
+        self.optimizer = torch.optim.NAdam(self.objective.parameters(), lr=config.lr)
         self.error, self.best_step, self.checked = math.inf, 0, 0
         self.best = self._network()
 
@@ -162,29 +152,25 @@ class _Run:
         looks = (self.checked - self.best_step) // self.config.check_every
         return 0 < self.config.patience <= looks
 
+    def draw(self, step: int) -> Sample:
+        """Draws what a step looks at."""
+        return draw(
+            self.views.jitters,
+            self.objective.model.image_size,
+            self.objective.grid,
+            self.config,
+            step,
+        )
+
     def step(self, step: int, passed: float) -> float:
         """Takes one optimiser step, with ``passed`` of the time gone; returns the loss."""
-        config, generator = self.config, seeded(self.config.seed, 2, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate(max(step / config.steps, passed))
-        chosen = torch.randint(len(self.views.jitters), (config.batch,), generator=generator)
-        jitters = [self.views.jitters[n] for n in chosen.tolist()]
-        observed = self.views.features[chosen.to(self.image.device)].float()
-        self.learned.train()
-        devices = [self.image.device] if self.image.is_cuda else []
-        with torch.random.fork_rng(devices=devices, enabled=config.dropout > 0):
-            if config.dropout > 0:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            predicted, area = self._render(jitters, generator)
-        scale = self.scale(observed) if config.uncertainty else None
-        loss = reconstruction_loss(predicted, observed, scale)
-        for weight, term in (
-            (config.magnitude_weight, mean_magnitude),
-            (config.tv_weight, magnitude_tv),
-            (config.blur_weight, blur_residual),
-        ):
-            if weight:
-                loss = loss + weight * term(area)
+            group["lr"] = self.config.learning_rate(max(step / self.config.steps, passed))
+        sample = self.draw(step)
+        observed = self.views.features[sample.chosen.to(self.image.device)].float()
+        self.objective.train()
+        with seeded_modules(sample.mask):
+            loss: Tensor = self.objective(sample, observed)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -193,12 +179,12 @@ class _Run:
     @torch.no_grad()
     def check(self, step: int) -> None:
         """Looks at the held-out views, and keeps the weights if they are the best so far."""
-        self.learned.eval()
+        self.objective.eval()
         residual = torch.zeros(())
-        for part in self.held_out.split(self.config.batch):
-            predicted = self._predict(part.jitters, None)
+        for part in self.unseen.split(self.config.batch):
+            predicted = self.objective.held_out(part.jitters)
             residual = residual + (predicted - part.features.float()).square().sum().cpu()
-        error = float(residual / self.held_out.features.float().square().sum().cpu())
+        error = float(residual / self.unseen.features.float().square().sum().cpu())
         self.checked = step
         if error < self.error:
             self.error, self.best_step, self.best = error, step, self._network()
@@ -207,20 +193,21 @@ class _Run:
         """Returns the best network seen in the steps ``done``."""
         if done != self.checked or not self.best_step:
             self.check(done)
-        self.model.load_state_dict(self.best)
-        self.model.scores = {
+        model = self.objective.model
+        model.load_state_dict(self.best)
+        model.scores = {
             "held_out_error": self.error,
             "explained_variance": self.pca.explained,
             "steps": float(self.best_step),
         }
-        return self.model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
 
     def state(self, step: int) -> dict[str, object]:
         """Returns all that a stopped fit needs to go on after ``step`` steps."""
         return {
             "step": step,
             "config": self._identity(),
-            "learned": self.learned.state_dict(),
+            "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
             "best_step": self.best_step,
@@ -232,7 +219,7 @@ class _Run:
         if path is None or not path.exists():
             return 0
         state = load_checkpoint(path, self._identity())
-        self.learned.load_state_dict(state["learned"])
+        self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best, self.best_step, self.error = state["best"], state["best_step"], state["error"]
         self.checked = int(state["step"])
@@ -244,43 +231,8 @@ class _Run:
         return {**asdict(self.config), **seen}
 
     def _network(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-
-    def _render(
-        self, jitters: Sequence[Jitter], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Returns what the backbone should see of views, and features of neighbouring pixels."""
-        height, width = self.model.image_size
-        centres = pixel_centres(height, width, self.image.device)
-        if not self.config.taps:
-            whole = self._tell(centres[None])
-            seen = apply_jitter(whole.expand(len(jitters), -1, -1, -1), jitters)
-            return self._downsample(seen), whole
-        side = [min(self.config.patch, n) for n in (height, width)]
-        top, left = (
-            int(torch.randint(n - s + 1, (), generator=generator))
-            for n, s in zip((height, width), side, strict=True)
-        )
-        area = centres[top : top + side[0], left : left + side[1]]
-        return self._predict(jitters, generator), self._tell(area[None])
-
-    def _predict(self, jitters: Sequence[Jitter], generator: torch.Generator | None) -> Tensor:
-        """Returns what the backbone should see of views, (V, K, h, w)."""
-        h, w = self.views.features.shape[-2:]
-        taps = self.config.taps or self.downsampler.stride
-        positions = points_of(jitters, (h * taps, w * taps), generator).to(self.image)
-        return self._downsample(self._tell(positions))
-
-    def _tell(self, position: Tensor) -> Tensor:
-        """Runs the network at fractions of the image, (V, H, W, 2) -> (V, K, H, W)."""
-        kind, low = self.image.device.type, self.config.precision == "bfloat16"
-        with torch.autocast(kind, torch.bfloat16, enabled=low):
-            told = self.model.coordinates(position.flatten(0, 2))
-        return told.float().unflatten(0, position.shape[:3]).permute(0, 3, 1, 2)
-
-    def _downsample(self, features: Tensor) -> Tensor:
-        h, w = self.views.features.shape[-2:]
-        return self.downsampler(features, (h, w))
+        state = self.objective.model.state_dict()
+        return {name: value.detach().clone() for name, value in state.items()}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -221,8 +221,8 @@ class ImplicitUpsampler(nn.Module):
         colour = (colour - low) / (high - low).clamp(min=1e-6)
         x = torch.cat([self.fourier(torch.cat([position, colour], dim=1)), colour], dim=1)
         # One mask for all points leaves a network of fewer inputs, not a noisy picture; on the
-        # weights it is almost free.
-        keep = F.dropout(torch.ones_like(self.norm.weight), self.dropout, self.training)
+        # weights it is almost free. It is drawn on the CPU, so that it is the same everywhere.
+        keep = F.dropout(torch.ones(len(self.norm.weight)), self.dropout, self.training).to(x)
         first, second, last = (cast(nn.Linear, layer) for layer in self.layers)
         x = F.linear(self.norm(x), first.weight * keep, first.bias).relu()
         x = last(second(x).relu())

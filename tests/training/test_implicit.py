@@ -183,6 +183,27 @@ def test_it_finds_the_features_that_were_blurred_better_than_bilinear(taps: int)
     assert upsampler.scores["explained_variance"] == pytest.approx(1, abs=1e-3)
 
 
+class Spotted(Blur):
+    """The same, with a pattern that stays where it is when the image moves, as ViTs have it."""
+
+    def features(self, image: Tensor) -> Tensor:
+        seen = super().features(image)
+        return seen + 0.5 * torch.randn(seen.shape[1:], generator=seeded(5))
+
+
+@pytest.mark.slow
+def test_what_does_not_move_with_the_image_is_averaged_out_of_its_features() -> None:
+    image, backbone = picture(), Spotted()
+    config = replace(
+        TINY, views=60, steps=150, batch=4, taps=4, components=5, lr=8e-3, hidden=32,
+        base="none", check_every=50, downsampler="simple", tv_weight=0.0, max_pad=16,
+    )  # fmt: skip
+    clean = Blur()(image)
+    noise = (backbone(image) - clean).square().mean()
+    kept = F.avg_pool2d(fit(image, backbone, config).features(), 8) - clean
+    assert kept.square().mean() < 0.3 * noise
+
+
 def test_a_fit_is_in_evaluation_mode_without_gradients_and_knows_its_backbone() -> None:
     upsampler = fit(picture(), Blur(), TINY)
     assert isinstance(upsampler, ImplicitUpsampler)
@@ -224,7 +245,7 @@ def test_what_is_kept_is_the_best_on_held_out_views_and_patience_ends(monkeypatc
             kept.update(self._network())
 
     kept: dict[str, Tensor] = {}
-    monkeypatch.setattr(implicit._Run, "check", check)
+    monkeypatch.setattr(implicit.Run, "check", check)
     upsampler = fit(picture(), Blur(), TINY, steps=100, check_every=2, patience=3)
     assert steps == [2, 4, 6, 8, 10]
     assert upsampler.scores["held_out_error"] == 0.3
@@ -243,7 +264,11 @@ def test_time_ends_a_fit(monkeypatch) -> None:
 # The same result ----------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_alone() -> None:
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_alone(
+    monkeypatch,
+) -> None:
+    # This one would reseed the generators of all devices.
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("seeded every device"))
     before = torch.get_rng_state()
     first, second = (fit(picture(), Blur(), TINY).state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -260,7 +285,7 @@ class StoppedError(Exception):
 def test_a_stopped_fit_goes_on_to_the_same_weights(at: int, tmp_path: Path, monkeypatch) -> None:
     config = replace(TINY, steps=9)
     whole = fit(picture(), Blur(), config)
-    step = implicit._Run.step
+    step = implicit.Run.step
 
     def stopping(self, number: int, passed: float) -> float:
         if number == at:
@@ -269,7 +294,7 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(at: int, tmp_path: Path, monk
 
     checkpoint = tmp_path / "fit.pt"
     with monkeypatch.context() as patch:
-        patch.setattr(implicit._Run, "step", stopping)
+        patch.setattr(implicit.Run, "step", stopping)
         with pytest.raises(StoppedError):
             fit(picture(), Blur(), config, checkpoint=checkpoint)
     resumed = fit(picture(), Blur(), config, checkpoint=checkpoint)
