@@ -277,13 +277,28 @@ class ImplicitUpsampler(nn.Module):
                     backbone_digest=notes["backbone_digest"],
                     scores=json.loads(notes["scores"]),
                 )
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            # Parts may each be sound and not fit one another; notes may nest without end.
+            module._check_parts()
+        except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(
                 f"{path} must hold all of an implicit upsampler; it lacks or spoils {error}; "
                 "save it anew"
             ) from None
         load_into(module, tensors, origin=path)
         return module.eval()
+
+    def _check_parts(self) -> None:
+        """Raises ValueError unless the tensors held belong to one image's features."""
+        channels, coordinates = self.feat_dim, self.layers[-1].out_features
+        wanted = {"mean": (channels,), "directions": (channels, coordinates)}
+        for name, tensor in self.named_buffers():
+            shape = tuple(tensor.shape)
+            if shape != wanted.get(name, shape) or not tensor.is_floating_point() or 0 in shape:
+                raise ValueError(f"{name}: {shape}, {tensor.dtype}")
+        if self.base is not None and (
+            self.base.dim() != 4 or self.base.shape[:2] != (1, coordinates)
+        ):
+            raise ValueError(f"base: {tuple(self.base.shape)}, needed (1, {coordinates}, h, w)")
 
     def _resized(self, size: tuple[int, int]) -> Tensor:
         if size == self.image_size:

@@ -166,7 +166,9 @@ def test_a_file_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> Non
         ImplicitUpsampler.load(path)
 
 
-@pytest.mark.parametrize("change", ["shape", "surplus", "notes", "square"])
+@pytest.mark.parametrize(
+    "change", ["shape", "surplus", "notes", "depth", "mean", "kind", "base", "square"]
+)
 def test_a_file_whose_parts_do_not_fit_is_refused(change: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     make().save(path)
@@ -177,6 +179,14 @@ def test_a_file_whose_parts_do_not_fit_is_refused(change: str, tmp_path: Path) -
         tensors["stray"] = torch.zeros(3)
     elif change == "notes":
         notes["scores"] = "not JSON"
+    elif change == "depth":
+        notes["scores"] = "[" * 5000
+    elif change == "mean":
+        tensors["mean"] = torch.zeros(8)
+    elif change == "kind":
+        tensors["image"] = tensors["image"].long()
+    elif change == "base":
+        tensors["base"] = torch.zeros(1, 5, 3, 5)
     else:
         tensors["directions"] = torch.zeros(4)
     write(tensors, path, metadata=notes)
