@@ -46,7 +46,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="fast",
         help="recipe that the options below change; their defaults are those of fast",
     )
-    add("--start", type=Path, metavar="FILE", help="weights of JBU stages to start from")
+    add(
+        "--start",
+        metavar="FILE",
+        help="weights of JBU stages whose features to start from, or jbu_universal, the shipped",
+    )
     add("--no-picture", action="store_true", help="make no picture")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add_flags(parser, ImplicitConfig)
@@ -57,7 +61,9 @@ def _run(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in fields(ImplicitConfig) if hasattr(args, f.name)}
     out = args.out or Path(f"{args.image.stem}.safetensors")
     photo = read_image(args.image)
-    start = None if args.start is None else load_upsampler(weights=args.start)
+    start = None
+    if args.start is not None:
+        start = load_upsampler(weights=None if args.start == "jbu_universal" else args.start)
     backbone = open_backbones([args.model])[args.model].eval().to(args.device)
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)

@@ -9,6 +9,11 @@ A step costs batch · h · w · taps² points; the whole image, as upstream rend
 interpolation of K channels for every view. Four taps stand for a patch of sixteen pixels as well
 as all 256 would, on average, because they are drawn anew in every step.
 
+What does not move with the image, such as the pattern of a transformer's positions, no one map
+can explain in all views, and the fit averages it out. ``base="none"`` has nothing else in it and
+denoises; ``base="source"`` begins with what the backbone made of the image itself, pattern
+included, and corrects it, which takes fewer steps.
+
 Everything random in step n follows from the seed and n, so a fit that was stopped goes on exactly.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3.1 and 3.2.

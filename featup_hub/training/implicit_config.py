@@ -52,7 +52,7 @@ class ImplicitConfig:
         seed: Decides all that is random.
     """
 
-    views: int = 200
+    views: int = 100
     held_out: int = 16
     max_pad: int = 30
     max_zoom: float = 1.8
@@ -64,17 +64,17 @@ class ImplicitConfig:
     hidden: int = 128
     base: Literal["source", "none"] = "source"
     dropout: float = 0.1
-    steps: int = 400
+    steps: int = 200
     seconds: float = 0.0
     batch: int = 4
-    taps: int = 4
+    taps: int = 3
     downsampler: Literal["attention", "simple"] = "attention"
     uncertainty: bool = True
     magnitude_weight: float = 0.001
     tv_weight: float = 0.05
     blur_weight: float = 0.1
-    patch: int = 48
-    lr: float = 4e-3
+    patch: int = 24
+    lr: float = 6e-3
     final_lr: float = 0.02
     check_every: int = 50
     patience: int = 4

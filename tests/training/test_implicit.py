@@ -392,3 +392,25 @@ def test_the_command_writes_an_upsampler_and_a_picture(
     upsampler = ImplicitUpsampler.load(out)
     assert min(upsampler.image_size) == 32
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "one.safetensors"]
+
+
+def test_the_command_starts_from_the_stages_it_is_told(
+    tmp_path: Path, photos: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("featup_hub.cli.fit.open_backbones", lambda names: {names[0]: Blur()})
+    told: list[object] = []
+
+    def load(*, weights: object) -> JBUStack:
+        told.append(weights)
+        return JBUStack().eval()
+
+    monkeypatch.setattr("featup_hub.cli.fit.load_upsampler", load)
+    out = tmp_path / "one.safetensors"
+    options = ["--size", "32", "--steps", "1", "--views", "2", "--held-out", "1", "--no-picture"]
+    for start in ("jbu_universal", "mine.safetensors"):
+        command = ["fit", str(photos / "p0.png"), "--out", str(out), "--start", start, *options]
+        assert main(command) == 0
+        base = ImplicitUpsampler.load(out).base
+        assert base is not None
+        assert min(base.shape[-2:]) == 32
+    assert told == [None, "mine.safetensors"]
