@@ -1,6 +1,9 @@
 """What learns: modules that turn low-resolution features into high-resolution ones."""
 
+from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.implicit import ImplicitUpsampler
-from featup_hub.upsamplers.jbu import FoldedHead, JBUKernels, JBUStack, JBUStage, stage_sizes
+from featup_hub.upsamplers.jbu import JBUKernels, JBUStack
+from featup_hub.upsamplers.sizes import stage_sizes
+from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = ["FoldedHead", "ImplicitUpsampler", "JBUKernels", "JBUStack", "JBUStage", "stage_sizes"]

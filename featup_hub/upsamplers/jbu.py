@@ -9,144 +9,19 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featup_hub.ops import Implementation, StageWeights, jbu_apply, jbu_kernel, pool_guidance
+from featup_hub.ops import Implementation, jbu_apply, pool_guidance
+from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.pretrained import Pretrained
+from featup_hub.upsamplers.sizes import stage_sizes
+from featup_hub.upsamplers.stage import JBUStage, pass_stages
 
-__all__ = ["FoldedHead", "JBUKernels", "JBUStack", "JBUStage", "stage_sizes"]
-
-
-def stage_sizes(
-    source_size: tuple[int, int], output_size: tuple[int, int]
-) -> list[tuple[int, int]]:
-    """Plans the sizes a source passes through on its way to the output.
-
-    The rule: n = ceil(log2 of the larger ratio) stages, counted from the output. The last stage
-    makes the output, the one before it half of that (rounded up), and so on, never below the
-    source. So every stage but the first doubles (up to the rounding of odd sizes), and the
-    cheapest one, the first, takes up whatever ratio is left.
-
-    Args:
-        source_size: Height and width of the features.
-        output_size: Height and width wanted, neither smaller than the source's.
-
-    Returns:
-        One size per stage, the last being ``output_size``; empty where nothing is to be done.
-
-    Raises:
-        ValueError: If the output is smaller than the source.
-
-    Example:
-        >>> stage_sizes((14, 14), (224, 224))
-        [(28, 28), (56, 56), (112, 112), (224, 224)]
-        >>> stage_sizes((16, 16), (224, 224))  # patch 14: the first stage has ratio 1.75
-        [(28, 28), (56, 56), (112, 112), (224, 224)]
-        >>> stage_sizes((12, 15), (360, 480))  # stride 32 takes five stages
-        [(23, 30), (45, 60), (90, 120), (180, 240), (360, 480)]
-    """
-    (h, w), (height, width) = source_size, output_size
-    if height < h or width < w:
-        raise ValueError(
-            f"the output must be at least as large as the source, {h}×{w}; "
-            f"got {height}×{width}; resize features with torch.nn.functional.interpolate instead"
-        )
-    # Comparisons only, so that traced with symbolic sizes the number of stages stays a number;
-    # and no division of negative numbers, which ONNX rounds towards zero.
-    count = 0
-    while height > h * 2**count or width > w * 2**count:
-        count += 1
-    steps = [2**left for left in range(count - 1, -1, -1)]
-    return [
-        (max((height + step - 1) // step, h), max((width + step - 1) // step, w)) for step in steps
-    ]
-
-
-class PointwiseMLP(nn.Sequential):
-    """Two 1×1 convolutions with a GELU between; upstream's indices 0 and 3 hold the weights."""
-
-    def __init__(self, dim_in: int, dim_out: int, *, dropout: float) -> None:
-        super().__init__(
-            nn.Conv2d(dim_in, dim_out, 1),
-            nn.GELU(),
-            nn.Dropout2d(dropout),
-            nn.Conv2d(dim_out, dim_out, 1),
-        )
-
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns weight and bias of the first layer, then of the second."""
-        first, second = cast(nn.Conv2d, self[0]), cast(nn.Conv2d, self[3])
-        biases = cast(Tensor, first.bias), cast(Tensor, second.bias)
-        return first.weight.flatten(1), biases[0], second.weight.flatten(1), biases[1]
-
-    def drop(self, second: Tensor) -> Tensor:
-        """Drops hidden channels of one sample, which is dropping columns of the second layer."""
-        mask: Tensor = self[2](torch.ones_like(second[:1])[:, :, None, None])
-        return second * mask.flatten()
-
-
-class JBUStage(nn.Module):
-    """One learned joint bilateral stage.
-
-    Args:
-        guidance_dim: Channels of the guidance (3: normalised RGB).
-        key_dim: Channels in which neighbouring pixels are compared.
-        radius: Reach of the kernel; 3 means 7×7 taps.
-        dropout: Chance of dropping a hidden channel while training.
-    """
-
-    def __init__(
-        self, guidance_dim: int = 3, key_dim: int = 32, radius: int = 3, *, dropout: float = 0.1
-    ) -> None:
-        super().__init__()
-        taps = (2 * radius + 1) ** 2
-        self.dropout = dropout
-        self.range_temp = nn.Parameter(torch.tensor(0.0))
-        self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
-        self.range_proj = PointwiseMLP(guidance_dim, key_dim, dropout=dropout)
-        self.fixup_proj = PointwiseMLP(taps + guidance_dim, taps, dropout=dropout)
-
-    def weights(self) -> StageWeights:
-        """Returns the ten parameters as the operations take them."""
-        return StageWeights(
-            self.range_temp,
-            self.sigma_spatial,
-            *self.range_proj.matrices(),
-            *self.fixup_proj.matrices(),
-        )
-
-    def kernel(self, guidance: Tensor, *, impl: Implementation = "auto") -> Tensor:
-        """Predicts one kernel per pixel of the guidance, (B, G, H, W) -> (B, D², H, W)."""
-        weights = self.weights()
-        if not (self.training and self.dropout > 0):
-            return jbu_kernel(guidance, weights, impl=impl)
-        kernels = []
-        for sample in guidance.split(1):
-            dropped = weights._replace(
-                range_w1=self.range_proj.drop(weights.range_w1),
-                fixup_w1=self.fixup_proj.drop(weights.fixup_w1),
-            )
-            kernels.append(jbu_kernel(sample, dropped, impl=impl))
-        return torch.cat(kernels)
-
-    def forward(self, source: Tensor, guidance: Tensor, *, impl: Implementation = "auto") -> Tensor:
-        """Upsamples the source to the guidance's size.
-
-        Args:
-            source: Features, (B, C, h, w).
-            guidance: The image at the output size, (B, G, H, W).
-            impl: Who computes, see :mod:`featup_hub.ops.jbu`.
-
-        Returns:
-            Features, (B, C, H, W).
-        """
-        return jbu_apply(source, self.kernel(guidance, impl=impl), impl=impl)
+__all__ = ["JBUKernels", "JBUStack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +56,7 @@ class JBUStack(Pretrained):
             channel before the closing convolution.
 
     Example:
+        >>> import torch
         >>> upsampler = JBUStack().eval()
         >>> source, image = torch.randn(1, 5, 2, 3), torch.randn(1, 3, 32, 48)
         >>> upsampler(source, image).shape
@@ -250,7 +126,7 @@ class JBUStack(Pretrained):
             return source if self.fixup_proj is None else source + 0.1 * self.fixup_proj(source)
         source, bias = self._before(source)
         # A generator, so that only one stage's kernels are alive at a time.
-        return _filter(source, (s.kernel(g, impl=impl) for s, g in plan), len(plan), bias, impl)
+        return pass_stages(source, (s.kernel(g, impl=impl) for s, g in plan), len(plan), bias, impl)
 
     def kernels(
         self,
@@ -293,7 +169,7 @@ class JBUStack(Pretrained):
         """
         self._check_kernels(source, kernels)
         source, bias = self._before(source)
-        return _filter(source, kernels.stages, len(kernels.stages), bias, impl)
+        return pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
 
     def pyramid(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
@@ -313,6 +189,7 @@ class JBUStack(Pretrained):
             ValueError: If the kernels were computed for features of another size.
 
         Example:
+            >>> import torch
             >>> upsampler, image = JBUStack().eval(), torch.randn(1, 3, 64, 96)
             >>> kernels = upsampler.kernels(image, (4, 6))
             >>> levels = upsampler.pyramid(torch.randn(1, 5, 4, 6), kernels)
@@ -383,58 +260,6 @@ class JBUStack(Pretrained):
                 f"this upsampler was made for {self.feat_dim} channels; got {source.shape[1]}; "
                 "use JBUStack(feat_dim=None), whose stages fit any number"
             )
-
-
-class FoldedHead(nn.Module):
-    """An upsampler and a linear head as one, see :meth:`JBUStack.fold_head`.
-
-    Args:
-        upsampler: The upsampler.
-        head: A 1×1 convolution from C features to K outputs.
-    """
-
-    def __init__(self, upsampler: JBUStack, head: nn.Conv2d) -> None:
-        super().__init__()
-        if head.kernel_size != (1, 1) or head.groups != 1 or head.stride != (1, 1):
-            raise ValueError(
-                "only a 1×1 convolution without groups or stride commutes with the upsampler; "
-                f"got {head}"
-            )
-        self.upsampler = upsampler
-        self.head = head
-
-    def forward(
-        self,
-        source: Tensor,
-        guidance: Tensor,
-        *,
-        size: tuple[int, int] | None = None,
-        impl: Implementation = "auto",
-    ) -> Tensor:
-        """Returns the head's outputs at the size wanted, (B, K, H, W)."""
-        stack = self.upsampler
-        stack._check(source, guidance)
-        plan = stack._plan(_size(source), guidance, size)
-        source, bias = stack._before(source)
-        source = F.conv2d(source, self.head.weight)
-        if bias is not None:
-            bias = self.head.weight.flatten(1) @ bias
-        if self.head.bias is not None:
-            bias = self.head.bias if bias is None else bias + self.head.bias
-        return _filter(source, (s.kernel(g, impl=impl) for s, g in plan), len(plan), bias, impl)
-
-
-def _filter(
-    source: Tensor,
-    kernels: Iterable[Tensor],
-    count: int,
-    bias: Tensor | None,
-    impl: Implementation,
-) -> Tensor:
-    """Passes features through ``count`` stages; the bias joins in the last one."""
-    for index, kernel in enumerate(kernels, start=1):
-        source = jbu_apply(source, kernel, bias if index == count else None, impl=impl)
-    return source if count or bias is None else source + bias[:, None, None]
 
 
 def _size(x: Tensor) -> tuple[int, int]:
