@@ -1,4 +1,4 @@
-r"""Fits an implicit upsampler to every image that an evaluation shows, as a plug-in of its protocols.
+r"""Fits an implicit upsampler to every image of an evaluation: a plug-in of its protocols.
 
     python -m benchmarks.evaluate jbu=weights/jbu_universal.safetensors \
         implicit=benchmarks.implicit_probe:lite0 --protocols preservation --sets camvid \
