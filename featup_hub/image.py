@@ -8,7 +8,9 @@ decoded to its end is an error, never half a picture.
 
 from __future__ import annotations
 
+import glob
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -158,7 +160,8 @@ def preprocess(
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Yields a path to write to, which takes the name of ``path`` when all went well.
 
-    So a file of that name is always complete, whenever the process is killed.
+    So a file of that name is always complete, whenever the process is killed. What killed
+    processes of this machine left of the same file is removed.
 
     Args:
         path: The file wanted; one that exists is replaced.
@@ -167,12 +170,29 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         A temporary file's path in the same folder, removed where an exception is raised.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    own = f".{path.name}.{socket.gethostname()}."
+    partial = path.with_name(f"{own}{os.getpid()}.partial")
+    for left in path.parent.glob(f"{glob.escape(own)}*.partial"):
+        if not _is_running(left.name.removeprefix(own).removesuffix(".partial")):
+            left.unlink(missing_ok=True)
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_running(pid: str) -> bool:
+    """Tells whether a process runs; where that cannot be told without harm, it is taken to."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _decode(file: BinaryIO, path: Path) -> Image.Image:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -258,3 +262,23 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_kept(
+    tmp_path: Path,
+) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    path, host = tmp_path / "out[1].bin", socket.gethostname()
+    dead = tmp_path / f".out[1].bin.{host}.{gone.pid}.partial"
+    kept = [
+        tmp_path / f".out[1].bin.{host}.{os.getppid()}.partial",  # runs
+        tmp_path / f".out[1].bin.elsewhere.{gone.pid}.partial",  # of a machine nobody can ask
+        tmp_path / f".other.bin.{host}.{gone.pid}.partial",  # of another file
+    ]
+    for file in (dead, *kept):
+        file.write_bytes(b"half")
+    with write_atomically(path) as partial:
+        partial.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])

@@ -6,10 +6,11 @@ import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from featup_hub.cli.ahead import ahead
 from featup_hub.cli.outputs import Job, is_finished, make_folder, plan, write_features
 from featup_hub.cli.terminal import Progress, UsageError, explain
 from featup_hub.image import check_size, preprocess, read_image, resize, write_atomically
@@ -19,7 +20,12 @@ from featup_hub.registry import ModelCard
 from featup_hub.visualize import comparison
 from featup_hub.weights import digest, resolve
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 __all__ = ["add_parser"]
+
+_AHEAD = 2  # images read while one is computed
 
 _IN_FLAGS = {  # what errors advise in Python, as it is typed here
     "got use_norm=False; leave it at True": "leave --no-norm out",
@@ -101,11 +107,12 @@ def _run(args: argparse.Namespace) -> int:
         progress.skip(len(kept), f"kept {what}; --overwrite makes anew")
     if todo:
         model = _load(args, device)
-        _check(size, model.patch_size, card.name)
-    for job in todo:
+        stride = model.patch_size
+        _check(size, stride, card.name)
+    for job, shown in ahead(todo, lambda job: _read(job, size, stride), depth=_AHEAD):
         progress.begin(str(job.image))
         try:
-            progress.end(_upsample(job, model, size, args.impl, record))
+            progress.end(_upsample(job, shown.result(), model, args.impl, record))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             if args.debug:
                 raise
@@ -116,17 +123,21 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if progress.failed else 0
 
 
+def _read(job: Job, size: int | tuple[int, int], stride: int) -> Image.Image:
+    """Reads an image at the size wanted, which is all of it that is kept."""
+    return resize(read_image(job.image), size, multiple_of=stride)
+
+
 @torch.inference_mode()
 def _upsample(
     job: Job,
+    shown: Image.Image,
     model: UpsampledBackbone,
-    size: int | tuple[int, int],
     impl: Implementation,
     record: Mapping[str, str],
 ) -> str:
     """Makes the outputs of one image and says what they are."""
     start = time.monotonic()
-    shown = resize(read_image(job.image), size, multiple_of=model.patch_size)
     image = preprocess(shown, mean=model.mean, std=model.std)
     image = image.to(next(model.parameters()).device)
     source = model.source(image)

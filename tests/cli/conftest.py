@@ -1,0 +1,69 @@
+"""What the tests of the command line share: a tiny model, photographs, a run into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from featup_hub import Backbone, JBUStack, UpsampledBackbone, load_upsampler
+from featup_hub.cli import main
+from featup_hub.weights import write
+
+
+class Colours(Backbone):
+    """The image's mean colours, as features of 16-pixel patches."""
+
+    def __init__(self) -> None:
+        super().__init__(feat_dim=3, patch_size=16)
+
+    def features(self, image: Tensor) -> Tensor:
+        return F.avg_pool2d(image, 16)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces models by a tiny one; lists the loads."""
+    names: list[str] = []
+
+    def load_tiny(name: str, *, weights: Path, **_: object) -> UpsampledBackbone:
+        names.append(name)
+        return tiny(weights)
+
+    monkeypatch.setattr("featup_hub.cli.upsample.load", load_tiny)
+    return names
+
+
+def tiny(weights: Path) -> UpsampledBackbone:
+    return UpsampledBackbone(Colours(), load_upsampler(weights=weights)).eval()
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "stages.safetensors"
+    write(JBUStack().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for index, name in enumerate(["a.jpg", "b.png", "more/c.jpg"]):
+        Image.new("RGB", (40, 32 + index), (200, 10, 90)).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def upsample(loads: list[str], stages: Path, tmp_path: Path) -> Any:
+    """Runs the command on arguments, into tmp_path/out."""
+
+    def run(*arguments: object) -> int:
+        flags = ["--weights", stages, "--out", tmp_path / "out", "--size", 32]
+        return main(["upsample", *map(str, [*flags, *arguments])])
+
+    return run

@@ -1,0 +1,89 @@
+"""Flags made from the fields of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from featup_hub.cli.flags import add_flags, from_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run.
+
+    Attributes:
+        steps: How many
+            steps, at 100 %.
+        rate: See :func:`steps` and ``this``.
+        mode: A choice.
+        size: Height and width.
+        names: Any number.
+        fast: Whether.
+        out: Where to.
+        limit: At most.
+    """
+
+    steps: int = 5
+    rate: float = 1e-3
+    mode: Literal["a", "b"] = "a"
+    size: tuple[int, int] = (2, 3)
+    names: tuple[str, ...] = ()
+    fast: bool = True
+    out: Path
+    limit: float | None = None
+
+
+def parser_of_run() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Run, aliases={"names": "--model"})
+    return parser
+
+
+def test_flags_set_fields_of_every_kind() -> None:
+    line = "--steps 7 --rate .5 --mode b --size 4 6 --model x y --no-fast --out o --limit 2"
+    run = from_flags(Run, parser_of_run().parse_args(line.split()))
+    assert run == Run(
+        steps=7,
+        rate=0.5,
+        mode="b",
+        size=(4, 6),
+        names=("x", "y"),
+        fast=False,
+        out=Path("o"),
+        limit=2.0,
+    )
+    assert from_flags(Run, parser_of_run().parse_args(["--out", "o"])) == Run(out=Path("o"))
+
+
+@pytest.mark.parametrize(
+    "line", ["--steps 1.5 --out o", "--mode c --out o", "--size 1 --out o", "--steps 3"]
+)
+def test_flags_refuse_what_fields_cannot_hold(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser_of_run().parse_args(line.split())
+
+
+def test_flags_take_their_help_from_the_docstring() -> None:
+    text = " ".join(parser_of_run().format_help().split())
+    assert "How many steps, at 100 % (default: 5)" in text
+    assert "See steps and this (default: 0.001)" in text
+    assert "Height and width (default: 2 3)" in text
+    assert "Whether (default: on)" in text
+    assert "At most -" not in text
+    assert "None" not in text
+
+
+def test_a_field_no_flag_can_express_is_a_programming_error() -> None:
+    @dataclass
+    class Odd:
+        table: dict[str, int]
+
+    with pytest.raises(TypeError, match=r"a flag is int.*table is dict"):
+        add_flags(argparse.ArgumentParser(), Odd)

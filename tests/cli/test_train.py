@@ -1,0 +1,23 @@
+"""``featup-hub train``: files that ``upsample`` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from featup_hub.cli import main
+
+
+def test_train_makes_a_file_that_upsample_takes(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = "--steps 1 --batch 1 --image-size 32 --views 1 --crf-samples 10 --projection-dim 4"
+    line = ["train", str(photos), "--out", str(tmp_path / "run"), *size.split()]
+    assert main([*line, "--model", "efficientnet_lite0"]) == 0
+    made = tmp_path / "run/jbu.safetensors"
+    assert f"wrote {made}" in capsys.readouterr().out
+    flags = ["--weights", made, "--out", tmp_path / "out", "--size", 32]
+    assert main([str(word) for word in ["upsample", photos / "a.jpg", *flags]]) == 0
+    assert main([*line, "--lr", "1"]) == 1
+    assert "another config" in capsys.readouterr().err

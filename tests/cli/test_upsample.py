@@ -1,0 +1,167 @@
+"""``featup-hub upsample``: features and pictures of images, and errors in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from featup_hub import JBUStack, __version__, load
+from featup_hub.cli import main
+from featup_hub.image import preprocess, read_image
+from featup_hub.weights import read, write
+from tests.cli.conftest import Colours, tiny
+
+
+def test_one_image_makes_features_and_a_picture(
+    upsample: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert upsample(photos / "a.jpg") == 0
+    with safe_open(tmp_path / "out/a.safetensors", framework="pt") as file:
+        assert list(file.keys()) == ["features"]
+        features = file.get_tensor("features")
+        notes = file.metadata()
+    assert features.shape == (3, 32, 48)
+    assert features.dtype == torch.float32
+    assert features.isfinite().all()
+    assert notes["model"] == "efficientnet_lite0"
+    assert notes["size"] == "32"
+    assert notes["image"] == "a.jpg"
+    assert notes["featup_hub"] == __version__
+    usual = (photos / "a.jpg").stat().st_mode
+    assert (tmp_path / "out/a.safetensors").stat().st_mode == usual
+    with Image.open(tmp_path / "out/a.png") as picture:
+        assert picture.mode == "RGB"
+    out = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'out/a.safetensors'} and a.png: 3 x 32 x 48 in" in out
+    assert len(out.splitlines()) == 1
+
+
+def test_features_are_those_of_the_model(
+    upsample: Any, photos: Path, tmp_path: Path, stages: Path
+) -> None:
+    upsample(photos / "a.jpg", "--format", "npy", "--impl", "reference", "--no-picture")
+    found = np.load(tmp_path / "out/a.npy")
+    pixels = np.asarray(Image.open(photos / "a.jpg").resize((48, 32), Image.Resampling.BICUBIC))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (Colours.mean, Colours.std))
+    image = ((torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - mean) / std)[None]
+    model = tiny(stages)
+    with torch.inference_mode():
+        expected = model.upsampler(model.source(image), image, impl="reference")
+    assert np.allclose(found, expected[0], atol=1e-5)
+    assert not (tmp_path / "out/a.png").exists()
+
+
+def test_a_folder_keeps_its_structure_and_the_model_is_loaded_once(
+    upsample: Any,
+    photos: Path,
+    tmp_path: Path,
+    loads: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert upsample(photos, "--no-picture") == 0
+    made = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
+    assert made == ["a.safetensors", "b.safetensors", "more/c.safetensors"]
+    assert loads == ["efficientnet_lite0"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:5] for line in lines[:3]] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert lines[3].startswith("3 written, 0 kept, 0 failed in ")
+
+
+def test_bad_images_are_reported_and_the_others_go_on(
+    upsample: Any, photos: Path, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "page.jpg").write_text("<html>")
+    whole = (root / "tests/data/chelsea.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    assert upsample(photos, photos / "missing.jpg") == 1
+    out, err = capsys.readouterr()
+    errors = err.splitlines()
+    assert len(errors) == 3
+    assert all(line.startswith("error: ") for line in errors)
+    assert f"no such file: {photos / 'missing.jpg'}" in err
+    assert "cut.jpg is damaged or cut short" in err
+    assert "page.jpg is not an image" in err
+    assert "3 written, 0 kept, 3 failed" in out
+    names = {p.name for p in (tmp_path / "out").rglob("*.*")}
+    assert names == {"a.safetensors", "a.png", "b.safetensors", "b.png", "c.safetensors", "c.png"}
+
+
+def test_a_single_image_that_fails_needs_no_summary(
+    upsample: Any, photos: Path, loads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert upsample(photos / "nothing.jpg") == 1
+    assert capsys.readouterr() == ("", f"error: no such file: {photos / 'nothing.jpg'}\n")
+    assert not loads
+
+
+def test_a_failure_names_its_image_and_what_to_do_about_memory(
+    upsample: Any,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(Colours, "features", full)
+    assert upsample(photos / "a.jpg") == 1
+    err = capsys.readouterr().err
+    assert f"{photos / 'a.jpg'}: not enough memory; try a smaller --size" in err
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        upsample(photos / "a.jpg", "--debug")
+
+
+def test_the_shipped_backbone_s_features_are_written(
+    root: Path, stages: Path, tmp_path: Path
+) -> None:
+    photo = root / "tests/data/chelsea.jpg"
+    flags = ["--weights", stages, "--out", tmp_path, "--size", "64x96"]
+    assert main(["upsample", *map(str, [photo, *flags])]) == 0
+    model = load("efficientnet_lite0", weights=stages)
+    image = preprocess(read_image(photo), (64, 96), mean=model.mean, std=model.std)
+    with torch.inference_mode():
+        expected = model(image)[0]
+    found = read(tmp_path / "chelsea.safetensors")["features"]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_errors_of_loading_advise_flags(
+    photos: Path,
+    stages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(*flags: object) -> str:
+        line = ["upsample", photos / "a.jpg", "--out", tmp_path / "out", *flags]
+        assert main([str(word) for word in line]) == 1
+        return capsys.readouterr().err
+
+    norm = {"norm.weight": torch.ones(112), "norm.bias": torch.zeros(112)}
+    write(JBUStack(112).state_dict(), tmp_path / "bare.safetensors")
+    write({**JBUStack(112).state_dict(), **norm}, tmp_path / "normed.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    assert "give --no-norm" in refused("--weights", tmp_path / "bare.safetensors")
+    assert "leave --no-norm out" in refused(
+        "--weights", tmp_path / "normed.safetensors", "--no-norm"
+    )
+    assert "give its path as --backbone-weights" in refused("--weights", stages, "--model", "vit")
+
+
+def test_a_size_the_network_cannot_take_is_refused_once_its_stride_is_known(
+    upsample: Any, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert upsample(photos, "--model", "timm/resnet18", "--size", "40") == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "error: --size must be a positive multiple of 16; got 40; try 32 or 48; "
+        "16 is the stride of timm/resnet18\n"
+    )
