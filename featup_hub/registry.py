@@ -100,7 +100,7 @@ class ModelCard:
 JBU_UNIVERSAL = WeightFile(
     name="JBU stages for any backbone",
     filename="jbu_universal.safetensors",
-    sha256="ecb62b157ac65530ce3cbc5b30e697f631467dbd8b7d24101265bb1f8292078a",
+    sha256="19428dcde6c485347909e1e117945f068e194094f617fe5e73cf51e6f8abfb05",
     licence="MIT",
     data="854 ImageNet photographs, no labels",
 )
