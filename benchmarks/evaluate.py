@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--strides", nargs="*", type=int, help="of the label oracle")
     parser.add_argument("--backbones", nargs="*", choices=BACKBONES, help="whose features")
     parser.add_argument("--images", type=int, help="validation images of each set, 0 for all")
-    parser.add_argument("--train-images", type=int, default=120, help="images a probe is fitted on")
+    parser.add_argument("--train-images", type=int, default=200, help="images a probe is fitted on")
     parser.add_argument("--transfer-images", type=int, default=50, help="of a transfer probe")
     parser.add_argument("--area", action="store_true", help="the area oracle, too")
     parser.add_argument("--protocols", nargs="+", choices=get_args(Protocol))

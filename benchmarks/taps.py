@@ -94,7 +94,7 @@ def main() -> None:
         strides=(16,),
         reductions=("point",),
         versus=("bilinear",),
-        train_images=120,
+        train_images=200,
         val_images=chosen.images,
         cache=chosen.cache or chosen.out / "cache",
     )
