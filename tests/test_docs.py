@@ -1,0 +1,150 @@
+"""What the documents say is run: Python page by page, commands as far as their flags."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import featup_hub
+from featup_hub import JBUStack
+from featup_hub.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted(ROOT.glob("docs/*.md"))
+PAGES = [*DOCS, *(ROOT / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING"))]
+CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# What pages take for granted, and numbers that are too large for a test.
+GIVEN = {
+    "recipes.md": {
+        "source": torch.randn(1, 384, 16, 16),
+        "image": torch.randn(1, 3, 256, 256),
+    }
+}
+SMALLER = {"recipes.md": {"4096, 4096": "256, 256"}}
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [code for language, code in CODE.findall(page.read_text()) if language in languages]
+
+
+def command_lines() -> list[str]:
+    lines = []
+    for page in PAGES:
+        for block in blocks(page, "bash", "sh"):
+            joined = block.replace("\\\n", " ")
+            lines += [part for line in joined.splitlines() for part in line.split("&&")]
+        lines += re.findall(r"`(featup-hub [^`]+)`", page.read_text())
+    return sorted({line.strip() for line in lines if line.strip().startswith("featup-hub ")})
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which pages may write, with what they read of a checkout."""
+    for name in ("hubconf.py", "featup_hub", "tests", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    state = {f"upsampler.{name}": value for name, value in JBUStack(384).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "upstream.ckpt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem
+)
+def test_a_pages_python_runs_from_top_to_bottom(page: Path, checkout: Path) -> None:
+    namespace: dict[str, object] = dict(GIVEN.get(page.name, {}))
+    for block in blocks(page, "python"):
+        for large, small in SMALLER.get(page.name, {}).items():
+            block = block.replace(large, small)
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_and_holds_no_outputs(checkout: Path) -> None:
+    cells = json.loads((ROOT / "docs/featup_hub.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in code)
+    namespace: dict[str, object] = {}
+    for cell in code:
+        exec(compile("".join(cell["source"]), "featup_hub.ipynb", "exec"), namespace)
+    assert namespace["features"].shape == (1, 112, 224, 336)
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_that_is_shown_is_understood(line: str) -> None:
+    with contextlib.suppress(SystemExit):  # --help
+        arguments = shlex.split(line, comments=True)[1:]
+        if len(arguments) > 1:
+            assert callable(_parser().parse_args(arguments).run)
+        else:  # a command's name in a sentence
+            _parser().parse_args([*arguments, "--help"])
+
+
+def test_a_command_with_a_wrong_flag_is_not_understood() -> None:
+    with pytest.raises(ValueError, match="unrecognized arguments: --sise"):
+        _parser().parse_args(["upsample", "a.jpg", "--sise", "3"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if heading:
+            assert heading in anchors(file), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the headings of a page as GitHub's links spell them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.ipynb")]
+    assert {page.name for page in pages} - {"README.md"} == set(
+        re.findall(r"\]\(([\w.-]+)\)", index)
+    )
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs/make_api.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+    stale = "docs/api.md is not what the docstrings say; run: python docs/make_api.py"
+    assert make_api.page() == (ROOT / "docs/api.md").read_text(), stale
+
+
+def test_the_versions_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == featup_hub.__version__
+    project = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert project is not None
+    assert project[1] == featup_hub.__version__
+    changes = re.findall(r"^## \[?([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changes[0] == "Unreleased"
+
+
+def test_the_citation_names_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    (paper,) = citation["references"]
+    readme = (ROOT / "README.md").read_text()
+    assert paper["url"] in readme
+    assert all(author["family-names"] in readme for author in paper["authors"])
