@@ -11,15 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from featup_hub.ops import fused
-from featup_hub.ops.cuda_apply import apply_backward_program, apply_program
-from featup_hub.ops.cuda_kernel import kernel_backward_program, kernel_program
+from featup_hub.ops import cuda, fused
 from featup_hub.ops.fused import Program
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -73,15 +68,6 @@ class Resources:
         )
 
 
-def programs() -> Iterator[Program]:
-    """Yields what the package compiles, for RGB guidance."""
-    yield kernel_program(3)
-    yield kernel_backward_program(3)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        yield apply_program(dtype)
-        yield apply_backward_program(dtype)
-
-
 def resources(program: Program, architecture: int, compiler: str = "nvcc") -> list[Resources]:
     """Compiles a program and returns its kernels' resources.
 
@@ -114,7 +100,7 @@ def main(architectures: list[int]) -> None:
     """Prints registers / blocks per multiprocessor, a row per kernel."""
     print("| kernel | type | threads | shared | " + " | ".join(f"sm_{a}" for a in architectures))
     print("|---" * (4 + len(architectures)) + "|")
-    for program in programs():
+    for program in cuda.usual_programs():
         columns = [resources(program, architecture) for architecture in architectures]
         kind = {"JBU_TYPE=0": "f32", "JBU_TYPE=1": "f16", "JBU_TYPE=2": "bf16"}
         for row in zip(*columns, strict=True):

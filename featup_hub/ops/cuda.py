@@ -20,6 +20,7 @@ from featup_hub.ops.cuda_kernel import (
     kernel_backward_program,
     kernel_obstacle,
     kernel_program,
+    range_backward_program,
 )
 from featup_hub.ops.fused import Program
 
@@ -37,4 +38,7 @@ __all__ = [
 def usual_programs() -> list[Program]:
     """Returns what an RGB image and features of any type need, forward and backward."""
     filters = [make(t) for make in (apply_program, apply_backward_program) for t in FEATURE_TYPES]
-    return [kernel_program(3), kernel_backward_program(3), *filters]
+    predict = [
+        make(3) for make in (kernel_program, kernel_backward_program, range_backward_program)
+    ]
+    return [*predict, *filters]

@@ -1,4 +1,6 @@
-"""Launches ``jbu_kernel.cu`` and ``jbu_kernel_backward.cu``: kernels from guidance, the adjoint.
+"""Launches ``jbu_kernel.cu``, ``jbu_kernel_backward.cu`` and ``jbu_range_backward.cu``.
+
+Kernels from guidance, and the two halves of the adjoint.
 
 The comments that open the ``.cu`` files are the contract kept here: layouts, grids, what is
 written.
@@ -20,6 +22,7 @@ __all__ = [
     "kernel_backward_program",
     "kernel_obstacle",
     "kernel_program",
+    "range_backward_program",
 ]
 
 DIAMETER, TAPS, KEYS = 7, 49, 32
@@ -39,14 +42,22 @@ def kernel_program(channels: int) -> Program:
 
 @functools.cache
 def kernel_backward_program(channels: int) -> Program:
-    """Returns the program with the adjoint of that."""
+    """Returns the program with the adjoint of that, down to the logits."""
     kernels = {
         "kernel_backward": Kernel("PPPPPPPPPPPiii", 112, 272 * (149 + channels)),
-        "projection_backward": Kernel("PPPPii", 128),
-        "range_backward": Kernel("PPPPPPPii", 128, 272 * (98 + channels)),
         "sum_partials": Kernel("PPii", 256, 1024),
     }
     return Program("jbu_kernel_backward.cu", f"JBU_GUIDANCE={channels}", kernels)
+
+
+@functools.cache
+def range_backward_program(channels: int) -> Program:
+    """Returns the program with the rest of the adjoint, from the logits to the guidance."""
+    kernels = {
+        "projection_backward": Kernel("PPPPii", 128),
+        "range_backward": Kernel("PPPPPPPii", 128, 272 * (98 + channels)),
+    }
+    return Program("jbu_range_backward.cu", f"JBU_GUIDANCE={channels}", kernels)
 
 
 def kernel_obstacle(guidance: Tensor, weights: StageWeights) -> str | None:
@@ -85,6 +96,7 @@ def kernel_backward(
     if not guidance.numel():
         return torch.zeros_like(guidance), StageWeights(*map(torch.zeros_like, w))
     fused = prepare(kernel_backward_program(channels), guidance.device)
+    ranging = prepare(range_backward_program(channels), guidance.device)
     grad = grad.permute(0, 2, 3, 1).contiguous()
     projection = _project(prepare(kernel_program(channels), guidance.device), guidance, w)
     tiles = (blocks(width, 32), blocks(height, 4), batch)
@@ -102,10 +114,10 @@ def kernel_backward(
     grid = (parts, 1, 1)
     fused.launch("kernel_backward", grid, *inputs, *layers, grad, *outputs, batch, height, width)
     inputs = (projection, w.range_temp, grad_logits, grad_projection)
-    fused.launch("projection_backward", tiles, *inputs, height, width)
+    ranging.launch("projection_backward", tiles, *inputs, height, width)
     inputs = (guidance, w.range_w0, w.range_b0, w.range_w1)
     outputs = (grad_projection, grad_guidance, ranges)
-    fused.launch("range_backward", grid, *inputs, *outputs, height * width, batch)
+    ranging.launch("range_backward", grid, *inputs, *outputs, height * width, batch)
     fixup_in, fixup_out, (sigma, temperature) = _sum(fused, fixup, TAPS, *fixup_inputs)
     range_in, range_out, _ = _sum(fused, ranges, KEYS, *range_inputs)
     return grad_guidance, StageWeights(

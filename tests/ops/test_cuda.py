@@ -256,6 +256,7 @@ def test_every_launch_matches_its_kernels_parameters(recorder: Recorder, guidanc
     programs = (
         cuda_kernel.kernel_program(guidance),
         cuda_kernel.kernel_backward_program(guidance),
+        cuda_kernel.range_backward_program(guidance),
     )
     assert set(counts) == {name for program in programs for name in program.kernels}
     for program in programs:

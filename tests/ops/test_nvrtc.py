@@ -81,7 +81,7 @@ def ends(compiler: nvrtc.Nvrtc, index: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", range(8), ids=lambda i: str(cuda.usual_programs()[i]))
+@pytest.mark.parametrize("index", range(9), ids=lambda i: str(cuda.usual_programs()[i]))
 def test_the_packages_own_kernels_compile_without_spilling_a_register(
     compiler: nvrtc.Nvrtc, index: int
 ) -> None:
