@@ -5,11 +5,13 @@
 //
 // A block loads the kernels of a tile of 8x4 cells, folds them in shared memory and serves all its
 // channels with them. Nothing of the source is staged: its neighbourhood lives in the L1 cache.
+// Half-precision features are doubled on tensor cores where there are any (mma.cuh).
 //
 // ABI (this file and jbu_apply_backward.cu)
 //
 // Options: -DJBU_TYPE=0|1|2 (features float32, float16, bfloat16), --std=c++17, no fast math.
-// Headers by name: device.cuh, ptx.cuh, features.cuh, cell.cuh. Features ("source", "output" and
+// -DJBU_TENSOR_CORES=0 does without them, for comparison.
+// Headers by name: device.cuh, ptx.cuh, features.cuh, cell.cuh, mma.cuh. Features ("source", "output" and
 // their gradients) are of that type, contiguous in channels_last order: (B,H,W,C) in memory.
 // kernel, bias and folded are float32. Any C, any size >= 1, any alignment; vectors of four
 // channels are moved where C % 4 == 0 and the address allows. B <= 65535.
@@ -25,6 +27,12 @@
 //       span = 128*ceil(ceil(C/128)/spans). The result does not depend on it.
 
 #include "cell.cuh"
+#include "mma.cuh"
+
+// Whether to double on tensor cores.
+#ifndef JBU_TENSOR_CORES
+#define JBU_TENSOR_CORES (JBU_TYPE != 0 && __CUDA_ARCH__ >= 800)
+#endif
 
 constexpr int THREADS = 128;
 static_assert(sizeof(Folded<1>) == 38144 && sizeof(Folded<2>) == 29792, "the launcher's numbers");
@@ -115,6 +123,26 @@ static __device__ __forceinline__ void filter_tile(
         }
 }
 
+#if JBU_TENSOR_CORES
+// The same on tensor cores; weights stay in registers while channels pass.
+static __device__ __forceinline__ void double_tile(
+    const Folded<2>& folded, const Maps& maps, Corner cell, int begin, int end)
+{
+#pragma unroll 1
+    for (int quad = threadIdx.x / 32; quad < QUADS; quad += THREADS / 32) {
+        const int tile_y = quad / QUADS_X * QUAD, tile_x = quad % QUADS_X * QUAD;
+        const int y = cell.y + tile_y, x = cell.x + tile_x;
+        if (y >= maps.h || x >= maps.w)
+            continue;
+        const Fragments weights(folded, tile_y, tile_x);
+#pragma unroll 1
+        for (int c = begin; c < end; c += MMA_CHANNELS)
+            filter_channels(
+                weights, maps.source, maps.bias, maps.output, y, x, maps.h, maps.w, maps.C, c);
+    }
+}
+#endif
+
 template <int SCALE>
 static __device__ __forceinline__ void apply(
     Folded<SCALE>& folded, const float* __restrict__ kernel, Maps maps, int span)
@@ -127,6 +155,11 @@ static __device__ __forceinline__ void apply(
     load_weights(folded, kernel, 2 * cell.y, 2 * cell.x, maps.h, maps.w);
 
     const int begin = blockIdx.y * span, end = min(begin + span, maps.C);
+#if JBU_TENSOR_CORES
+    if constexpr (SCALE == 2)
+        if (in_eights(maps.source, maps.C) && in_eights(maps.output, maps.C))
+            return double_tile(folded, maps, cell, begin, end);
+#endif
     if (in_fours(maps.source, maps.C) && in_fours(maps.output, maps.C))
         filter_tile<SCALE, true>(folded, maps, cell, begin, end);
     else

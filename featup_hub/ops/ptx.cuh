@@ -18,4 +18,39 @@ static __device__ __forceinline__ unsigned short float_to_half(float value)
     return bits;
 }
 
+// From sm_80 on: two numbers in one word, the first in its lower half.
+static __device__ __forceinline__ unsigned floats_to_halfs(float low, float high)
+{
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+static __device__ __forceinline__ unsigned floats_to_bfloats(float low, float high)
+{
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// A warp's sum (16x8) += a (16x16) * b (16x8); which lane holds what: PTX ISA, "Matrix Fragments
+// for mma.m16n8k16".
+#define MULTIPLY(type)                                                                          \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                          \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+static __device__ __forceinline__ void multiply_halfs(
+    float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    MULTIPLY("f16");
+}
+
+static __device__ __forceinline__ void multiply_bfloats(
+    float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    MULTIPLY("bf16");
+}
+
 #endif

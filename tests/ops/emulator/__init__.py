@@ -46,6 +46,7 @@ class Emulator:
         order: Threads and blocks run 0: ascending, 1: descending, else: shuffled.
         offset: Elements by which tensors miss the alignment torch gives them.
         multiprocessors: What the device seems to have.
+        architecture: What it seems to be, compute capability times ten.
         edit: A fault planted in the sources.
         barrier: A barrier left out.
     """
@@ -54,13 +55,17 @@ class Emulator:
     order: int = 2
     offset: int = 0
     multiprocessors: int = 2
+    architecture: int = 90
     edit: Edit | None = None
     barrier: Barrier | None = None
 
     def prepare(self, program: Program, device: torch.device) -> EmulatedKernels:
         """Stands in for :func:`featup_hub.ops.fused.prepare`."""
-        key = program.source, program.define, tuple(program.kernels)
-        return EmulatedKernels(_build(self.folder, *key, self.edit), program, self)
+        key = program.source, program.define, tuple(program.kernels), self.architecture
+        edit = self.edit
+        if edit is not None and edit[0].endswith(".cu") and edit[0] != program.source:
+            edit = None  # another program's
+        return EmulatedKernels(_build(self.folder, *key, edit), program, self)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,12 @@ class EmulatedKernels:
 
 @functools.cache
 def _build(
-    folder: Path, source: str, define: str, kernels: tuple[str, ...], edit: Edit | None
+    folder: Path,
+    source: str,
+    define: str,
+    kernels: tuple[str, ...],
+    architecture: int,
+    edit: Edit | None,
 ) -> ctypes.CDLL:
     """Compiles a program, once."""
     place = folder / str(len(list(folder.iterdir())))
@@ -144,7 +154,14 @@ def _build(
     unit, compiled, library = place / "unit.cpp", place / "unit.o", place / "unit.so"
     unit.write_text(f'#include "{HERE}/cuda_on_cpu.h"\n#include "{place}/{source}"\n{entries}')
     for arguments in (
-        (*COMPILE, f"-D{define}", str(unit), "-o", str(compiled)),
+        (
+            *COMPILE,
+            f"-D{define}",
+            f"-D__CUDA_ARCH__={architecture}0",
+            str(unit),
+            "-o",
+            str(compiled),
+        ),
         # Without the checks' own library: their handlers are in cuda_on_cpu.h.
         ("-shared", str(compiled), "-o", str(library)),
     ):

@@ -3,7 +3,8 @@
 // A block's threads are fibers. One runs until it reaches a barrier or ends, then the next, in an
 // order the caller chooses: what one order hides (a thread reading what a later one writes, or a
 // faster one has overwritten) another shows. Shared memory is NaN before every block and guarded
-// behind its end; a barrier that only some threads reach is an error, and so is what a device does
+// behind its end; a barrier that only some threads reach, or a warp's matrix product that only some
+// lanes reach, is an error, and so is what a device does
 // not forgive: misaligned vectors, indices beyond an array, overflowing 32-bit offsets (found by
 // the compiler's checks, whose handlers are at the end of this file).
 #pragma once
@@ -50,17 +51,39 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 #define FEATUP_HUB_PTX_CUH
 inline float half_to_float(unsigned short bits) { return std::bit_cast<_Float16>(bits); }
 inline unsigned short float_to_half(float value) { return std::bit_cast<unsigned short>((_Float16)value); }
+inline float bfloat_to_float(unsigned short bits) { return std::bit_cast<float>((unsigned)bits << 16); }
+inline unsigned short float_to_bfloat(float value)
+{
+    const unsigned bits = std::bit_cast<unsigned>(value);
+    return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned floats_to_halfs(float low, float high)
+{
+    return float_to_half(low) | (unsigned)float_to_half(high) << 16;
+}
+inline unsigned floats_to_bfloats(float low, float high)
+{
+    return float_to_bfloat(low) | (unsigned)float_to_bfloat(high) << 16;
+}
 
 namespace emulator {
 
 constexpr size_t SHARED_FLOATS = 48 * 1024 / 4, GUARD_FLOATS = 1024, STACK_BYTES = 256 * 1024;
 constexpr unsigned POISON = 0x7fc0dead, GUARD = 0x7fc0beef;  // both NaN
 
+constexpr int WARP = 32, WORDS = 6, MEETING = -1;
+
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
-    int waits_at = 0;  // line of a barrier; 0 where it does not wait
+    int waits_at = 0;  // line of a barrier; MEETING of its warp; 0 where it does not wait
     bool ended = false;
+    unsigned meetings = 0;
+};
+
+// What the lanes of a warp hand each other; two of them in turn, as some lanes are ahead by one.
+struct Exchange {
+    unsigned words[2][WARP][WORDS];
 };
 
 // How to run, set by the caller.
@@ -76,6 +99,7 @@ static Mode mode;
 static std::string fault;
 static ucontext_t scheduler;
 static std::vector<Fiber> fibers;
+static std::vector<Exchange> warps;
 static Fiber* running;
 static void (*enter)();
 
@@ -92,6 +116,35 @@ inline void barrier(const char* file, int line)
         return;
     running->waits_at = line;
     swapcontext(&running->context, &scheduler);
+}
+
+// Hands a lane's words to its warp, which has to meet here; returns everybody's.
+inline auto exchange(const unsigned (&mine)[WORDS])
+{
+    unsigned(*words)[WORDS] = warps[threadIdx.x / WARP].words[running->meetings++ % 2];
+    std::copy(mine, mine + WORDS, words[threadIdx.x % WARP]);
+    running->waits_at = MEETING;
+    swapcontext(&running->context, &scheduler);
+    return words;
+}
+
+// mma.m16n8k16, by the tables of the PTX ISA. A device adds the products in an order of its own
+// and cuts sums where this one rounds them.
+template <float (*WIDEN)(unsigned short)>
+void multiply(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    const auto words = exchange({a[0], a[1], a[2], a[3], b[0], b[1]});
+    const int lane = threadIdx.x % WARP;
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        double total = sum[i];
+        for (int k = 0; k < 16; k++) {
+            const unsigned left = words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            const unsigned right = words[column * 4 + k % 8 / 2][4 + k / 8];
+            total += (double)WIDEN(left >> (k % 2 * 16)) * WIDEN(right >> (k % 2 * 16));
+        }
+        sum[i] = total;
+    }
 }
 
 static void fiber_main()
@@ -116,17 +169,19 @@ inline void run_block(unsigned threads, size_t shared_bytes, std::vector<unsigne
     for (unsigned t = 0; t < threads; t++) {
         Fiber& fiber = fibers[t];
         fiber.ended = false;
+        fiber.meetings = 0;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, fiber_main, 0);
     }
+    bool warps_meet = false;
     for (unsigned left = threads; left > 0;) {
         if (mode.order > 1)  // anew between any two barriers
             std::shuffle(order.begin(), order.end(), random);
         for (unsigned t : order) {
-            if (fibers[t].ended)
+            if (fibers[t].ended || (warps_meet && fibers[t].waits_at != MEETING))
                 continue;
             running = &fibers[t];
             running->waits_at = 0;
@@ -134,6 +189,18 @@ inline void run_block(unsigned threads, size_t shared_bytes, std::vector<unsigne
             swapcontext(&scheduler, &running->context);
             left -= running->ended;
         }
+        warps_meet = false;
+        for (unsigned t = 0; t < threads; t++)
+            if (!fibers[t].ended && fibers[t].waits_at == MEETING) {
+                warps_meet = true;
+                for (unsigned lane = t / WARP * WARP; lane < (t / WARP + 1) * WARP; lane++)
+                    if (lane >= threads || fibers[lane].ended || fibers[lane].waits_at != MEETING)
+                        report("a warp's lanes do not all take part in a product");
+            }
+        if (!fault.empty())
+            return;
+        if (warps_meet)  // who waits at a barrier waits on
+            continue;
         const int line = fibers[order[0]].ended ? 0 : fibers[order[0]].waits_at;
         for (unsigned t : order)
             if ((fibers[t].ended ? 0 : fibers[t].waits_at) != line && left > 0)
@@ -153,6 +220,7 @@ inline void run_grid(Index grid, unsigned threads, size_t shared_bytes)
     std::mt19937 random(mode.order);
     if (fibers.size() < threads)
         fibers.resize(threads);
+    warps.resize(threads / WARP + 1);
     const size_t count = mode.alone ? 1 : (size_t)grid.x * grid.y * grid.z;
     std::vector<unsigned> turns(threads), blocks(count);
     for (std::vector<unsigned>* list : {&turns, &blocks}) {
@@ -220,6 +288,15 @@ inline void report(const char* what, const void* place)
 }
 
 }  // namespace emulator
+
+inline void multiply_halfs(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    emulator::multiply<half_to_float>(sum, a, b);
+}
+inline void multiply_bfloats(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    emulator::multiply<bfloat_to_float>(sum, a, b);
+}
 
 #define CHECK(handler, what, ...) \
     extern "C" void __ubsan_handle_##handler(void* place, ##__VA_ARGS__) { emulator::report(what, place); }

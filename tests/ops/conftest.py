@@ -1,0 +1,42 @@
+"""The emulator in the place of a device, for the tests of the fused kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from featup_hub.ops import cuda_apply, cuda_kernel
+from tests.ops.emulator import Emulator
+from tests.ops.fused_results import Emulate
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the emulator keeps what it compiled, for all tests."""
+    return tmp_path_factory.mktemp("emulator")
+
+
+@pytest.fixture
+def emulate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Emulate:
+    """Puts an emulator in the device's place; its options may be changed any time."""
+
+    def use(**options: Any) -> None:
+        emulator = Emulator(folder, **options)
+        for module in (cuda_kernel, cuda_apply):
+            monkeypatch.setattr(module, "prepare", emulator.prepare)
+
+    # Few blocks, so that each has several tiles to add up.
+    monkeypatch.setattr(cuda_kernel, "MOST_PARTIAL_SUMS", 3)
+    # Whatever a kernel does not write stays NaN.
+    monkeypatch.setattr(torch.Tensor, "new_empty", _new_nan)
+    monkeypatch.setattr(torch, "empty_like", lambda x: x.new_full(x.shape, float("nan")))
+    use()
+    return use
+
+
+def _new_nan(tensor: Tensor, *size: int) -> Tensor:
+    return tensor.new_full(size, float("nan"))

@@ -1,0 +1,98 @@
+"""Whoever breaks a fused kernel is found out: a suite that cannot fail proves nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from featup_hub.ops import cuda_kernel
+from tests.ops.emulator import COMPILER, SOURCES, Barrier, Edit, EmulationError
+from tests.ops.fused_results import Emulate, draw_weights, everything, halves, single
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernels with")
+
+
+def barriers() -> list[Barrier]:
+    return [
+        (path.name, line)
+        for path in sorted(SOURCES.glob("*.cu*"))
+        for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if "__syncthreads();" in text
+    ]
+
+
+def spoiled(emulate: Emulate, **options: Any) -> bool:
+    """Whether somebody notices what is wrong with this device."""
+    emulate()
+    right = everything() + halves()
+    for order in range(4):
+        emulate(order=order, **options)
+        try:
+            if not all(map(torch.equal, right, everything() + halves())):
+                return True
+        except EmulationError:
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "line"), barriers())
+def test_no_barrier_can_be_missing(emulate: Emulate, file: str, line: int) -> None:
+    assert spoiled(emulate, barrier=(file, line))
+
+
+FAULTS: dict[str, Edit] = {
+    "a wrong tap": ("jbu_apply.cu", "folded.weight[cell][u][v]", "folded.weight[cell][v][u]"),
+    "a tap too far": ("tile.cuh", "centre[p] * near[1 + a + p]", "centre[p] * near[2 + a + p]"),
+    "a mirror that repeats the border": ("device.cuh", "2 * (size - 1) - at", "2 * size - 1 - at"),
+    "a window one short": ("jbu_apply.cu", "row < SPAN", "row < SPAN - 1"),
+    "a border that is not clamped": (
+        "cell.cuh",
+        "row[clamp(first + i, source_size) - start]",
+        "row[min(max(first + i - start, 0), 6)]",
+    ),
+    "half of the pairs": (
+        "jbu_range_backward.cu",
+        "grad_logits[(TAPS - 1 - t) * plane",
+        "grad_logits[t * plane",
+    ),
+    "a lane's column": ("mma.cuh", "- RADIUS + pair + 1, w)", "- RADIUS + pair, w)"),
+    "a row of a product": ("mma.cuh", "u = 2 * step + r / 2 - ky", "u = 2 * step + r % 2 - ky"),
+    "half of a weight": (
+        "mma.cuh",
+        "multiply(sum[n], weights.low[step]",
+        "multiply(sum[n], weights.high[step]",
+    ),
+    "a reader forgotten": ("jbu_apply_backward.cu", "i < 2 * (REACH + 1)", "i < 2 * REACH + 1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(emulate: Emulate, name: str) -> None:
+    assert spoiled(emulate, edit=FAULTS[name])
+
+
+UNFORGIVABLE: list[tuple[str, str, str]] = [
+    ("RANGE_THREADS < pixels)", "RANGE_THREADS <= pixels)", "beyond its ends"),
+    ("shared[(tile.group * PX + p) * TAPS", "shared[(tile.group * PX + p) * 60", "behind its end"),
+    ("    multiply(sum, tile, fixup_w1", "if (threadIdx.x < 9) __syncthreads();", "barriers"),
+]
+
+
+@pytest.mark.parametrize(("text", "instead", "words"), UNFORGIVABLE)
+def test_the_emulator_finds_what_a_device_would_not_forgive(
+    emulate: Emulate, text: str, instead: str, words: str
+) -> None:
+    emulate(edit=("jbu_kernel.cu", text, instead + (text if "barriers" in words else "")))
+    with pytest.raises(EmulationError, match=words):
+        cuda_kernel.kernel(torch.randn(1, 3, 5, 9), single(draw_weights()))
+
+
+def test_a_product_that_lanes_are_missing_from_is_found(emulate: Emulate) -> None:
+    product = "multiply(sum[n], weights.low[step], operand);"
+    emulate(edit=("mma.cuh", product, f"if (threadIdx.x % 32) {product}"))
+    with pytest.raises(EmulationError, match="lanes do not all take part"):
+        halves()
