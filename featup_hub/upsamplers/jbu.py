@@ -12,10 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
+from featup_hub.ops.jbu import _without_autocast
 from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.sizes import stage_sizes
@@ -44,6 +46,13 @@ class JBUStack(Pretrained):
     weights belong to a guidance resolution relative to the output. Where fewer are needed the
     first ones are left out, where more are needed ``up1`` repeats.
 
+    In lower precision: under autocast the way from guidance to kernels stays in float32. Whole
+    modules can be converted, too: with random features and a photograph at 14²→224² the shipped
+    stages then err by 0.31 % (``.bfloat16()``) and 0.04 % (``.half()``), root mean square.
+
+    Training works under ``torch.use_deterministic_algorithms``: with plain PyTorch no operation,
+    forward or backward, is one that it refuses, save with ``impl="reference"`` on a GPU.
+
     Args:
         feat_dim: Channels of the features. Adds upstream's closing 1×1 convolution,
             ``out = x + 0.1·conv(x)``, which fits one backbone; None leaves the stages alone,
@@ -56,7 +65,6 @@ class JBUStack(Pretrained):
             channel before the closing convolution.
 
     Example:
-        >>> import torch
         >>> upsampler = JBUStack().eval()
         >>> source, image = torch.randn(1, 5, 2, 3), torch.randn(1, 3, 32, 48)
         >>> upsampler(source, image).shape
@@ -189,7 +197,6 @@ class JBUStack(Pretrained):
             ValueError: If the kernels were computed for features of another size.
 
         Example:
-            >>> import torch
             >>> upsampler, image = JBUStack().eval(), torch.randn(1, 3, 64, 96)
             >>> kernels = upsampler.kernels(image, (4, 6))
             >>> levels = upsampler.pyramid(torch.randn(1, 5, 4, 6), kernels)
@@ -232,9 +239,11 @@ class JBUStack(Pretrained):
     def _plan(
         self, source_size: tuple[int, int], guidance: Tensor, size: tuple[int, int] | None
     ) -> list[tuple[JBUStage, Tensor]]:
-        """Pairs every stage to pass with its guidance."""
+        """Pairs every stage to pass with its guidance, pooled in float32 or better."""
         sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
-        pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
+        guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
+        with _without_autocast(guidance.device):
+            pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
         return list(zip(self.stages(len(sizes)), pooled, strict=True))
 
     def _check_kernels(self, source: Tensor, kernels: JBUKernels) -> None:
