@@ -22,6 +22,8 @@ class JBUTrainingConfig:
             twice as often.
         steps: Optimiser steps.
         batch: Photographs per step.
+        parts: Parts in which a batch is computed: one after the other, which takes less memory,
+            or shared by as many processes, or a divisor of it, as torchrun starts them (ours).
         image_size: Side of the crops, in pixels; the root of their area where shapes vary.
         max_aspect: Crops are up to this much wider than high, or higher than wide (ours; 1:
             squares, as upstream).
@@ -62,6 +64,7 @@ class JBUTrainingConfig:
     backbones: tuple[str, ...] = ("efficientnet_lite0",)
     steps: int = 2000
     batch: int = 4
+    parts: int = 1
     image_size: int = 224
     max_aspect: float = 1.0
     max_stride: float = 1.0

@@ -6,6 +6,8 @@ channels alike, so the source is projected, not the result); the upsampled featu
 the views were, downsampled by a learned model of the backbone, and compared.
 
 Everything random in step n follows from the seed and n, so a run that was stopped goes on exactly.
+A batch may be computed in parts, which follow from the part's number, too: one process takes them
+in turn, several (``torchrun``) share them, and both end in the same weights.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 and 4.
 """
@@ -13,18 +15,20 @@ Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
 from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
 from featup_hub.training.consistency import consistency_loss
 from featup_hub.training.images import PhotoStream, seeded
+from featup_hub.training.processes import Team, joined
 from featup_hub.training.projection import make_unit_sum
 from featup_hub.training.records import Metrics, Progress, load_checkpoint, save_checkpoint
 from featup_hub.training.sources import TrainingSource, open_backbones
@@ -56,16 +60,29 @@ def train(
 
     Raises:
         FileNotFoundError: If the folder of photographs does not exist.
-        ValueError: If it holds none, or ``out`` holds a run of another config.
+        ValueError: If it holds none, ``out`` holds a run of another config, or the batch cannot
+            be divided into its parts or these among the processes.
     """
-    stream = PhotoStream(photos, seed=config.seed, min_scale=config.min_scale)
-    out = Path(out)
+    with joined(config.device) as team:
+        _check_parts(config, team)
+        stream = PhotoStream(photos, seed=config.seed, min_scale=config.min_scale)
+        run = _Run(config, stream, open_backbones(config.backbones, backbones), team)
+        _train(run, Path(out), progress=progress and team.leads)
+        if team.leads:
+            run.export(Path(out) / "jbu.safetensors", photos=len(stream.paths))
+        team.wait()
+    return Path(out) / "jbu.safetensors"
+
+
+def _train(run: _Run, out: Path, *, progress: bool) -> None:
+    """Takes the steps that are left; the leading process keeps record of them."""
+    config, leads = run.config, run.team.leads
     out.mkdir(parents=True, exist_ok=True)
-    run = _Run(config, stream, open_backbones(config.backbones, backbones))
+    # Nobody writes before all have read: the first step needs every process.
     first = run.restore(out / "checkpoint.pt")
     saved = time.monotonic()
     with (
-        Metrics(out / "metrics.csv", first) as metrics,
+        Metrics(out / "metrics.csv" if leads else Path(os.devnull), first) as metrics,
         Progress(config.steps, first, progress) as bar,
     ):
         for step in range(first, config.steps):
@@ -73,20 +90,33 @@ def train(
             metrics.add({"step": step, **row})
             bar.advance(f"{row['source']} loss {row['loss']:.4f}")
             last = step + 1 == config.steps
-            if last or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            if leads and (last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
                 metrics.flush()
                 save_checkpoint(out / "checkpoint.pt", run.state(step + 1))
                 saved = time.monotonic()
-    return run.export(out / "jbu.safetensors", photos=len(stream.paths))
+
+
+def _check_parts(config: JBUTrainingConfig, team: Team) -> None:
+    if config.parts < 1 or config.batch % config.parts or config.parts % team.count:
+        raise ValueError(
+            "the batch must divide into its parts, and these among the processes; got a batch of "
+            f"{config.batch} in parts={config.parts} for {team.count} process(es); "
+            "choose parts as a multiple of the processes, and batch as one of parts"
+        )
 
 
 class _Run:
     """The state of a training run, and how one step changes it."""
 
     def __init__(
-        self, config: JBUTrainingConfig, stream: PhotoStream, backbones: Mapping[str, Backbone]
+        self,
+        config: JBUTrainingConfig,
+        stream: PhotoStream,
+        backbones: Mapping[str, Backbone],
+        team: Team,
     ) -> None:
         self.config, self.stream, self.names = config, stream, list(backbones)
+        self.team = team
         # Modules draw their first weights from the global generator, which is put back after.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -114,16 +144,20 @@ class _Run:
         source = self.sources[str(self.names.index(config.backbones[drawn]))]
         assert isinstance(source, TrainingSource)
         size, looked_at = self._sizes(source.patch_size, generator)
-        rgb = self.stream.batch(step, config.batch, size).to(config.device)
-
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=[], enabled=config.dropout > 0):
-            if config.dropout > 0:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            terms = consistency_loss(self.stack, source, rgb, looked_at, config, generator)
-        terms["loss"].backward()
+        terms: dict[str, Tensor] = {}
+        for part in range(self.team.rank, config.parts, self.team.count):
+            if config.parts > 1:
+                generator = seeded(config.seed, 2, step, part)
+            count, number = config.batch // config.parts, step * config.parts + part
+            rgb = self.stream.batch(number, count, size).to(config.device)
+            for name, value in self._differentiate(source, rgb, looked_at, generator).items():
+                terms[name] = terms[name] + value if name in terms else value
+        # All processes drew one source and size, so the same parameters have a gradient in all.
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.team.add([*gradients, *terms.values()])
         norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
         self.optimizer.step()
         if config.unit_sum:
@@ -139,6 +173,22 @@ class _Run:
             "lr": config.learning_rate(step),
             "seconds": round(time.monotonic() - began, 3),
         }
+
+    def _differentiate(
+        self,
+        source: TrainingSource,
+        rgb: Tensor,
+        looked_at: tuple[int, int],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Adds a part's share to the gradients, and returns its share of every term."""
+        config = self.config
+        with torch.random.fork_rng(devices=[], enabled=config.dropout > 0):
+            if config.dropout > 0:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            terms = consistency_loss(self.stack, source, rgb, looked_at, config, generator)
+        (terms["loss"] / config.parts).backward()
+        return {name: value.detach() / config.parts for name, value in terms.items()}
 
     def _sizes(
         self, patch: int, generator: torch.Generator
@@ -192,7 +242,7 @@ class _Run:
             ]
             source.standardise.fit(torch.cat(features))
 
-    def export(self, path: Path, *, photos: int) -> Path:
+    def export(self, path: Path, *, photos: int) -> None:
         """Writes the stages, averaged over the last steps, for any backbone."""
         stages = self.mean if self.config.ema else self.stack.state_dict()
         config = asdict(self.config)
@@ -206,12 +256,13 @@ class _Run:
             "photos": str(photos),
         }
         write(stages, path, metadata=notes)
-        return path
 
 
 def _comparable(config: JBUTrainingConfig) -> dict[str, object]:
     """Returns what a checkpoint must agree in: everything but where and how often it is kept."""
     fields = asdict(config)
+    if config.parts == 1:  # checkpoints from before there were parts do not name them
+        del fields["parts"]
     return {k: v for k, v in fields.items() if k not in {"checkpoint_minutes", "device"}}
 
 

@@ -15,6 +15,7 @@ from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
 from featup_hub.training.consistency import consistency_loss
 from featup_hub.training.images import seeded
 from featup_hub.training.jbu import train
+from featup_hub.training.processes import Team
 from featup_hub.training.sources import TrainingSource, open_backbones
 from featup_hub.weights import load_into, metadata, read
 
@@ -162,7 +163,7 @@ def test_the_projected_loss_estimates_the_full_one(stem):
 
 def test_sizes_vary_within_their_range_and_fit_the_patch(photos, stem):
     config = replace(SMALL, image_size=64, max_aspect=2.0, max_stride=1.5)
-    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem})
+    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem}, Team())
     drawn = [run._sizes(8, seeded(n)) for n in range(200)]
     for (height, width), looked_at in drawn:
         assert height % 8 == width % 8 == looked_at[0] % 8 == looked_at[1] % 8 == 0
@@ -170,7 +171,7 @@ def test_sizes_vary_within_their_range_and_fit_the_patch(photos, stem):
         assert 0.55 < looked_at[0] / height < 1.7
     assert len({size for size, _ in drawn}) > 3
     assert any(size != looked_at for size, looked_at in drawn)
-    still = jbu._Run(SMALL, jbu.PhotoStream(photos), {"stem": stem})
+    still = jbu._Run(SMALL, jbu.PhotoStream(photos), {"stem": stem}, Team())
     assert still._sizes(8, seeded(1)) == ((32, 32), (32, 32))
 
 
@@ -186,7 +187,7 @@ def test_odd_strides_and_shapes_and_several_backbones_train(photos, stem, tmp_pa
 def test_a_run_can_start_from_other_stages(photos, stem, tmp_path):
     first = train(photos, tmp_path / "a", SMALL, backbones={"stem": stem}, progress=False)
     config = replace(SMALL, start=str(first), seed=5)
-    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem})
+    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem}, Team())
     for name, value in read(first).items():
         torch.testing.assert_close(run.stack.state_dict()[name], value, atol=1e-6, rtol=0)
 

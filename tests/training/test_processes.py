@@ -1,0 +1,151 @@
+"""Two processes under torchrun train what one does, bit for bit, also after a stop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from featup_hub.training import jbu
+from featup_hub.training.config import JBUTrainingConfig
+from featup_hub.training.jbu import train
+from featup_hub.training.processes import Team, joined
+from featup_hub.weights import metadata, read
+
+PARTS = JBUTrainingConfig(
+    backbones=("stem",), steps=4, batch=4, parts=2, image_size=32, views=2, max_pad=4,
+    projection_dim=6, crf_samples=50, dropout=0.1, checkpoint_minutes=0.0,
+)  # fmt: skip
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import torch
+from featup_hub.training import jbu
+from featup_hub.training.config import JBUTrainingConfig
+from tests.training.conftest import Stem
+
+stops, photos, out, fields = sys.argv[1:]
+config = JBUTrainingConfig(**{k: tuple(v) if isinstance(v, list) else v
+                              for k, v in json.loads(fields).items()})
+step, rank = jbu._Run.step, os.environ["RANK"]
+
+def stop(run, number):
+    if number == 2:
+        raise KeyboardInterrupt
+    return step(run, number)
+
+if stops == "stop":
+    jbu._Run.step = stop
+    try:
+        jbu.train(photos, out, config, backbones={"stem": Stem()}, progress=False)
+    except KeyboardInterrupt:
+        raise SystemExit((Path(out) / "jbu.safetensors").exists())
+    raise SystemExit("was not stopped")
+
+gradients = []
+def kept(run, number):
+    row = step(run, number)
+    gradients.append([p.grad.clone() for p in run.parameters if p.grad is not None])
+    return row
+
+jbu._Run.step = kept
+jbu.train(photos, out, config, backbones={"stem": Stem()}, progress=False)
+torch.save(gradients, f"{out}.{rank}.pt")
+"""
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_train_what_one_does(photos, stem, tmp_path, monkeypatch):
+    alone: list[list[torch.Tensor]] = []
+    step = jbu._Run.step
+
+    def kept(run, number):
+        row = step(run, number)
+        alone.append([p.grad.clone() for p in run.parameters if p.grad is not None])
+        return row
+
+    monkeypatch.setattr(jbu._Run, "step", kept)
+    one = train(photos, tmp_path / "one", PARTS, backbones={"stem": stem}, progress=False)
+
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    for stops in ("stop", "go on"):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        line += [str(worker), stops, str(photos), str(tmp_path / "two"), json.dumps(asdict(PARTS))]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    for rank in (0, 1):
+        together = torch.load(tmp_path / f"two.{rank}.pt", weights_only=True)
+        assert len(together) == 2  # steps 2 and 3, after the stop
+        for found, wanted in zip(together, alone[2:], strict=True):
+            assert len(found) == len(wanted) > 10
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    two = tmp_path / "two/jbu.safetensors"
+    for name, value in read(one).items():
+        torch.testing.assert_close(read(two)[name], value, rtol=1e-6, atol=1e-8)
+    assert metadata(two) == metadata(one)
+    assert rows(tmp_path / "two/metrics.csv") == rows(tmp_path / "one/metrics.csv")
+
+
+def test_parts_are_photographs_of_the_same_batch_and_their_mean_is_the_loss(photos, stem):
+    run = jbu._Run(replace(PARTS, dropout=0.0), jbu.PhotoStream(photos), {"stem": stem}, Team())
+    run._measure(4)
+    seen = []
+    differentiate = run._differentiate
+
+    def watch(source, rgb, looked_at, generator):
+        terms = differentiate(source, rgb, looked_at, generator)
+        seen.append((rgb, terms["loss"]))
+        return terms
+
+    run._differentiate = watch
+    row = run.step(3)
+    whole = run.stream.batch(3, 4, (32, 32))
+    assert torch.equal(torch.cat([rgb for rgb, _ in seen]), whole)
+    assert row["loss"] == pytest.approx(sum(loss.item() for _, loss in seen))
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(4, 3), (4, 0), (2, 4)])
+def test_a_batch_that_does_not_divide_is_refused(photos, stem, tmp_path, batch, parts):
+    config = replace(PARTS, batch=batch, parts=parts)
+    with pytest.raises(ValueError, match=rf"a batch of {batch} in parts={parts} for 1 process"):
+        train(photos, tmp_path, config, backbones={"stem": stem})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_must_divide_among_the_processes():
+    with pytest.raises(ValueError, match=r"parts=2 for 3 process\(es\); choose parts as a multi"):
+        jbu._check_parts(PARTS, Team(rank=1, count=3))
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cpu") as team:
+        assert (team, team.leads) == (Team(rank=0, count=1), True)
+        kept = torch.ones(3)
+        team.add([kept])
+        team.wait()
+        assert kept.tolist() == [1, 1, 1]
+    assert not torch.distributed.is_initialized()
+
+
+def test_checkpoints_from_before_there_were_parts_are_taken_up():
+    assert "parts" not in jbu._comparable(replace(PARTS, parts=1))
+    assert jbu._comparable(PARTS)["parts"] == 2
