@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_session import DTYPES, Session, measure
-from featup_hub.ops import Implementation, jbu_apply, jbu_kernel
+from featup_hub.ops import Implementation, cuda_apply, jbu_apply, jbu_kernel
+from featup_hub.ops.fused import Program
 from featup_hub.upsamplers import JBUStack, stage_sizes
 
 Row = dict[str, Any]
@@ -177,6 +179,8 @@ def time_operations(case: Case, session: Session, speed: float) -> list[Row]:
             pixels * 4 * (49 + 6),
         ),
     }
+    if case.dtype != "fp32":
+        calls["apply, no tensor cores"] = (_plainly(calls["apply"][0]), calls["apply"][1])
     rows = []
     with torch.no_grad():
         for name, (call, moved) in calls.items():
@@ -184,3 +188,29 @@ def time_operations(case: Case, session: Session, speed: float) -> list[Row]:
             floor = 1000 * moved / speed
             rows.append({"case": str(case), "operation": name, **asdict(timing), "floor_ms": floor})
     return rows
+
+
+class PlainProgram(Program):
+    """A program compiled to do without tensor cores."""
+
+    def contents(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
+        """See :class:`Program`."""
+        text, headers, options = super().contents()
+        return text, headers, (*options, "-DJBU_TENSOR_CORES=0")
+
+
+APPLY_PROGRAM = cuda_apply.apply_program  # the package's own, whatever stands in its place
+
+
+def plain_program(dtype: torch.dtype) -> PlainProgram:
+    """Returns the program that filters features of a dtype without tensor cores."""
+    program = APPLY_PROGRAM(dtype)
+    return PlainProgram(program.source, program.define, program.kernels)
+
+
+def _plainly(call: Callable[[], object]) -> Callable[[], object]:
+    def plain() -> object:
+        with mock.patch.object(cuda_apply, "apply_program", plain_program):
+            return call()
+
+    return plain

@@ -15,7 +15,7 @@ import torch
 from benchmarks import gpu, gpu_checks, gpu_report, gpu_session, gpu_timings, gpu_worker
 from benchmarks.gpu_session import Session
 from benchmarks.gpu_timings import Case
-from featup_hub.ops import torch_path
+from featup_hub.ops import cuda_apply, torch_path
 
 SHAPES = {"source": 2, "output": 8, "channels": 4}
 
@@ -134,6 +134,28 @@ def test_floors_count_every_map_once_each_way() -> None:
     half, batch = Case(source=14, output=224, dtype="bf16"), Case(source=14, output=224, batch=32)
     assert half.forward_bytes() == maps // 2 + 4 * pixels * (49 + 49 + 3)
     assert batch.backward_bytes() == 32 * case.backward_bytes()
+
+
+def test_half_precision_is_timed_with_and_without_tensor_cores(session: Session) -> None:
+    case = Case(source=2, output=8, channels=8, dtype="bf16")
+    names = {row["operation"] for row in gpu_timings.time_operations(case, session, 1e9)}
+    assert {"apply", "apply, no tensor cores"} <= names
+    usual, plain = (
+        cuda_apply.apply_program(torch.bfloat16),
+        gpu_timings.plain_program(torch.bfloat16),
+    )
+    assert plain.contents()[2] == (*usual.contents()[2], "-DJBU_TENSOR_CORES=0")
+    assert plain != usual  # or what is kept for one would be taken for the other
+
+
+def test_every_type_meets_channels_in_eights_and_a_doubling(session: Session) -> None:
+    rows = gpu_checks.parity(session)
+    met = {
+        row["dtype"]
+        for row in rows
+        if row["source"][1] % 8 == 0 and row["output"] == [2 * n for n in row["source"][2:]]
+    }
+    assert met == {"float32", "float16", "bfloat16"}
 
 
 def test_parts_that_do_not_fit_into_the_time_left_are_listed(session: Session) -> None:
