@@ -23,6 +23,8 @@ Fault = Literal[
     "hang",  # answers after a minute
     "half",  # always sends half a file and closes, whatever range is asked for
     "half once",  # then works
+    "stall",  # sends half a file and then nothing, and nothing more to whoever comes back
+    "slow",  # sends the file, a little at a time
     "flip",  # sends the file with one bit changed
     "endless",  # announces no length and never stops
     "html body",  # announces the file and sends a login page
@@ -136,6 +138,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._plain(200, {**headers, "Content-Length": str(len(content))})
             self.wfile.write(content[: len(content) // 2])
             self.close_connection = True
+        elif fault == "stall":
+            self._plain(200, {**headers, "Content-Length": str(len(content))})
+            if "Range" not in self.headers:
+                self.wfile.write(content[: len(content) // 2])
+            self.server.stopping.wait(60)
+            self.close_connection = True
+        elif fault == "slow":
+            self._plain(200, {**headers, "Content-Length": str(len(content))})
+            for start in range(0, len(content), 500):
+                self.wfile.write(content[start : start + 500])
+                self.wfile.flush()
+                self.server.stopping.wait(0.02)
         elif fault == "endless":
             self._plain(200, {**headers, "Connection": "close"})
             while not self.server.stopping.is_set():

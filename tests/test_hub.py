@@ -126,6 +126,7 @@ def test_a_bit_flipped_in_the_cache_is_seen_on_the_next_load(hub):
         ("evil commit", "etag and commit must be plain words; got '../../../evil'"),
         ("redirect", "(redirect|302)"),
         ("hang", "(timed out|Timeout)"),
+        ("stall", "(timed out|Timeout|more than 3 times the announced)"),
     ],
 )
 def test_a_bad_server_costs_few_tries_and_one_clear_error_and_the_cache_stays_clean(
@@ -133,17 +134,28 @@ def test_a_bad_server_costs_few_tries_and_one_clear_error_and_the_cache_stays_cl
 ):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     hub.files[REPO] = {NAME: content(10_000)}
     hub.fault = fault
     with pytest.raises(RuntimeError, match=CACHE_MESSAGE + rf"[\s\S]*(?i:{reason})") as caught:
         weights.load(row())
     assert caught.value.__suppress_context__  # one error, not a chain of them
     # What the server is asked bounds the time, whatever the machine is busy with.
-    assert len(hub.requests) <= {"hang": 1, "redirect": 3 * 21}.get(fault, 12)
+    assert len(hub.requests) <= {"hang": 1, "redirect": 3 * 21, "stall": 16}.get(fault, 12)
     assert data_in(hub_cache) == []
     assert [path.name for path in tmp_path.rglob("*evil*")] == []
     hub.fault = None
     assert weights.load(row())
+
+
+def test_a_slow_server_is_given_the_time_it_needs(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)
+    hub.files[REPO] = {NAME: content(4000)}
+    hub.fault = "slow"
+    start = time.monotonic()
+    assert weights.load(row())["weight"].shape == (4000,)
+    assert time.monotonic() - start > 32 * 0.02
+    assert hub.downloads() == 1
 
 
 @pytest.mark.parametrize("fault", ["500 twice", "half once"])

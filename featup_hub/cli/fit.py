@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from featup_hub.cli.devices import open_device
 from featup_hub.cli.flags import add_flags
+from featup_hub.cli.terminal import UsageError
 from featup_hub.image import preprocess, read_image, resize, write_atomically
 from featup_hub.model import load_upsampler
 from featup_hub.training.implicit import PRESETS, ImplicitConfig, fit
@@ -60,14 +62,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in fields(ImplicitConfig) if hasattr(args, f.name)}
     out = args.out or Path(f"{args.image.stem}.safetensors")
+    # Before the work, for a fit takes long.
+    if args.size < 1:
+        raise UsageError(f"--size must be positive; got {args.size}")
+    if out.is_dir() or not out.parent.is_dir():
+        wrong = "it is a folder" if out.is_dir() else "its folder does not exist"
+        raise UsageError(f"--out must be a file that can be written; {out}: {wrong}")
+    device = open_device(args.device)
     photo = read_image(args.image)
     start = None
     if args.start is not None:
         start = load_upsampler(weights=None if args.start == "jbu_universal" else args.start)
-    backbone = open_backbones([args.model])[args.model].eval().to(args.device)
+    backbone = open_backbones([args.model])[args.model].eval().to(device)
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)
-    image = preprocess(shown, mean=backbone.mean, std=backbone.std).to(args.device)
+    image = preprocess(shown, mean=backbone.mean, std=backbone.std).to(device)
     checkpoint = out.with_suffix(".checkpoint.pt")
     upsampler = fit(
         image,

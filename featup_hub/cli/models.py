@@ -1,11 +1,13 @@
-"""``featup-hub models``: which models there are, and where their weights are."""
+"""``featup-hub models``: which models there are, where their weights are, and who computes."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
+from featup_hub.ops import implementations
 from featup_hub.registry import MODELS, ModelCard, WeightFile
 
 __all__ = ["add_parser"]
@@ -24,10 +26,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "models", help="list the models", description="Lists the models and their weights."
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with all there is to know")
+    parser.add_argument(
+        "--impl",
+        action="store_true",
+        help="tell for every device instead who computes the upsampling, why, and where compiled "
+        "kernels lie; compiles them where that was not done yet",
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.impl:
+        return _tell_implementations(as_json=args.json)
     rows = [_row(card) for card in MODELS.values()]
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -43,6 +53,18 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{place}: {_PLACES[place]}")
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
         print(f"{', '.join(row['name'] for row in rows if row['note'] == note)}: {note}")
+    return 0
+
+
+def _tell_implementations(*, as_json: bool) -> int:
+    statuses = implementations()
+    if as_json:
+        print(json.dumps([asdict(status) for status in statuses], indent=2, default=str))
+        return 0
+    for status in statuses:
+        print(status)
+        for cubin in status.cubins:
+            print(f"  {cubin}")
     return 0
 
 

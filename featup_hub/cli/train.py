@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from featup_hub.cli.devices import open_device
 from featup_hub.cli.flags import add_flags, from_flags
+from featup_hub.cli.outputs import make_folder
+from featup_hub.cli.terminal import UsageError
 from featup_hub.training.jbu import JBUTrainingConfig, train
 
 __all__ = ["add_parser"]
@@ -31,5 +34,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    print(f"wrote {train(args.photos, args.out, from_flags(JBUTrainingConfig, args))}")
+    config = from_flags(JBUTrainingConfig, args)
+    open_device(config.device)
+    for name in ("steps", "batch", "image_size", "views"):
+        if (value := getattr(config, name)) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive; got {value}")
+    make_folder(args.out)
+    print(f"wrote {train(args.photos, args.out, config)}")
     return 0

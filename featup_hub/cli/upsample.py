@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from featup_hub.cli.ahead import ahead
+from featup_hub.cli.devices import open_device
 from featup_hub.cli.outputs import Job, is_finished, make_folder, plan, write_features
 from featup_hub.cli.terminal import Progress, UsageError, explain
 from featup_hub.image import check_size, preprocess, read_image, resize, write_atomically
@@ -19,6 +20,7 @@ from featup_hub.ops import Implementation
 from featup_hub.registry import ModelCard
 from featup_hub.visualize import comparison
 from featup_hub.weights import digest, resolve
+from featup_hub.weights.files import existing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(args: argparse.Namespace) -> int:
     card = _card(args.model)
     size = _size(args.size, card)
-    device = _device(args.device)
+    device = open_device(args.device)
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
     record = _record(args, card, size)
@@ -160,8 +162,8 @@ def _record(
     """Returns what decides the features of an image, to be noted beside them."""
     try:
         upsampler = digest(resolve(card.upsampler_file, path=args.weights))
-        own = digest(args.backbone_weights) if args.backbone_weights else ""
-    except FileNotFoundError as error:
+        own = digest(existing(args.backbone_weights)) if args.backbone_weights else ""
+    except (FileNotFoundError, ValueError) as error:
         raise UsageError(explain(error)) from error
     return {
         "model": card.name,
@@ -215,15 +217,3 @@ def _check(size: int | tuple[int, int], stride: int, name: str) -> None:
         check_size(size, multiple_of=stride)
     except ValueError as error:
         raise UsageError(f"--{error}; {stride} is the stride of {name}") from error
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"--device must be cpu, cuda, cuda:1 or mps; got {name!r}") from error
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used here: {reason}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from featup_hub.weights.files import digest, load_into, metadata, read, write
+from featup_hub.weights.files import digest, existing, load_into, metadata, read, write
 from featup_hub.weights.hub import cached_digest, check_name, download
 from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream, split_norm
 
@@ -68,14 +68,11 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: If ``path`` does not exist.
-        ValueError: If the row's file name leads out of its folder.
+        ValueError: If ``path`` is a folder, or the row's file name leads out of its own.
         RuntimeError: If the file is nowhere to be had.
     """
     if path is not None:
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"no weights file {path}; check the name")
-        return path
+        return existing(path)
     check_name("file", file.filename)
     shipped = shipped_folder() / file.filename
     if file.repo_id is None or shipped.is_file():

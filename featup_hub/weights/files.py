@@ -38,7 +38,7 @@ def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a whole safetensors file, or not the one the digest names.
     """
-    path = _existing(path)
+    path = existing(path)
     if sha256 is not None and (found := digest(path)) != sha256.lower():
         raise _damaged(path, f"a file with sha256 {sha256}", kind(path) or f"sha256 {found}")
     tensors, notes = _open(path)
@@ -57,7 +57,7 @@ def metadata(path: str | Path) -> dict[str, str]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a whole safetensors file.
     """
-    notes = _open(_existing(path))[1]
+    notes = _open(existing(path))[1]
     return {key: note for key, note in sorted(notes.items()) if key not in {_CONTENT, "format"}}
 
 
@@ -150,7 +150,13 @@ def digest(path: str | Path) -> str:
     return total.hexdigest()
 
 
-def _existing(path: str | Path) -> Path:
+def existing(path: str | Path) -> Path:
+    """Returns a path, ``~`` expanded, if there is a file.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If there is a folder.
+    """
     path = Path(path).expanduser()
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))
