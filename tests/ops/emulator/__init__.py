@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class Emulator:
         """Stands in for :func:`featup_hub.ops.fused.prepare`."""
         key = program.source, program.define, tuple(program.kernels), self.architecture
         edit = self.edit
-        if edit is not None and edit[0].endswith(".cu") and edit[0] != program.source:
+        if edit is not None and edit[0] not in _files(program.source):
             edit = None  # another program's
         return EmulatedKernels(_build(self.folder, *key, edit), program, self)
 
@@ -124,6 +125,13 @@ class EmulatedKernels:
         start = MARGIN + self.emulator.offset
         inner = whole[start : start + tensor.numel()].view(tensor.shape)
         return whole, inner.copy_(tensor)
+
+
+@functools.cache
+def _files(name: str) -> set[str]:
+    """Returns a source's name and those of all headers it includes."""
+    included = re.findall(r'#include "(.*)"', (SOURCES / name).read_text(encoding="utf-8"))
+    return {name}.union(*map(_files, included))
 
 
 @functools.cache
