@@ -5,13 +5,19 @@ The number of stages is part of a graph: it stays that of the example, and with 
 the graph serves. These are all batches, and all sizes whose ratio of output to source takes as
 many stages, ceil(log2 ratio). Behind a backbone of stride p that is every image whose sides are
 multiples of p. A PyTorch program checks this; an ONNX graph cannot.
+
+Writing takes a minute or more of a CPU's time: each tap of each stage is operations of its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +62,7 @@ def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedPr
         inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)  # 1, likewise
         axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
         shapes = tuple(axes for _ in inputs)
-    with torch.no_grad():
+    with torch.no_grad(), _short_padding():
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
 
 
@@ -89,7 +95,39 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         graph = torch.onnx.export(
-            program, dynamo=True, output_names=["features"], verbose=False, external_data=False
+            program,
+            dynamo=True,
+            output_names=["features"],
+            verbose=False,
+            external_data=False,
+            # Its rewriting takes minutes for graphs this long, and runtimes rewrite them anyway.
+            optimize=False,
         )
     with write_atomically(path) as partial:
         graph.save(partial)  # type: ignore[union-attr]  # None for the exporter not used here
+
+
+@contextmanager
+def _short_padding() -> Iterator[None]:
+    """Keeps symbolic sizes short behind convolutions that timm pads as TensorFlow does.
+
+    The padding follows the input's size, and four such layers nest it into a formula that takes
+    sympy hours. Where the side is a multiple of the stride, as behind an image whose sides are
+    multiples of the model's, it is a constant; which of the two holds becomes a guard.
+    """
+    padding: Any = sys.modules.get("timm.layers.padding")
+    if padding is None:
+        yield
+        return
+    original = padding.get_same_padding
+
+    def short(x: int, kernel_size: int, stride: int, dilation: int) -> int:
+        if isinstance(x, torch.SymInt) and x % stride == 0:
+            return max((kernel_size - 1) * dilation + 1 - stride, 0)
+        return original(x, kernel_size, stride, dilation)
+
+    padding.get_same_padding = short
+    try:
+        yield
+    finally:
+        padding.get_same_padding = original

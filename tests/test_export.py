@@ -14,6 +14,7 @@ from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.backbones import ChannelNorm
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
+from featup_hub.model import load
 from tests.ops.formulations import randomise
 
 TOLERANCE = 2e-5
@@ -220,6 +221,44 @@ def test_the_command_writes_a_program_for_one_size(
     path = tmp_path / "model"
     assert main(["export", str(path), "--format", "pt2", "--static", "16x24"]) == 0
     assert_same(torch.export.load(path).module(), complete, torch.randn(1, 3, 16, 24))
+
+
+def test_the_default_model_is_written_for_one_size(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    assert main(["export", str(path), "--static", "32x48"]) == 0
+    run = torch.export.load(path).module()
+    assert_same(run, load("efficientnet_lite0"), torch.randn(1, 3, 32, 48))
+
+
+@pytest.mark.slow
+def test_the_default_model_is_written_for_every_size(tmp_path: Path) -> None:
+    default = load("efficientnet_lite0")
+    program = trace(default, torch.zeros(1, 3, 32, 48))
+    write_pt2(program, tmp_path / "model.pt2")
+    write_onnx(program, tmp_path / "model.onnx")
+    runs = (
+        torch.export.load(tmp_path / "model.pt2").module(),
+        in_onnxruntime(tmp_path / "model.onnx"),
+    )
+    for run in runs:
+        for batch, height, width in ((1, 64, 96), (3, 48, 32), (2, 80, 112)):
+            assert_same(run, default, torch.randn(batch, 3, height, width))
+
+
+def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:
+    layers = pytest.importorskip("timm.layers")
+    padding = pytest.importorskip("timm.layers.padding")
+    original = padding.get_same_padding
+    convolutions = (layers.Conv2dSame(3, 3, 3 + 2 * i, stride=2) for i in range(3))
+    network = nn.Sequential(*convolutions).eval()
+    program = trace(network, torch.randn(1, 3, 16, 24))
+    assert padding.get_same_padding is original
+    output = next(n for n in program.graph.nodes if n.op == "output").args[0][0]
+    assert all(len(str(side)) < 30 for side in output.meta["val"].shape)
+    run = program.module()
+    assert_same(run, network, torch.randn(3, 3, 40, 32))
+    with pytest.raises((RuntimeError, AssertionError)):
+        run(torch.randn(1, 3, 30, 32))
 
 
 @pytest.mark.parametrize(
