@@ -100,7 +100,7 @@ class ModelCard:
 JBU_UNIVERSAL = WeightFile(
     name="JBU stages for any backbone",
     filename="jbu_universal.safetensors",
-    sha256="19428dcde6c485347909e1e117945f068e194094f617fe5e73cf51e6f8abfb05",
+    sha256="e563c116ef9e16dc3ed6bf8419c908ab973087fe17736cb74325df001d4a0c0c",
     licence="MIT",
     data="854 ImageNet photographs, no labels",
 )
