@@ -100,7 +100,7 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
             output_names=["features"],
             verbose=False,
             external_data=False,
-            # Its rewriting takes minutes for graphs this long, and runtimes rewrite them anyway.
+            # Graphs are long, so its rewriting costs time, and runtimes rewrite them anyway.
             optimize=False,
         )
     with write_atomically(path) as partial:
@@ -112,7 +112,7 @@ def _short_padding() -> Iterator[None]:
     """Keeps symbolic sizes short behind convolutions that timm pads as TensorFlow does.
 
     The padding follows the input's size, and four such layers nest it into a formula that takes
-    sympy hours. Where the side is a multiple of the stride, as behind an image whose sides are
+    sympy minutes. Where the side is a multiple of the stride, as behind an image whose sides are
     multiples of the model's, it is a constant; which of the two holds becomes a guard.
     """
     padding: Any = sys.modules.get("timm.layers.padding")
