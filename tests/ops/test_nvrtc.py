@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import nvrtc_archs
-from featup_hub.ops import cuda, nvrtc
+from featup_hub.ops import cuda, cuda_apply, nvrtc
 
 KERNEL = """
 #include "value.cuh"
@@ -91,6 +91,25 @@ def test_the_packages_own_kernels_compile_without_spilling_a_register(
     assert {kernel: (use.spilled, use.stack) for kernel, use in usage.items()} == dict.fromkeys(
         usage, (0, 0)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_half_precision_is_compiled_for_tensor_cores_where_there_are_any(
+    compiler: nvrtc.Nvrtc, architecture: int
+) -> None:
+    source, headers, options = cuda_apply.apply_program(torch.bfloat16).contents()
+    usual, plain = (
+        compiler.compile(
+            source,
+            name="jbu_apply.cu",
+            architecture=architecture,
+            options=(*options, *more),
+            headers=headers,
+        ).image
+        for more in ((), ("-DJBU_TENSOR_CORES=0",))
+    )
+    assert (usual == plain) == (architecture < 80)
 
 
 @pytest.mark.usefixtures("_nowhere")
