@@ -34,14 +34,14 @@ static __device__ __forceinline__ void fold(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(FOLD_THREADS) fold_x1(
+extern "C" __global__ void __launch_bounds__(FOLD_THREADS, 2) fold_x1(
     const float* __restrict__ kernel, float* __restrict__ folded, int h, int w)
 {
     extern __shared__ __align__(16) float shared[];
     fold(*reinterpret_cast<Folded<1>*>(shared), kernel, folded, h, w);
 }
 
-extern "C" __global__ void __launch_bounds__(FOLD_THREADS) fold_x2(
+extern "C" __global__ void __launch_bounds__(FOLD_THREADS, 2) fold_x2(
     const float* __restrict__ kernel, float* __restrict__ folded, int h, int w)
 {
     extern __shared__ __align__(16) float shared[];
