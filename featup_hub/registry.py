@@ -71,7 +71,8 @@ class ModelCard:
         std: Divisor of the same normalisation.
         backbone_file: Weights of the backbone.
         upsampler_file: Weights of the upsampler.
-        scores: Measured figures, by metric.
+        scores: Measured figures, percent, by metric; those of ``weights/jbu_universal.md``, where
+            protocol, intervals and what they compare with stand.
     """
 
     name: str
@@ -174,7 +175,7 @@ def _timm(
     )
 
 
-def _lite(name: str, feat_dim: int, patch_size: int) -> ModelCard:
+def _lite(name: str, feat_dim: int, patch_size: int, scores: Mapping[str, float]) -> ModelCard:
     """A row whose backbone is shipped."""
     return ModelCard(
         name=name,
@@ -183,6 +184,7 @@ def _lite(name: str, feat_dim: int, patch_size: int) -> ModelCard:
         patch_size=patch_size,
         backbone_file=EFFICIENTNET_LITE0,
         upsampler_file=JBU_UNIVERSAL,
+        scores=MappingProxyType(scores),
     )
 
 
@@ -197,8 +199,28 @@ _CLIP_REPO = "timm/vit_base_patch16_clip_224.openai"
 _CLIP_DATA = "OpenAI's 400M image-text pairs (WIT)"
 
 _ROWS = [
-    _lite("efficientnet_lite0", 112, 16),
-    _lite("efficientnet_lite0_stride32", 320, 32),
+    _lite(
+        "efficientnet_lite0",
+        112,
+        16,
+        {
+            "frozen probe, camvid/val, strip accuracy": 56.06,
+            "frozen probe, camvid/val, mIoU": 46.06,
+            "frozen probe, nyu/val, strip accuracy": 31.73,
+            "frozen probe, nyu/val, mIoU": 9.81,
+        },
+    ),
+    _lite(
+        "efficientnet_lite0_stride32",
+        320,
+        32,
+        {
+            "frozen probe, camvid/val, strip accuracy": 52.38,
+            "frozen probe, camvid/val, mIoU": 47.68,
+            "frozen probe, nyu/val, strip accuracy": 41.07,
+            "frozen probe, nyu/val, mIoU": 23.50,
+        },
+    ),
     # The names of FeatUp's own torch.hub entry points.
     _timm(
         "vit",
@@ -257,6 +279,14 @@ _ROWS = [
         patch_size=None,
         backbone_file=None,
         upsampler_file=JBU_UNIVERSAL,
+        scores=MappingProxyType(
+            {
+                "point oracle, camvid/val, strip accuracy": 71.03,
+                "point oracle, camvid/val, mIoU": 74.17,
+                "point oracle, nyu/val, strip accuracy": 72.91,
+                "point oracle, nyu/val, mIoU": 93.47,
+            }
+        ),
     ),
 ]
 

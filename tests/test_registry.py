@@ -53,6 +53,22 @@ def test_shipped_files_have_the_digest_of_their_row(file: WeightFile) -> None:
     assert str(file.sha256) in (shipped_folder() / file.filename).with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in MODELS.values() if row.scores], ids=lambda r: r.name
+)
+def test_scores_are_those_of_the_model_card(row: ModelCard) -> None:
+    card_file = (shipped_folder() / JBU_UNIVERSAL.filename).with_suffix(".md")
+    table = [line.split(" | ") for line in card_file.read_text().splitlines() if " | " in line]
+    features = "stride 16" if row.backbone is None else f"{row.name} /{row.patch_size}"
+    measured = {
+        f"{protocol.removeprefix('| ')}, {data}, {metric}": ours.strip("*")
+        for protocol, data, where, metric, _, _, ours, *_ in (c for c in table if len(c) == 8)
+        if where == features
+    }
+    for metric, score in row.scores.items():
+        assert measured[metric] == f"{score:.2f}"
+
+
 def test_upstreams_names_are_all_there() -> None:
     assert {"vit", "dino16", "dinov2", "clip", "maskclip", "resnet50"} <= set(WITH_BACKBONE)
 
