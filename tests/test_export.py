@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -243,6 +244,18 @@ def test_the_default_model_is_written_for_every_size(tmp_path: Path) -> None:
     for run in runs:
         for batch, height, width in ((1, 64, 96), (3, 48, 32), (2, 80, 112)):
             assert_same(run, default, torch.randn(batch, 3, height, width))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_inductor_compiles_a_program_ahead_of_time(tmp_path: Path) -> None:
+    upsampler = randomise(JBUStack(CHANNELS, num_stages=1, radius=1, key_dim=4)).eval()
+    program = trace(upsampler, *pair(1, (4, 5), (8, 9)), dynamic=False)
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "upsampler.pt2")
+    )
+    run = torch._inductor.aoti_load_package(path)
+    assert_same(run, upsampler, *pair(1, (4, 5), (8, 9)))
 
 
 def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:

@@ -124,7 +124,8 @@ def spatial_logits(sigma: Tensor, diameter: int) -> Tensor:
     r"""Returns :math:`-|t|^2 / 2\sigma^2` for every tap, the kernel spanning [-1, 1], (D²,)."""
     axis = torch.linspace(-1, 1, diameter, dtype=sigma.dtype, device=sigma.device)
     squares = axis.square()
-    return -(squares[:, None] + squares[None, :]).reshape(-1) / (2 * sigma.square())
+    # A product: Inductor fails to lower the power of a parameter that it folded to a constant.
+    return -(squares[:, None] + squares[None, :]).reshape(-1) / (2 * sigma * sigma)
 
 
 def jbu_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
