@@ -200,6 +200,10 @@ def test_offsets_go_beyond_two_to_the_31(folder: Path) -> None:
     expected = reference.jbu_apply(
         corner.permute(2, 0, 1)[None].float(), padded.permute(2, 0, 1)[None]
     )
+    # Tensor cores see 16 bits of each of the 49 weights, which counts where a sum cancels.
     torch.testing.assert_close(
-        output[-8:, -16:].float(), expected[0].permute(1, 2, 0)[-8:, -16:], rtol=2**-8, atol=1e-5
+        output[-8:, -16:].float(),
+        expected[0].permute(1, 2, 0)[-8:, -16:],
+        rtol=2**-8,
+        atol=49 * 2**-17,
     )
