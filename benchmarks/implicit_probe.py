@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featup_hub import ImplicitUpsampler, load_backbone
+from featup_hub import ImplicitUpsampler, JBUStack, load_backbone, load_upsampler
 from featup_hub.backbones import Backbone
+from featup_hub.registry import JBU_UNIVERSAL
 from featup_hub.training.implicit import PRESETS, fit
 
 KEPT = Path.home() / ".cache" / "featup_hub_implicit"
@@ -31,9 +32,18 @@ def lite0(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
 
     ``source`` decides nothing but what is expected: the fit asks the backbone itself.
     """
+    return _tell(source, image, size, None)
+
+
+def lite0_from_jbu(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same, fitted as a residual to what the shipped stages make of the image."""
+    return _tell(source, image, size, load_upsampler())
+
+
+def _tell(source: Tensor, image: Tensor, size: tuple[int, int], start: JBUStack | None) -> Tensor:
     # An evaluation runs without gradients, on tensors that can never have any.
     with torch.inference_mode(False), torch.enable_grad():
-        told = [_fitted(one[None].clone()).features(size) for one in image]
+        told = [_fitted(one[None].clone(), start).features(size) for one in image]
     found = torch.cat(told)
     if found.shape[1] != source.shape[1]:
         raise ValueError(
@@ -43,13 +53,14 @@ def lite0(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
     return found
 
 
-def _fitted(image: Tensor) -> ImplicitUpsampler:
-    key = hashlib.sha256(image.numpy().tobytes() + repr(sorted(asdict(CONFIG).items())).encode())
+def _fitted(image: Tensor, start: JBUStack | None) -> ImplicitUpsampler:
+    decisive = repr((sorted(asdict(CONFIG).items()), start and JBU_UNIVERSAL.sha256))
+    key = hashlib.sha256(image.numpy().tobytes() + decisive.encode())
     path = KEPT / f"{key.hexdigest()[:16]}.safetensors"
     if path.is_file():
         return ImplicitUpsampler.load(path)
     KEPT.mkdir(parents=True, exist_ok=True)
-    found = fit(image, _backbone(), CONFIG)
+    found = fit(image, _backbone(), CONFIG, start=start)
     found.save(path)
     return found
 
