@@ -98,7 +98,11 @@ def resources(program: Program, architecture: int, compiler: str = "nvcc") -> li
 
 def main(architectures: list[int]) -> None:
     """Prints registers / blocks per multiprocessor, a row per kernel."""
-    print("| kernel | type | threads | shared | " + " | ".join(f"sm_{a}" for a in architectures))
+    print(
+        "| kernel | type | threads | shared | "
+        + " | ".join(f"sm_{a}" for a in architectures)
+        + " |"
+    )
     print("|---" * (4 + len(architectures)) + "|")
     for program in cuda.usual_programs():
         columns = [resources(program, architecture) for architecture in architectures]
