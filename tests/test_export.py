@@ -1,46 +1,19 @@
-"""Exported and compiled models: the numbers of the eager ones, at sizes not used for tracing."""
+"""Exported models: the numbers of the eager ones, at sizes not used for tracing."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
-from featup_hub.backbones import ChannelNorm
+from featup_hub import JBUStack, UpsampledBackbone
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
 from featup_hub.model import load
-from tests.ops.formulations import randomise
-
-TOLERANCE = 2e-5
-CHANNELS = 4
-STRIDE = 4  # two stages
-
-
-def stack() -> JBUStack:
-    """Two stages of 3×3 taps: all there is to trace, at a fraction of the time."""
-    return randomise(JBUStack(CHANNELS, num_stages=2, radius=1, key_dim=4)).eval()
-
-
-def model() -> UpsampledBackbone:
-    network = nn.Conv2d(3, CHANNELS, STRIDE, stride=STRIDE)
-    backbone = ModuleBackbone(network, feat_dim=CHANNELS, patch_size=STRIDE)
-    return UpsampledBackbone(backbone, stack(), norm=ChannelNorm(CHANNELS)).eval()
-
-
-def pair(batch: int, source: tuple[int, int], image: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, CHANNELS, *source), torch.randn(batch, 3, *image)
-
-
-# Of the example's two stages: ratios above 2 and up to 4; odd sides, another ratio on each axis.
-PAIRS = [(1, (4, 9), (15, 36)), (3, (7, 7), (28, 23)), (2, (6, 5), (24, 20))]
-IMAGES = [(1, 16, 36), (3, 28, 12), (2, 20, 20)]
+from tests.exported import IMAGES, PAIRS, assert_same, in_onnxruntime, model, pair, stack
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +36,6 @@ def upsampler_program(upsampler: JBUStack) -> ExportedProgram:
 @pytest.fixture(scope="module")
 def complete_program(complete: UpsampledBackbone) -> ExportedProgram:
     return trace(complete, torch.randn(1, 3, 24, 24))
-
-
-def assert_same(run: Callable[..., Tensor], eager: nn.Module, *inputs: Tensor) -> None:
-    with torch.no_grad():
-        expected = eager(*inputs)
-        got = run(*inputs)
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
-
-
-def in_onnxruntime(path: Path) -> Callable[..., Tensor]:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    assert [output.name for output in session.get_outputs()] == ["features"]
-
-    def run(*inputs: Tensor) -> Tensor:
-        names = [given.name for given in session.get_inputs()]
-        arrays = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-        return torch.from_numpy(session.run(None, arrays)[0])
-
-    return run
 
 
 def test_a_program_of_the_upsampler_serves_other_sizes_after_a_round_trip(
@@ -145,42 +97,6 @@ def test_onnxruntime_agrees_on_a_whole_model_at_other_sizes(
         assert_same(run, complete, torch.randn(batch, 3, height, width))
 
 
-@pytest.fixture
-def compiled(upsampler: JBUStack) -> tuple[Callable[..., Tensor], list[int]]:
-    """The upsampler compiled without a code generator, and the graphs compiled so far."""
-    graphs: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[object]) -> Callable[..., object]:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    torch._dynamo.reset()
-    return torch.compile(upsampler, fullgraph=True, dynamic=True, backend=backend), graphs
-
-
-def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(
-    upsampler: JBUStack, compiled: tuple[Callable[..., Tensor], list[int]]
-) -> None:
-    run, graphs = compiled
-    # PyTorch takes sizes that agree in the first call for one and the same, and 1 for a constant.
-    for sizes in ((2, (6, 5), (24, 20)), (3, (7, 7), (28, 23)), (5, (9, 6), (35, 17))):
-        assert_same(run, upsampler, *pair(*sizes))
-    assert len(graphs) == 1
-    for sizes in ((2, (6, 5), (11, 9)), (3, (7, 8), (14, 15))):
-        assert_same(run, upsampler, *pair(*sizes))
-    assert len(graphs) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_compiles_the_whole_upsampler_as_one_graph(
-    upsampler: JBUStack, dynamic: bool
-) -> None:
-    torch._dynamo.reset()
-    run = torch.compile(upsampler, fullgraph=True, dynamic=dynamic)
-    assert_same(run, upsampler, *pair(2, (6, 5), (24, 20)))
-
-
 def test_a_model_in_training_mode_is_not_exported(upsampler: JBUStack) -> None:
     with pytest.raises(ValueError, match=r"must be in evaluation mode; call model\.eval\(\)"):
         trace(JBUStack(), *pair(2, (5, 5), (10, 10)))
@@ -229,33 +145,6 @@ def test_the_default_model_is_written_for_one_size(tmp_path: Path) -> None:
     assert main(["export", str(path), "--static", "32x48"]) == 0
     run = torch.export.load(path).module()
     assert_same(run, load("efficientnet_lite0"), torch.randn(1, 3, 32, 48))
-
-
-@pytest.mark.slow
-def test_the_default_model_is_written_for_every_size(tmp_path: Path) -> None:
-    default = load("efficientnet_lite0")
-    program = trace(default, torch.zeros(1, 3, 32, 48))
-    write_pt2(program, tmp_path / "model.pt2")
-    write_onnx(program, tmp_path / "model.onnx")
-    runs = (
-        torch.export.load(tmp_path / "model.pt2").module(),
-        in_onnxruntime(tmp_path / "model.onnx"),
-    )
-    for run in runs:
-        for batch, height, width in ((1, 64, 96), (3, 48, 32), (2, 80, 112)):
-            assert_same(run, default, torch.randn(batch, 3, height, width))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_inductor_compiles_a_program_ahead_of_time(tmp_path: Path) -> None:
-    upsampler = randomise(JBUStack(CHANNELS, num_stages=1, radius=1, key_dim=4)).eval()
-    program = trace(upsampler, *pair(1, (4, 5), (8, 9)), dynamic=False)
-    path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "upsampler.pt2")
-    )
-    run = torch._inductor.aoti_load_package(path)
-    assert_same(run, upsampler, *pair(1, (4, 5), (8, 9)))
 
 
 def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:

@@ -1,0 +1,59 @@
+"""What the tests of export and compilation share: small models, sizes, how outputs are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
+from featup_hub.backbones import ChannelNorm
+from tests.ops.formulations import randomise
+
+TOLERANCE = 2e-5
+CHANNELS = 4
+STRIDE = 4  # two stages
+
+
+def stack() -> JBUStack:
+    """Two stages of 3×3 taps: all there is to trace, at a fraction of the time."""
+    return randomise(JBUStack(CHANNELS, num_stages=2, radius=1, key_dim=4)).eval()
+
+
+def model() -> UpsampledBackbone:
+    network = nn.Conv2d(3, CHANNELS, STRIDE, stride=STRIDE)
+    backbone = ModuleBackbone(network, feat_dim=CHANNELS, patch_size=STRIDE)
+    return UpsampledBackbone(backbone, stack(), norm=ChannelNorm(CHANNELS)).eval()
+
+
+def pair(batch: int, source: tuple[int, int], image: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, CHANNELS, *source), torch.randn(batch, 3, *image)
+
+
+# Of the example's two stages: ratios above 2 and up to 4; odd sides, another ratio on each axis.
+PAIRS = [(1, (4, 9), (15, 36)), (3, (7, 7), (28, 23)), (2, (6, 5), (24, 20))]
+IMAGES = [(1, 16, 36), (3, 28, 12), (2, 20, 20)]
+
+
+def assert_same(run: Callable[..., Tensor], eager: nn.Module, *inputs: Tensor) -> None:
+    with torch.no_grad():
+        expected = eager(*inputs)
+        got = run(*inputs)
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
+
+
+def in_onnxruntime(path: Path) -> Callable[..., Tensor]:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["features"]
+
+    def run(*inputs: Tensor) -> Tensor:
+        names = [given.name for given in session.get_inputs()]
+        arrays = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return run

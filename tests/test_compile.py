@@ -1,0 +1,70 @@
+"""Compiled upsamplers: the numbers of the eager ones, and how many graphs they take."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from featup_hub import JBUStack
+from featup_hub.export import trace
+from tests.exported import CHANNELS, assert_same, pair, stack
+from tests.ops.formulations import randomise
+
+
+@pytest.fixture(scope="module")
+def upsampler() -> JBUStack:
+    torch.manual_seed(1)
+    return stack()
+
+
+@pytest.fixture
+def compiled(upsampler: JBUStack) -> tuple[Callable[..., Tensor], list[int]]:
+    """The upsampler compiled without a code generator, and the graphs compiled so far."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[object]) -> Callable[..., object]:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(upsampler, fullgraph=True, dynamic=True, backend=backend), graphs
+
+
+def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(
+    upsampler: JBUStack, compiled: tuple[Callable[..., Tensor], list[int]]
+) -> None:
+    run, graphs = compiled
+    # PyTorch takes sizes that agree in the first call for one and the same, and 1 for a constant.
+    for sizes in ((2, (6, 5), (24, 20)), (3, (7, 7), (28, 23)), (5, (9, 6), (35, 17))):
+        assert_same(run, upsampler, *pair(*sizes))
+    assert len(graphs) == 1
+    for sizes in ((2, (6, 5), (11, 9)), (3, (7, 8), (14, 15))):
+        assert_same(run, upsampler, *pair(*sizes))
+    assert len(graphs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_compiles_the_whole_upsampler_as_one_graph(
+    upsampler: JBUStack, dynamic: bool
+) -> None:
+    torch._dynamo.reset()
+    run = torch.compile(upsampler, fullgraph=True, dynamic=dynamic)
+    assert_same(run, upsampler, *pair(2, (6, 5), (24, 20)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_inductor_compiles_a_program_ahead_of_time(tmp_path: Path) -> None:
+    upsampler = randomise(JBUStack(CHANNELS, num_stages=1, radius=1, key_dim=4)).eval()
+    program = trace(upsampler, *pair(1, (4, 5), (8, 9)), dynamic=False)
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "upsampler.pt2")
+    )
+    run = torch._inductor.aoti_load_package(path)
+    assert_same(run, upsampler, *pair(1, (4, 5), (8, 9)))
