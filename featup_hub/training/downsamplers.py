@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featup_hub.training.sampling import sample_map
+
 __all__ = ["AttentionDownsampler", "SimpleDownsampler"]
 
 
@@ -131,8 +133,12 @@ def _check(stride: int, kernel: int | None) -> tuple[int, int]:
 def _fit(x: Tensor, size: tuple[int, int], stride: int, kernel: int) -> Tensor:
     """Resamples a map to ``stride`` taps per cell and repeats its border under the windows."""
     wanted = (size[0] * stride, size[1] * stride)
-    if tuple(x.shape[-2:]) != wanted:
-        x = F.interpolate(x, wanted, mode="bilinear", align_corners=False)
+    if kernel == stride and tuple(x.shape[-2:]) == wanted:
+        return x
     before = (kernel - stride) // 2
     after = kernel - stride - before
-    return F.pad(x, (before, after, before, after), mode="replicate") if kernel > stride else x
+    rows, columns = (
+        (torch.arange(-before, n + after, dtype=torch.float64).clamp(0, n - 1) + 0.5) / n
+        for n in wanted
+    )
+    return sample_map(x, rows, columns)

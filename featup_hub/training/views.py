@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from featup_hub.training.sampling import sample_map
 
 __all__ = ["Jitter", "apply_jitter", "sample_jitter"]
 
@@ -106,26 +107,22 @@ def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
         )
     if all(jitter.is_identity for jitter in jitters):
         return x
-    height, width = x.shape[-2:]
-    # Positions are rounded once, from float64: an error of 1e-7 would be 1e-4 pixels in the sum.
+    return torch.cat(
+        [sample_map(one, *_shown(j, one)) for one, j in zip(x.split(1), jitters, strict=True)]
+    )
+
+
+def _shown(jitter: Jitter, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns where the rows and columns of a view lie in the image, mirrored back into it."""
     rows, columns = (
-        (torch.arange(n, dtype=torch.float64) + 0.5).div(n).expand(len(jitters), n)
-        for n in (height, width)
+        (torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (x.shape[-2], x.shape[-1])
     )
-    flip = torch.tensor([jitter.flip for jitter in jitters])[:, None]
-    columns = torch.where(flip, 1 - columns, columns)
-    top, left, zoom = (
-        torch.tensor([getattr(j, name) for j in jitters], dtype=torch.float64)[:, None]
-        for name in ("top", "left", "zoom")
-    )
-    y, x_position = 2 * (top + rows / zoom) - 1, 2 * (left + columns / zoom) - 1
-    grid = torch.stack(
-        [
-            x_position[:, None, :].expand(-1, height, -1),
-            y[:, :, None].expand(-1, -1, width),
-        ],
-        dim=-1,
-    )  # (B, H, W, 2)
-    return F.grid_sample(
-        x, grid.to(x), mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    if jitter.flip:
+        columns = 1 - columns
+    return _mirror(jitter.top + rows / jitter.zoom), _mirror(jitter.left + columns / jitter.zoom)
+
+
+def _mirror(fractions: Tensor) -> Tensor:
+    """Brings positions into [0, 1] as mirrors at both ends would show them."""
+    around = fractions.abs() % 2
+    return torch.minimum(around, 2 - around)

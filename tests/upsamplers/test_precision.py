@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from featup_hub.image import preprocess, read_image
 from featup_hub.model import load_upsampler
 from featup_hub.ops import torch_path
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.upsamplers import JBUStack, JBUStage
+from tests.determinism import REFUSED, Recorder
 from tests.ops.formulations import randomise
 
 LOW = [torch.bfloat16, torch.float16]
@@ -86,36 +85,6 @@ def test_training_is_deterministic_where_pytorch_is_told_to_be() -> None:
         runs.append([p.grad.clone() for p in stack.parameters() if p.grad is not None])
     assert len(runs[0]) == len(list(stack.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-class Recorder(TorchDispatchMode):
-    """Notes the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-# What use_deterministic_algorithms lists as raising an error on a GPU, as far as it could come up.
-REFUSED = {
-    "adaptive_avg_pool2d_backward",
-    "_adaptive_avg_pool2d_backward",
-    "bincount",
-    "grid_sampler_2d_backward",
-    "histc",
-    "median",
-    "nll_loss_forward",
-    "nll_loss2d_forward",
-    "put_",
-    "reflection_pad2d_backward",
-    "scatter_reduce",
-    "upsample_bicubic2d_backward",
-    "upsample_bilinear2d_backward",
-}
 
 
 def record(stage: JBUStage, source: Tensor, guidance: Tensor) -> set[str]:
