@@ -44,6 +44,8 @@ class JBUTrainingConfig:
             :mod:`featup_hub.training.regions` (ours).
         region_field: Greatest share of smooth random fields in the regions' variance; drawn
             evenly from zero up to it for every batch (ours).
+        region_noise: Greatest deviation of the noise on the regions' cells, whose own deviation is
+            one; drawn evenly from zero up to it for every batch (ours).
         region_channels: Length of a region's random vector.
         lr: Peak learning rate of NAdam.
         final_lr: Share of it that is left at the end of a cosine (ours; upstream: constant).
@@ -81,6 +83,7 @@ class JBUTrainingConfig:
     tv_weight: float = 0.0
     region_weight: float = 0.0
     region_field: float = 0.0
+    region_noise: float = 0.0
     region_channels: int = 8
     lr: float = 1e-3
     final_lr: float = 0.02

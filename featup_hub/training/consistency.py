@@ -50,6 +50,9 @@ def consistency_loss(
         grid = (own.shape[-2], own.shape[-1])
         regions = _regions(rgb, grid, config, generator)
         cells = reduce_regions(regions, grid, generator)
+        if config.region_noise:
+            deviation = config.region_noise * torch.rand((), generator=generator).item()
+            cells = cells + deviation * torch.randn(cells.shape, generator=generator).to(cells)
         low = torch.cat([low, cells], dim=1)
     upsampled = _upsample(stack, low, image, config.kernel_taps)
     features, saliency, restored = upsampled.tensor_split([len(projection), count], dim=1)

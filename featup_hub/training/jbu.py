@@ -261,8 +261,9 @@ class _Run:
 def _comparable(config: JBUTrainingConfig) -> dict[str, object]:
     """Returns what a checkpoint must agree in: everything but where and how often it is kept."""
     fields = asdict(config)
-    if config.parts == 1:  # checkpoints from before there were parts do not name them
-        del fields["parts"]
+    for name, absent in (("parts", 1), ("region_noise", 0)):
+        if fields[name] == absent:  # checkpoints from before there was such a field lack it
+            del fields[name]
     return {k: v for k, v in fields.items() if k not in {"checkpoint_minutes", "device"}}
 
 

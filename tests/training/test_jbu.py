@@ -239,3 +239,13 @@ def test_a_timm_model_takes_its_weights_from_a_file(tmp_path):
     backbone = open_backbones((name,))[name].eval()
     assert next(backbone.parameters()).dtype == torch.float32
     assert backbone(torch.zeros(1, 3, 64, 64)).shape[-2:] == (4, 4)
+
+
+def test_noise_on_the_regions_cells_is_to_be_filtered_out(stem):
+    """The target stays what it was: what noise adds to the source is an error."""
+    stack, source = JBUStack(dropout=0), TrainingSource(stem)
+    quiet, noisy = (
+        loss_of(stack, source, region_weight=1.0, region_noise=noise) for noise in (0.0, 2.0)
+    )
+    torch.testing.assert_close(quiet["reconstruction"], noisy["reconstruction"])
+    assert noisy["regions"] > 1.2 * quiet["regions"]
