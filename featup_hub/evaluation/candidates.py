@@ -112,8 +112,9 @@ def candidate(spec: str) -> Candidate:
 
 
 def _stack(path: Path, *, unit_sum: bool) -> Callable[[Tensor, Tensor, tuple[int, int]], Tensor]:
-    stack = JBUStack().eval().requires_grad_(False)
-    load_into(stack, _stages(path), origin=path)
+    tensors = _stages(path)
+    stack = JBUStack.fitting(tensors).eval().requires_grad_(False)
+    load_into(stack, tensors, origin=path)
 
     def upsample(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         if not unit_sum:

@@ -9,6 +9,7 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -97,6 +98,20 @@ class JBUStack(Pretrained):
         if feat_dim is not None:
             conv = nn.Conv2d(feat_dim, feat_dim, 1)
             self.fixup_proj = nn.Sequential(nn.Dropout2d(2 * dropout), conv)
+
+    @classmethod
+    def fitting(cls, names: Iterable[str], feat_dim: int | None = None) -> JBUStack:
+        """Makes a stack with as many stages as tensors of these names are for.
+
+        Args:
+            names: Of the tensors, such as ``up1.range_temp``.
+            feat_dim: Channels of the features, see the class.
+
+        Returns:
+            The stack, with weights of its own; of four stages where no name is a stage's.
+        """
+        stages = {name.partition(".")[0] for name in names if name.startswith("up")}
+        return cls(feat_dim, num_stages=len(stages) or 4)
 
     def stages(self, count: int) -> list[JBUStage]:
         """Returns the stages to pass through, in order, where ``count`` are needed."""
