@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--protocols", nargs="+", choices=get_args(Protocol))
     parser.add_argument("--photo-images", type=int, default=200, help="of the activation maps")
     parser.add_argument("--metrics", nargs="+", help="show only these scores")
+    parser.add_argument("--versus", nargs="+", default=["bilinear", "bicubic"], metavar="NAME")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "featup_hub_eval")
     parser.add_argument("--out", type=Path, help="folder for results.json and results.csv")
     chosen = parser.parse_args()
@@ -64,6 +65,7 @@ def main() -> None:
         protocols=tuple(chosen.protocols or (get_args(Protocol) if full else ["oracle"])),
         strides=tuple(strides),
         reductions=("point", "area") if chosen.area else ("point",),
+        versus=tuple(chosen.versus),
         train_images=chosen.train_images,
         transfer_images=chosen.transfer_images,
         val_images=images,

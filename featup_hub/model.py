@@ -308,8 +308,7 @@ def _read_upsampler(
     if not pretrained and path is None:
         return JBUStack(), None
     tensors, norm = split_norm(load_weights(file, path=path))
-    closing = tensors.get("fixup_proj.1.weight")
-    upsampler = JBUStack.fitting(tensors, None if closing is None else closing.shape[0])
+    upsampler = JBUStack.fitting(tensors)
     load_into(upsampler, tensors, origin=path or file.filename)
     return upsampler, norm
 

@@ -5,7 +5,8 @@ backbone; a random projection to a few channels (the stack is linear in the sour
 channels alike, so the source is projected, not the result); the upsampled features are jittered as
 the views were, downsampled by a learned model of the backbone, and compared.
 
-Everything random in step n follows from the seed and n, so a run that was stopped goes on exactly.
+Everything random in step n follows from the seed and n, so a run that was stopped goes on exactly
+(on a GPU under ``torch.use_deterministic_algorithms``).
 A batch may be computed in parts, which follow from the part's number, too: one process takes them
 in turn, several (``torchrun``) share them, and both end in the same weights.
 
@@ -30,7 +31,13 @@ from featup_hub.training.consistency import consistency_loss
 from featup_hub.training.images import PhotoStream, seeded
 from featup_hub.training.processes import Team, joined
 from featup_hub.training.projection import make_unit_sum
-from featup_hub.training.records import Metrics, Progress, load_checkpoint, save_checkpoint
+from featup_hub.training.records import (
+    Metrics,
+    Progress,
+    load_checkpoint,
+    restoring,
+    save_checkpoint,
+)
 from featup_hub.training.sources import TrainingSource, open_backbones
 from featup_hub.upsamplers import JBUStack
 from featup_hub.weights import load_into, read, write
@@ -219,11 +226,13 @@ class _Run:
             self._measure()
             return 0
         state = load_checkpoint(path, _comparable(self.config))
-        self.stack.load_state_dict(state["stack"])
-        self.sources.load_state_dict(state["sources"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.mean = {name: value.to(self.config.device) for name, value in state["mean"].items()}
-        return int(state["step"])
+        with restoring(path):
+            self.stack.load_state_dict(state["stack"])
+            self.sources.load_state_dict(state["sources"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            mean = state["mean"].items()
+            self.mean = {name: value.to(self.config.device) for name, value in mean}
+            return int(state["step"])
 
     def _measure(self, photos: int = 32) -> None:
         """Measures the scale of every backbone's features on the first photographs."""

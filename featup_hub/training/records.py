@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from featup_hub.image import write_atomically
 
-__all__ = ["Metrics", "Progress", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Metrics", "Progress", "load_checkpoint", "restoring", "save_checkpoint"]
 
 
 def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
@@ -29,23 +30,39 @@ def load_checkpoint(path: Path, config: Mapping[str, object]) -> dict[str, Any]:
     Raises:
         ValueError: If the file is not a checkpoint, or one of another config.
     """
-    try:
+    with restoring(path):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["config"]
+        theirs: dict[str, object] = dict(state["config"])
+        if not theirs.keys() & config.keys():
+            raise KeyError("config")
+    keys = sorted({*theirs, *config})
+    if differing := [k for k in keys if theirs.get(k) != config.get(k)]:
+        changes = "; ".join(_change(k, theirs.get(k), config.get(k)) for k in differing)
+        raise ValueError(
+            f"{path} belongs to a run of another config ({changes}); "
+            "repeat its options to go on, or remove it to start again"
+        )
+    return state
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Says of whatever goes wrong inside that the checkpoint is damaged or of another kind."""
+    try:
+        yield
     except Exception as error:  # unpickling damaged bytes raises anything
         # torch's own advice is to unpickle unsafely; it is not passed on.
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this trainer ({type(error).__name__}); "
-            "remove it to start again, or choose another folder"
+            "remove it to start again, or choose another place"
         ) from None
-    keys = sorted({*theirs, *config})
-    if differing := [k for k in keys if theirs.get(k) != config.get(k)]:
-        changes = "; ".join(f"{k}: {theirs.get(k)} there, {config.get(k)} here" for k in differing)
-        raise ValueError(
-            f"{path} belongs to a run of another config ({changes}); "
-            "repeat its options to go on, or choose another folder"
-        )
-    return state
+
+
+def _change(key: str, theirs: object, ours: object) -> str:
+    """Tells a difference; of digests, that there is one."""
+    if all(isinstance(value, str) and len(value) == 64 for value in (theirs, ours)):
+        return f"{key}: another one"
+    return f"{key}: {theirs} there, {ours} here"
 
 
 class Metrics:

@@ -1,9 +1,9 @@
-"""Linear interpolation along one axis, deterministic on every device, backward too.
+"""Linear interpolation along one axis, of operations that a GPU can repeat exactly.
 
-``grid_sample`` and ``interpolate`` add up gradients in whatever order a GPU's threads arrive, and
-are refused under ``torch.use_deterministic_algorithms``. All that training moves is moved along
-rows and columns, so two steps along an axis each do the same; ``index_select`` has a
-deterministic adjoint.
+The adjoints of ``grid_sample`` and ``interpolate`` add up gradients in whatever order a GPU's
+threads arrive, and are refused under ``torch.use_deterministic_algorithms``. All that training
+moves is moved along rows and columns, so two steps along an axis each do the same; the adjoint of
+``index_select`` is deterministic where PyTorch is told to be.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +25,8 @@ from featup_hub.upsamplers.sizes import stage_sizes
 from featup_hub.upsamplers.stage import JBUStage, pass_stages
 
 __all__ = ["JBUKernels", "JBUStack"]
+
+_MOST_STAGES = 16  # of any file, 65,536-fold; what names more is damaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +102,25 @@ class JBUStack(Pretrained):
             self.fixup_proj = nn.Sequential(nn.Dropout2d(2 * dropout), conv)
 
     @classmethod
-    def fitting(cls, names: Iterable[str], feat_dim: int | None = None) -> JBUStack:
-        """Makes a stack with as many stages as tensors of these names are for.
+    def fitting(cls, tensors: Mapping[str, Tensor]) -> JBUStack:
+        """Makes a stack that tensors of a file fit: their number of stages, their channels.
 
         Args:
-            names: Of the tensors, such as ``up1.range_temp``.
-            feat_dim: Channels of the features, see the class.
+            tensors: By the names of a ``state_dict``, such as ``up1.range_temp``.
 
         Returns:
-            The stack, with weights of its own; of four stages where no name is a stage's.
+            The stack, on the meta device: to be filled by what checks every name and shape. Four
+            stages without a closing convolution where the tensors tell of neither.
         """
-        stages = {name.partition(".")[0] for name in names if name.startswith("up")}
-        return cls(feat_dim, num_stages=len(stages) or 4)
+        count = 0
+        while count < _MOST_STAGES and any(n.startswith(f"up{count + 1}.") for n in tensors):
+            count += 1
+        closing = tensors.get("fixup_proj.1.weight")
+        with torch.device("meta"):
+            return cls(
+                closing.shape[0] if closing is not None and closing.dim() == 4 else None,
+                num_stages=count or 4,
+            )
 
     def stages(self, count: int) -> list[JBUStage]:
         """Returns the stages to pass through, in order, where ``count`` are needed."""

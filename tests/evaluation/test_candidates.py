@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from featup_hub.evaluation.candidates import Candidate, candidate
-from featup_hub.model import load_upsampler
 from featup_hub.upsamplers import JBUStack
 from featup_hub.weights import write
 
@@ -101,11 +100,9 @@ def test_upstream_s_checkpoint_is_read_and_shrinks_features_unless_unit(shared, 
     torch.testing.assert_close(unit, torch.ones_like(unit))
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_a_file_may_hold_any_number_of_stages(count, inputs, tmp_path):
-    stack = JBUStack(num_stages=count).eval()
-    write(stack.state_dict(), tmp_path / "some.safetensors")
+def test_a_file_may_hold_any_number_of_stages(inputs, tmp_path):
+    stack = JBUStack(num_stages=5).eval()
+    write(stack.state_dict(), tmp_path / "five.safetensors")
     with torch.no_grad():
-        expected = stack(*inputs)
-        assert torch.equal(candidate(str(tmp_path / "some.safetensors"))(*inputs, SIZE), expected)
-        assert torch.equal(load_upsampler(weights=tmp_path / "some.safetensors")(*inputs), expected)
+        found = candidate(str(tmp_path / "five.safetensors"))(*inputs, SIZE)
+        assert torch.equal(found, stack(*inputs))

@@ -1,10 +1,19 @@
-"""Progress: a bar where tqdm is there, plain lines where it is not, silence where not wanted."""
+"""Checkpoints that are none; progress: a bar where tqdm is there, plain lines where it is not, silence where not wanted."""
 
 from __future__ import annotations
 
 import sys
 
-from featup_hub.training.records import Metrics, Progress
+import pytest
+import torch
+
+from featup_hub.training.records import (
+    Metrics,
+    Progress,
+    load_checkpoint,
+    restoring,
+    save_checkpoint,
+)
 
 
 def test_without_tqdm_progress_is_plain_lines(monkeypatch, capsys):
@@ -33,3 +42,23 @@ def test_metrics_can_be_read_while_a_run_goes_on(tmp_path):
         metrics.add({"step": 0, "loss": 1 / 3, "source": "a"})
         metrics.flush()
         assert (tmp_path / "m.csv").read_text() == "step,loss,source\n0,0.333333,a\n"
+
+
+@pytest.mark.parametrize("state", [{}, {"config": 3}, {"config": {"a": 1}}, [1]])
+def test_a_checkpoint_of_another_kind_is_refused_in_one_sentence(tmp_path, state):
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"not a checkpoint of this trainer \(\w+\); remove") as e:
+        load_checkpoint(tmp_path / "c.pt", {"lr": 1.0})
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_missing_from_a_checkpoint_is_damage_too(tmp_path):
+    save_checkpoint(tmp_path / "c.pt", {"config": {"lr": 1.0}})
+    with pytest.raises(ValueError, match="damaged"), restoring(tmp_path / "c.pt"):
+        load_checkpoint(tmp_path / "c.pt", {"lr": 1.0})["stack"]
+
+
+def test_differing_digests_are_not_spelt_out(tmp_path):
+    save_checkpoint(tmp_path / "c.pt", {"config": {"image": "a" * 64, "lr": 1.0}})
+    with pytest.raises(ValueError, match=r"\(image: another one; lr: 1.0 there, 2.0 here\)"):
+        load_checkpoint(tmp_path / "c.pt", {"image": "b" * 64, "lr": 2.0})
