@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ from featup_hub.training.implicit import PRESETS, Run
 from featup_hub.training.sources import open_backbones
 
 WAYS = ("float32", "bfloat16", "compiled")
+WARMING = 5  # steps that the median leaves out
 
 
 def main() -> None:
@@ -37,6 +37,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--whole", action="store_true", help="fit to the end, too")
     chosen = parser.parse_args()
+    if chosen.steps <= WARMING:
+        parser.error(
+            f"--steps must be more than the {WARMING} that are left out; got {chosen.steps}"
+        )
     backbone = open_backbones([chosen.model])[chosen.model]
     shown = resize(read_image(chosen.photo), (chosen.size[0], chosen.size[1]))
     image = preprocess(shown, mean=backbone.mean, std=backbone.std)
@@ -56,12 +60,13 @@ def main() -> None:
             began = time.perf_counter()
             run.step(step, 0.0)
             spent[way].append(time.perf_counter() - began)
+    steady = {way: statistics.median(times[WARMING:]) for way, times in spent.items()}
     found: dict[str, object] = {
         "threads": torch.get_num_threads(),
         "size": list(chosen.size),
         "views_s": round(looked, 2),
         "first_step_s": {way: round(times[0], 3) for way, times in spent.items()},
-        "step_s": {way: round(statistics.median(times[5:]), 4) for way, times in spent.items()},
+        "step_s": {way: round(seconds, 4) for way, seconds in steady.items()},
     }
     print(json.dumps(found), flush=True)
     for way in chosen.ways if chosen.whole else ():
@@ -72,7 +77,6 @@ def main() -> None:
         whole = {"way": way, "wall_s": round(time.perf_counter() - wall, 1)}
         whole["cpu_s"] = round(time.process_time() - cpu, 1)
         whole |= {name: round(value, 4) for name, value in fitted.scores.items()}
-        whole["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(json.dumps(whole), flush=True)
 
 

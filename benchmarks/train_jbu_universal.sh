@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Trains weights/jbu_universal.safetensors again. One core, about 80 minutes; stopped, it resumes.
 #
-#   bash benchmarks/train_jbu_universal.sh [FOLDER]
+#   bash benchmarks/train_jbu_universal.sh PHOTOS VIT [FOLDER]
+#
+# PHOTOS is a folder of photographs (854 of ImageNet, for the shipped file), VIT a safetensors file
+# of timm's vit_small_patch14_dinov2, FOLDER where the runs go.
 #
 # First with constant regions, to find edges; then with smooth fields in them, to learn what to do
 # between edges; last with less of both, on larger crops, half of them at stride 32.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-out=${1:-runs/jbu_universal}
-vit=vit_small_patch14_dinov2=../shared/backbones/dinov2_vits14_saliency_ft.safetensors
+photos=${1:?a folder of photographs is needed, and a file of vit_small_patch14_dinov2}
+vit=vit_small_patch14_dinov2=${2:?a file of weights of vit_small_patch14_dinov2 is needed}
+out=${3:-runs/jbu_universal}
 
 phase() {
-    python -m featup_hub train ../shared/data/photos --out "$@" \
+    python -m featup_hub train "$photos" --out "$@" \
         --batch 2 --views 3 --max-aspect 1.3 --max-stride 1.25
 }
 
