@@ -5,22 +5,24 @@ of what it sees are kept. Then a coordinate network learns features that explain
 are told at random points of every cell of a few views, averaged by a learned model of the
 backbone, and compared. Views that are never fitted decide when to stop, and which weights stay.
 
-A step costs batch · h · w · taps² points; the whole image, as upstream renders it, H · W and an
-interpolation of K channels for every view. Four taps stand for a patch of sixteen pixels as well
-as all 256 would, on average, because they are drawn anew in every step.
+A step costs batch · h · w · taps² points, which lie at random in taps² parts of each cell and are
+drawn anew in every step; the whole image, as upstream renders it, costs H · W points and an
+interpolation of K channels for every view.
 
 What does not move with the image, such as the pattern of a transformer's positions, no one map
 can explain in all views, and the fit averages it out. ``base="none"`` has nothing else in it and
 denoises; ``base="source"`` begins with what the backbone made of the image itself, pattern
 included, and corrects it, which takes fewer steps.
 
-Everything random in step n follows from the seed and n, so a fit that was stopped goes on exactly.
+Everything random in step n follows from the seed and n, so a fit that was stopped goes on exactly
+(on a GPU under ``torch.use_deterministic_algorithms(True)``).
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -36,7 +38,7 @@ from featup_hub.backbones import Backbone
 from featup_hub.training.implicit_config import PRESETS, ImplicitConfig
 from featup_hub.training.implicit_objective import Objective, Sample, draw, seeded_modules
 from featup_hub.training.implicit_views import look
-from featup_hub.training.records import Progress, load_checkpoint, save_checkpoint
+from featup_hub.training.records import Progress, load_checkpoint, restoring, save_checkpoint
 from featup_hub.upsamplers import ImplicitUpsampler, JBUStack
 
 __all__ = ["PRESETS", "ImplicitConfig", "Run", "fit"]
@@ -70,7 +72,8 @@ def fit(
 
     Raises:
         ValueError: If ``image`` is not (1, 3, H, W), or ``checkpoint`` is of another fit.
-        TypeError: If there is no such option.
+        TypeError: If ``image`` is not float32, or there is no such option.
+        RuntimeError: If the loss or the held-out error is no longer a finite number.
 
     Example:
         >>> from featup_hub import ModuleBackbone
@@ -114,11 +117,19 @@ class Run:
         backbone: Whose features.
         config: What to do.
         start: Stages whose features are the base.
+
+    Raises:
+        TypeError: If ``image`` is not float32.
     """
 
     def __init__(
         self, image: Tensor, backbone: Backbone, config: ImplicitConfig, start: JBUStack | None
     ) -> None:
+        if image.dtype != torch.float32:
+            raise TypeError(
+                f"a fit needs a normalised image of float32; got {image.dtype}; make it with "
+                "featup_hub.image.preprocess, or use image.float() if it is normalised"
+            )
         self.config, self.image = config, image
         self.digest = _digest(backbone.state_dict())
         self.start = "" if start is None else _digest(start.state_dict())
@@ -127,7 +138,8 @@ class Run:
         base = own if config.base == "source" else None
         if start is not None:
             with torch.no_grad():
-                base = start.to(image.device).eval()(own, image)
+                # A copy, for the caller's own stays where it is, and in its mode.
+                base = copy.deepcopy(start).to(image.device).eval()(own, image)
         with seeded_modules(config.seed):
             model = ImplicitUpsampler(
                 image.cpu(),
@@ -168,7 +180,11 @@ class Run:
         )
 
     def step(self, step: int, passed: float) -> float:
-        """Takes one optimiser step, with ``passed`` of the time gone; returns the loss."""
+        """Takes one optimiser step, with ``passed`` of the time gone; returns the loss.
+
+        Raises:
+            RuntimeError: If the loss is not a finite number.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(max(step / self.config.steps, passed))
         sample = self.draw(step)
@@ -179,17 +195,22 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return converging(loss.item(), "loss", step + 1)
 
     @torch.no_grad()
     def check(self, step: int) -> None:
-        """Looks at the held-out views, and keeps the weights if they are the best so far."""
+        """Looks at the held-out views, and keeps the weights if they are the best so far.
+
+        Raises:
+            RuntimeError: If the error is not a finite number.
+        """
         self.objective.eval()
         residual = torch.zeros(())
         for part in self.unseen.split(self.config.batch):
             predicted = self.objective.held_out(part.jitters)
             residual = residual + (predicted - part.features.float()).square().sum().cpu()
-        error = float(residual / self.unseen.features.float().square().sum().cpu())
+        total = self.unseen.features.float().square().sum().cpu()
+        error = converging(float(residual / total), "held-out error", step)
         self.checked = step
         if error < self.error:
             self.error, self.best_step, self.best = error, step, self._network()
@@ -224,10 +245,11 @@ class Run:
         if path is None or not path.exists():
             return 0
         state = load_checkpoint(path, self._identity())
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.best_step, self.error = state["best"], state["best_step"], state["error"]
-        self.checked = int(state["step"])
+        with restoring(path):
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.best, self.best_step = state["best"], state["best_step"]
+            self.error, self.checked = state["error"], int(state["step"])
         return self.checked
 
     def _identity(self) -> dict[str, object]:
@@ -238,6 +260,16 @@ class Run:
     def _network(self) -> dict[str, Tensor]:
         state = self.objective.model.state_dict()
         return {name: value.detach().clone() for name, value in state.items()}
+
+
+def converging(value: float, name: str, step: int) -> float:
+    """Returns a loss or an error, or raises RuntimeError where it is not a finite number."""
+    if not math.isfinite(value):
+        raise RuntimeError(
+            f"a fit needs a finite {name}; it diverged at step {step} ({value}); "
+            "lower lr or highest"
+        )
+    return value
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,9 @@
 
 A network of one image is too small to fill a GPU; those of several images, with their parameters
 stacked, run as batched products. Every image's loss depends on its own parameters only and NAdam
-treats every entry alone, so each result is that of a fit of its own, up to rounding.
+treats every entry alone, so each takes the same steps as in a fit of its own. Batched products
+round otherwise, though, and what rounding changes grows from step to step: results are alike, not
+equal.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from featup_hub.backbones import Backbone
-from featup_hub.training.implicit import PRESETS, ImplicitConfig, Run
+from featup_hub.training.implicit import PRESETS, ImplicitConfig, Run, converging
 from featup_hub.training.implicit_objective import seeded_modules
 from featup_hub.training.records import Progress
 from featup_hub.upsamplers import ImplicitUpsampler, JBUStack
@@ -50,7 +52,8 @@ def fit_batch(
 
     Raises:
         ValueError: If ``images`` is not (N, 3, H, W), or ``config`` limits the time.
-        TypeError: If there is no such option.
+        TypeError: If ``images`` is not float32, or there is no such option.
+        RuntimeError: If the fit of an image that has not stopped diverges.
 
     Example:
         >>> from featup_hub import ModuleBackbone
@@ -114,7 +117,11 @@ class _Batch:
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         self.optimizer.step()
-        return losses.mean().item()
+        told = losses.tolist()
+        for n, run in enumerate(self.runs):
+            if not run.finished:  # what becomes of the others is of no account
+                converging(told[n], f"loss of image {n}", step + 1)
+        return sum(told) / len(told)
 
     @torch.no_grad()
     def check(self, step: int) -> None:

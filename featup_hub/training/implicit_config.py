@@ -6,9 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 __all__ = ["PRESETS", "ImplicitConfig"]
+
+_WEIGHTS = ("magnitude_weight", "tv_weight", "blur_weight")
+_COUNTS = ("views", "held_out", "components", "pca_views", "frequencies", "hidden", "steps")
+_AT_LEAST = {
+    0: ("max_pad", "dropout", "seconds", "taps", *_WEIGHTS, "lr", "final_lr", "patience"),
+    1: (*_COUNTS, "max_zoom", "batch", "check_every"),
+    2: ("patch",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,9 @@ class ImplicitConfig:
         patience: Looks without improvement after which to stop; 0: never.
         precision: Of the network's products: "float32", or "bfloat16" by autocast.
         seed: Decides all that is random.
+
+    Raises:
+        ValueError: If a value is none of those named here, not finite, or out of its range.
     """
 
     views: int = 100
@@ -82,14 +93,20 @@ class ImplicitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("views", "held_out", "components", "pca_views", "frequencies", "hidden")
-        for name in (*positive, "steps", "batch", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.taps < 0 or self.patch < 2 or self.seconds < 0 or not 0 <= self.dropout < 1:
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if choices and value not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}; got {value!r}")
+            if hint is float and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number; got {value}")
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.lowest > self.highest or self.lr == 0 or self.dropout >= 1:
             raise ValueError(
-                "a fit needs taps >= 0, patch >= 2, seconds >= 0 and dropout in [0, 1); got "
-                f"taps={self.taps}, patch={self.patch}, seconds={self.seconds}, "
+                "a fit needs lowest <= highest, lr > 0 and dropout < 1; got "
+                f"lowest={self.lowest}, highest={self.highest}, lr={self.lr}, "
                 f"dropout={self.dropout}"
             )
 

@@ -26,7 +26,7 @@ from featup_hub.training.losses import (
 )
 from featup_hub.training.views import Jitter, apply_jitter
 from featup_hub.upsamplers import ImplicitUpsampler
-from featup_hub.upsamplers.implicit import pixel_centres
+from featup_hub.upsamplers.coordinates import pixel_centres
 
 __all__ = ["Objective", "Sample", "draw", "seeded_modules"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -55,15 +56,12 @@ def look(image: Tensor, backbone: Backbone, config: ImplicitConfig) -> tuple[PCA
     size = (image.shape[-2], image.shape[-1])
     fitted = [Jitter(), *_draw(size, config, 0, config.views - 1)]
     jitters = fitted + _draw(size, config, 1, config.held_out)
-    training = backbone.training
-    backbone.eval()
     first = min(max(config.pca_views, 1), len(fitted))
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(backbone):
         raw = torch.cat(list(_see(image, backbone, jitters[:first])))
         pca = fit_pca(raw, config.components)
         kept = [pca.project(raw).half()]
         kept += [pca.project(part).half() for part in _see(image, backbone, jitters[first:])]
-    backbone.train(training)
     features = torch.cat(kept)
     count = len(fitted)
     return pca, Views(fitted, features[:count]), Views(jitters[count:], features[count:])
@@ -101,6 +99,19 @@ def points_of(
     place = torch.where(flip > 0, 1 - place, place)
     image = (corner + place / zoom).abs() % 2
     return torch.minimum(image, 2 - image)
+
+
+@contextmanager
+def _evaluating(backbone: Backbone) -> Iterator[None]:
+    """Puts a backbone into evaluation mode, and every module of it back into its own."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        yield
+    finally:
+        # Not backbone.train(), which would wake the normalisations of a backbone half frozen.
+        for module, training in modes:
+            module.training = training
 
 
 def _see(image: Tensor, backbone: Backbone, jitters: Sequence[Jitter]) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,34 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featup_hub.upsamplers.coordinates import FourierFeatures, pixel_centres, sample
 from featup_hub.weights import load_into, metadata, read, write
 
-__all__ = ["FourierFeatures", "ImplicitUpsampler"]
+__all__ = ["ImplicitUpsampler"]
 
-FORMAT = "featup_hub.implicit/1"
-
-
-class FourierFeatures(nn.Module):
-    """Sines and cosines of every signal, with frequencies in geometric progression.
-
-    Args:
-        frequencies: Number of frequencies.
-        log_range: Natural logarithms of the lowest and the highest, in radians per unit.
-        signals: Number of signals.
-    """
-
-    frequency: Tensor
-
-    def __init__(self, frequencies: int, log_range: tuple[float, float], signals: int = 5) -> None:
-        super().__init__()
-        self.register_buffer("frequency", torch.linspace(*log_range, frequencies).exp())
-        self.phase = nn.Parameter(torch.randn(2, signals, frequencies))
-
-    def forward(self, signals: Tensor) -> Tensor:
-        """Returns sin(ωs + φ), then cos(ωs + ψ), each signal by signal: (N, S) -> (N, 2·S·n)."""
-        angle = signals[:, :, None] * self.frequency  # (N, S, n)
-        waves = torch.stack([(angle + self.phase[0]).sin(), (angle + self.phase[1]).cos()], dim=1)
-        return waves.flatten(1)
+FORMAT = "featup_hub.implicit/2"  # 2 notes dropout, and whether there is a base
 
 
 class ImplicitUpsampler(nn.Module):
@@ -70,7 +49,8 @@ class ImplicitUpsampler(nn.Module):
         scores: How well the fit went, by metric.
 
     Raises:
-        ValueError: If ``image`` is not (1, 3, H, W).
+        ValueError: If ``image`` is not (1, 3, H, W), ``dropout`` not in [0, 1), or a score not a
+            finite number.
 
     Example:
         >>> upsampler = ImplicitUpsampler(torch.rand(1, 3, 6, 9), torch.zeros(8), torch.eye(8))
@@ -104,6 +84,8 @@ class ImplicitUpsampler(nn.Module):
                 f"an implicit upsampler holds one RGB image, (1, 3, H, W); "
                 f"got {tuple(image.shape)}; fit one per image"
             )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {dropout}; 0 drops nothing")
         self.register_buffer("image", image.detach().clone())
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("directions", directions.detach().clone())
@@ -113,9 +95,9 @@ class ImplicitUpsampler(nn.Module):
         self.norm = nn.LayerNorm(inputs)
         widths = (inputs, hidden, hidden, directions.shape[1])
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-        self.dropout = dropout
+        self.dropout = float(dropout)
         self.backbone, self.backbone_digest = backbone, backbone_digest
-        self.scores = dict(scores or {})
+        self.scores = _finite({} if scores is None else scores)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -144,9 +126,9 @@ class ImplicitUpsampler(nn.Module):
             Features, (1, C, *size).
 
         Raises:
-            ValueError: If ``size`` is not positive.
+            ValueError: If ``size`` or ``tile`` is not positive.
         """
-        height, width = self.image_size if size is None else size
+        height, width = self._wanted(size, tile)
         features = self.mean.new_empty(1, self.feat_dim, height, width)
         for top, strip in self.strips(size, tile=tile):
             features[:, :, top : top + strip.shape[2]] = strip
@@ -164,10 +146,11 @@ class ImplicitUpsampler(nn.Module):
 
         Yields:
             First row of a strip, and its features, (1, C, rows, width).
+
+        Raises:
+            ValueError: If ``size`` or ``tile`` is not positive; when the first strip is asked for.
         """
-        height, width = self.image_size if size is None else size
-        if height < 1 or width < 1 or tile < 1:
-            raise ValueError(f"size and tile must be positive; got {size} and {tile}")
+        height, width = self._wanted(size, tile)
         image = self._resized((height, width))
         rows = max(tile // width, 1)
         for top in range(0, height, rows):
@@ -190,17 +173,19 @@ class ImplicitUpsampler(nn.Module):
             Features, (N, C).
 
         Raises:
-            ValueError: If ``points`` is not (N, 2), or one lies outside of the image.
+            ValueError: If ``points`` is not (N, 2), or one lies outside of the image, or ``tile``
+                is not positive.
         """
+        self._wanted(None, tile)
         points = torch.as_tensor(points, dtype=self.mean.dtype, device=self.mean.device)
         if points.dim() != 2 or points.shape[1] != 2:
             raise ValueError(f"points must be (N, 2), row and column; got {tuple(points.shape)}")
         size = points.new_tensor(self.image_size)
-        outside = ((points < -0.5) | (points > size - 0.5)).any(1)
-        if outside.any():
+        inside = ((points >= -0.5) & (points <= size - 0.5)).all(1)  # which no NaN is
+        if not inside.all():
             raise ValueError(
                 f"points must lie in the image, -0.5 to {size[0] - 0.5:g} by -0.5 to "
-                f"{size[1] - 0.5:g} pixels; got {points[outside][0].tolist()}; leave it out"
+                f"{size[1] - 0.5:g} pixels; got {points[~inside][0].tolist()}; leave it out"
             )
         position = (points + 0.5) / size
         parts = [self.restore(self.coordinates(p)) for p in position.split(tile)]
@@ -226,7 +211,7 @@ class ImplicitUpsampler(nn.Module):
         first, second, last = (cast(nn.Linear, layer) for layer in self.layers)
         x = F.linear(self.norm(x), first.weight * keep, first.bias).relu()
         x = last(second(x).relu())
-        return x if self.base is None else x + sample(self.base.to(x), position)
+        return x if self.base is None else x + sample(self.base, position)
 
     def restore(self, coordinates: Tensor) -> Tensor:
         """Returns features, (N, C), of coordinates, (N, K)."""
@@ -237,12 +222,15 @@ class ImplicitUpsampler(nn.Module):
 
         Raises:
             OSError: If the file cannot be written.
+            ValueError: If a score is not a finite number.
         """
         notes = {
             "upsampler": FORMAT,
             "backbone": self.backbone,
             "backbone_digest": self.backbone_digest,
-            "scores": json.dumps(self.scores, sort_keys=True),
+            "base": "no" if self.base is None else "yes",
+            "dropout": repr(self.dropout),
+            "scores": json.dumps(_finite(self.scores), sort_keys=True),
         }
         write(self.state_dict(), path, metadata=notes)
 
@@ -265,17 +253,20 @@ class ImplicitUpsampler(nn.Module):
                 "make one with: featup-hub fit IMAGE"
             )
         try:
+            # Without the note, a file that lost its base would tell other features.
+            if notes["base"] != ("yes" if "base" in tensors else "no"):
+                raise ValueError(f"base, noted as {notes['base']:.20}")
+            held = (tensors[name] for name in ("image", "mean", "directions"))
             with torch.device("meta"):
                 module = cls(
-                    tensors["image"].to("meta"),
-                    tensors["mean"].to("meta"),
-                    tensors["directions"].to("meta"),
+                    *(tensor.to("meta", torch.float32) for tensor in held),
                     frequencies=len(tensors["fourier.frequency"]),
                     hidden=len(tensors["layers.0.bias"]),
+                    dropout=float(notes["dropout"]),
                     base=tensors["base"].to("meta") if "base" in tensors else None,
                     backbone=notes["backbone"],
                     backbone_digest=notes["backbone_digest"],
-                    scores=json.loads(notes["scores"]),
+                    scores=_finite(json.loads(notes["scores"])),  # of a file, "null" is wrong
                 )
             # Parts may each be sound and not fit one another; notes may nest without end.
             module._check_parts()
@@ -285,6 +276,11 @@ class ImplicitUpsampler(nn.Module):
                 "save it anew"
             ) from None
         load_into(module, tensors, origin=path)
+        for name, tensor in module.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{path} must hold finite numbers; got others in {name}; fit the image anew"
+                )
         return module.eval()
 
     def _check_parts(self) -> None:
@@ -293,27 +289,36 @@ class ImplicitUpsampler(nn.Module):
         wanted = {"mean": (channels,), "directions": (channels, coordinates)}
         for name, tensor in self.named_buffers():
             shape = tuple(tensor.shape)
-            if shape != wanted.get(name, shape) or not tensor.is_floating_point() or 0 in shape:
-                raise ValueError(f"{name}: {shape}, {tensor.dtype}")
+            if shape != wanted.get(name, shape) or 0 in shape:
+                raise ValueError(f"{name}: {shape}")
         if self.base is not None and (
             self.base.dim() != 4 or self.base.shape[:2] != (1, coordinates)
         ):
             raise ValueError(f"base: {tuple(self.base.shape)}, needed (1, {coordinates}, h, w)")
 
+    def _wanted(self, size: tuple[int, int] | None, tile: int) -> tuple[int, int]:
+        """Returns the size wanted, or raises ValueError unless it and ``tile`` are positive."""
+        height, width = self.image_size if size is None else size
+        if height < 1 or width < 1 or tile < 1:
+            raise ValueError(
+                f"size and tile must be positive; got {(height, width)} and {tile}; "
+                "leave them out for the image's own size"
+            )
+        return height, width
+
     def _resized(self, size: tuple[int, int]) -> Tensor:
         if size == self.image_size:
             return self.image
-        return F.interpolate(self.image, size, mode="bilinear", antialias=True)
+        # Apple's devices have no antialiasing in older releases of torch; one image is soon done.
+        image = self.image.cpu() if self.image.device.type == "mps" else self.image
+        return F.interpolate(image, size, mode="bilinear", antialias=True).to(self.image.device)
 
 
-def pixel_centres(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Returns every pixel's place in fractions of height and width, (H, W, 2)."""
-    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (height, width))
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
-
-
-def sample(x: Tensor, position: Tensor) -> Tensor:
-    """Interpolates a map, (1, C, H, W), at fractions of its height and width, (N, 2): (N, C)."""
-    grid = (2 * position - 1).flip(1)[None, None]
-    found = F.grid_sample(x, grid.to(x), padding_mode="border", align_corners=False)
-    return found[0, :, 0].t()
+def _finite(scores: Mapping[str, float]) -> dict[str, float]:
+    """Returns scores as a dict of floats, or raises ValueError unless all are finite numbers."""
+    most = sys.float_info.max
+    if not isinstance(scores, Mapping) or not all(
+        isinstance(score, int | float) and abs(score) <= most for score in scores.values()
+    ):
+        raise ValueError(f"scores must be finite numbers by name; got {scores!r:.100}")
+    return {name: float(score) for name, score in scores.items()}

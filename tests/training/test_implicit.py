@@ -1,4 +1,4 @@
-"""The fit: views and points, terms of the loss, early stop, exact resumption, recipes, commands."""
+"""The fit: what it finds, when it stops or gives up, exact resumption, arguments left alone."""
 
 from __future__ import annotations
 
@@ -11,157 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import featup_hub
-from featup_hub.backbones import Backbone
-from featup_hub.cli import main
 from featup_hub.training import implicit
 from featup_hub.training.images import seeded
-from featup_hub.training.implicit import PRESETS, ImplicitConfig, fit
-from featup_hub.training.implicit_views import look, points_of
-from featup_hub.training.losses import blur_residual, magnitude_tv, mean_magnitude
-from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
+from featup_hub.training.implicit import PRESETS, fit
 from featup_hub.upsamplers import ImplicitUpsampler, JBUStack
-
-TINY = ImplicitConfig(
-    views=12,
-    held_out=3,
-    pca_views=6,
-    max_pad=6,
-    components=4,
-    frequencies=4,
-    hidden=16,
-    steps=6,
-    batch=2,
-    taps=2,
-    patch=8,
-    check_every=3,
-)
-
-
-class Blur(Backbone):
-    """Means of a few functions of the colours over each patch: a blur of what is to be found."""
-
-    name = "blur"
-
-    def __init__(self) -> None:
-        super().__init__(feat_dim=5, patch_size=8)
-
-    def features(self, image: Tensor) -> Tensor:
-        return F.avg_pool2d(self.pixels(image), 8)
-
-    def pixels(self, image: Tensor) -> Tensor:
-        return torch.cat([image, image[:, :1] * image[:, 1:2], image[:, 2:].tanh()], dim=1)
-
-
-def picture(height: int = 40, width: int = 56) -> Tensor:
-    """Smooth colours, and a disc of others."""
-    y, x = torch.meshgrid(
-        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
-    )
-    ground = torch.stack([y, x, y * x])
-    disc = ((y - 0.2) ** 2 + (x + 0.1) ** 2 < 0.25).float()
-    return (ground * (1 - disc) + disc * torch.tensor([1.5, -1.0, 0.7])[:, None, None])[None]
-
-
-# Views and points ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_points_are_those_that_a_jittered_map_shows(seed: int) -> None:
-    jitter = sample_jitter((40, 56), max_pad=8, generator=seeded(seed))
-    y, x = (torch.arange(n, dtype=torch.float64).add(0.5).div(n) for n in (40, 56))
-    own = torch.stack(torch.meshgrid(y, x, indexing="ij"))[None]
-    seen = apply_jitter(own, [jitter])[0]
-    points = points_of([jitter], (40, 56))[0]
-    inside = ((points > 0.02) & (points < 0.98)).all(-1)
-    assert inside.any()
-    assert (points.movedim(-1, 0) - seen).abs().amax(0)[inside].max() < 1e-6
-
-
-def test_random_points_stay_in_their_cells_and_are_even_in_the_mean() -> None:
-    jitters = [Jitter(), Jitter(flip=True, zoom=2.0, top=0.25, left=0.5)]
-    middles = points_of(jitters, (5, 7))
-    drawn = torch.stack([points_of(jitters, (5, 7), seeded(n)) for n in range(300)])
-    reach = torch.tensor([[0.5 / 5, 0.5 / 7], [0.25 / 5, 0.25 / 7]]).double()[:, None, None]
-    assert ((drawn - middles).abs() <= reach + 1e-9).all()
-    assert ((drawn.mean(0) - middles).abs() < 0.2 * reach).all()
-    assert torch.equal(points_of(jitters, (5, 7), seeded(1)), drawn[1])
-
-
-def test_the_backbone_sees_every_view_once_and_components_turn_back_into_its_features() -> None:
-    backbone, image = Blur(), picture()
-    config = replace(TINY, components=5)
-    count = 0
-
-    def count_images(_module: object, args: tuple[Tensor]) -> None:
-        nonlocal count
-        count += len(args[0])
-
-    backbone.register_forward_pre_hook(count_images)
-    pca, fitted, held_out = look(image, backbone, config)
-    assert count == 15
-    assert fitted.jitters[0].is_identity
-    assert (len(fitted.jitters), len(held_out.jitters)) == (12, 3)
-    assert not set(fitted.jitters) & set(held_out.jitters)
-    for views in (fitted, held_out):
-        for n, jitter in enumerate(views.jitters):
-            expected = backbone(apply_jitter(image, [jitter]))[0]
-            found = torch.einsum("ck,khw->chw", pca.directions, views.features[n].float())
-            torch.testing.assert_close(
-                found + pca.mean[:, None, None], expected, atol=5e-3, rtol=5e-3
-            )
-
-
-def test_the_backbone_looks_in_evaluation_mode_and_gets_its_mode_back() -> None:
-    backbone, modes = Blur().train(), []
-    backbone.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    look(picture(), backbone, TINY)
-    assert not any(modes)
-    assert backbone.training
-
-
-# Terms of the loss --------------------------------------------------------------------------
-
-
-def test_the_blur_term_is_what_a_binomial_kernel_changes() -> None:
-    x = torch.randn(2, 3, 7, 5)
-    kernel = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    blurred = F.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None]).reshape(x.shape)
-    torch.testing.assert_close(blur_residual(x), (x - blurred).square().mean())
-    assert float(blur_residual(torch.full((1, 2, 4, 4), 3.0))) == 0
-    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)[None, None]
-    assert float(blur_residual(checks)) > 0.5  # what the kernel takes out most
-
-
-def test_the_magnitude_is_the_mean_length() -> None:
-    x = torch.zeros(1, 2, 2, 2)
-    x[0, :, 0, 0] = torch.tensor([3.0, 4.0])
-    assert float(mean_magnitude(x)) == pytest.approx(5 / 4, rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "term"),
-    [
-        ("magnitude_weight", mean_magnitude),
-        ("tv_weight", magnitude_tv),
-        ("blur_weight", blur_residual),
-    ],
-)
-def test_each_term_lowers_what_it_punishes(name: str, term) -> None:
-    none = {"magnitude_weight": 0.0, "tv_weight": 0.0, "blur_weight": 0.0}
-    config = replace(TINY, steps=40, check_every=40, base="none", **none)
-    lengths = []
-    for weight in (0.0, 30.0):
-        upsampler = fit(picture(), Blur(), replace(config, **{name: weight}))
-        coordinates = torch.einsum(
-            "kc,bchw->bkhw",
-            torch.linalg.pinv(upsampler.directions),
-            upsampler.features() - upsampler.mean[:, None, None],
-        )
-        lengths.append(float(term(coordinates)))
-    assert lengths[1] < 0.7 * lengths[0]
-
+from tests.training.implicit_example import TINY, Blur, picture
 
 # What a fit finds ---------------------------------------------------------------------------
 
@@ -261,6 +115,50 @@ def test_time_ends_a_fit(monkeypatch) -> None:
     assert upsampler.scores["steps"] <= 5
 
 
+@pytest.mark.parametrize("size", [(24, 40), (33, 50), (9, 11)])
+def test_any_size_of_image_is_fitted(size: tuple[int, int]) -> None:
+    upsampler = fit(picture(*size), Blur(), TINY, steps=2, max_pad=3)
+    features = upsampler.features()
+    assert features.shape == (1, 5, *size)
+    assert features.isfinite().all()
+
+
+# When there is nothing to find --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"highest": 200.0}, {"lr": 1e30, "dropout": 0.0}])
+def test_a_fit_that_diverges_says_so_and_keeps_nothing(change: dict, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "fit.pt"
+    with pytest.raises(RuntimeError, match=r"diverged at step \d.*; lower lr or highest"):
+        fit(picture(), Blur(), replace(TINY, check_every=1, **change), checkpoint=checkpoint)
+    if checkpoint.exists():  # from a step at which all was well
+        assert torch.load(checkpoint, weights_only=True)["error"] < float("inf")
+
+
+def test_weights_spoilt_by_the_last_step_are_found_by_the_held_out_views(monkeypatch) -> None:
+    step = implicit.Run.step
+
+    def spoiling(self, number: int, passed: float) -> float:
+        loss = step(self, number, passed)
+        torch.nn.init.constant_(self.objective.model.layers[2].bias, float("nan"))
+        return loss
+
+    monkeypatch.setattr(implicit.Run, "step", spoiling)
+    with pytest.raises(RuntimeError, match=r"finite held-out error; it diverged at step 1 \(nan\)"):
+        fit(picture(), Blur(), TINY, steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64])
+def test_images_of_other_numbers_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"image of float32; got {dtype}; make it with"):
+        fit(picture().to(dtype), Blur(), TINY)
+
+
+def test_images_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one normalised RGB image, \(1, 3, H, W\); got \(2, 3,"):
+        fit(torch.zeros(2, 3, 16, 16), Blur())
+
+
 # The same result ----------------------------------------------------------------------------
 
 
@@ -312,105 +210,16 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
         fit(picture() + 0.1, Blur(), TINY, checkpoint=checkpoint)
 
 
-# Sizes, recipes, options --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(24, 40), (33, 50), (9, 11)])
-def test_any_size_of_image_is_fitted(size: tuple[int, int]) -> None:
-    upsampler = fit(picture(*size), Blur(), TINY, steps=2, max_pad=3)
-    features = upsampler.features()
-    assert features.shape == (1, 5, *size)
-    assert features.isfinite().all()
-
-
-def test_upstreams_recipe_has_upstreams_numbers_and_runs() -> None:
-    recipe = PRESETS["upstream"]
-    assert (recipe.views, recipe.pca_views, recipe.components) == (3000, 50, 128)
-    assert (recipe.max_pad, recipe.max_zoom) == (30, 1.8)
-    assert (recipe.steps, recipe.batch, recipe.lr, recipe.final_lr) == (1200, 10, 2e-3, 1.0)
-    assert (recipe.magnitude_weight, recipe.tv_weight, recipe.blur_weight) == (0.001, 0.05, 0.1)
-    assert (recipe.frequencies, recipe.lowest, recipe.highest) == (30, -2, 10)
-    assert (recipe.dropout, recipe.hidden, recipe.taps, recipe.patience) == (0.2, 128, 0, 0)
-    upsampler = fit(picture(), Blur(), recipe, steps=2, views=4, batch=2, held_out=1)
-    widths = [layer.weight.shape[1] for layer in upsampler.layers]
-    assert widths == [303, 128, 128]
-
-
-@pytest.mark.parametrize("change", [{"downsampler": "simple"}, {"uncertainty": False}])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_choices_run_and_give_finite_features(change: dict, precision: str) -> None:
-    upsampler = fit(picture(), Blur(), TINY, steps=2, precision=precision, **change)
-    assert upsampler.features().isfinite().all()
-
-
-def test_the_default_frequencies_keep_almost_equal_colours_alike() -> None:
-    """A grey level more changes the features less than upstream's frequencies make it."""
-    changes = []
-    for config in (PRESETS["fast"], replace(PRESETS["fast"], highest=10.0)):
-        torch.manual_seed(0)
-        module = ImplicitUpsampler(
-            torch.rand(1, 3, 16, 16),
-            torch.zeros(8),
-            torch.eye(8),
-            frequencies=config.frequencies,
-            log_range=(config.lowest, config.highest),
-        ).eval()
-        place, colour = torch.rand(64, 2), torch.rand(64, 3)
-        with torch.no_grad():
-            told = module.coordinates(place, colour)
-            moved = module.coordinates(place, colour + 1 / 255)
-        changes.append(float((moved - told).square().mean() / told.var()))
-    assert changes[0] < 0.1 * changes[1]
-
-
-def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one normalised RGB image, \(1, 3, H, W\); got \(2, 3,"):
-        fit(torch.zeros(2, 3, 16, 16), Blur())
-    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
-        fit(picture(), Blur(), steps=0)
-    with pytest.raises(ValueError, match=r"taps >= 0, .* and dropout in \[0, 1\); got .*dropout=1"):
-        fit(picture(), Blur(), dropout=1.0)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):
-        fit(picture(), Blur(), stepz=3)
+def test_the_stages_started_from_stay_where_they_are_and_in_their_mode(monkeypatch) -> None:
+    stack, moved = JBUStack().train(), []
+    monkeypatch.setattr(JBUStack, "to", lambda self, *_: moved.append(self) or self)
+    fit(picture(), Blur(), TINY, steps=1, start=stack)
+    assert moved
+    assert all(other is not stack for other in moved)
+    assert all(module.training for module in stack.modules())
 
 
 def test_fit_is_a_name_of_the_package() -> None:
     assert featup_hub.fit is fit
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         _ = featup_hub.fitt
-
-
-def test_the_command_writes_an_upsampler_and_a_picture(
-    tmp_path: Path, photos: Path, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr("featup_hub.cli.fit.open_backbones", lambda names: {names[0]: Blur()})
-    out = tmp_path / "one.safetensors"
-    options = ["--steps", "2", "--views", "4", "--held-out", "1", "--batch", "1", "--max-pad", "4"]
-    code = main(["fit", str(photos / "p0.png"), "--out", str(out), "--size", "32", *options])
-    assert code == 0
-    assert capsys.readouterr().out.startswith(f"wrote {out}: held_out_error ")
-    upsampler = ImplicitUpsampler.load(out)
-    assert min(upsampler.image_size) == 32
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "one.safetensors"]
-
-
-def test_the_command_starts_from_the_stages_it_is_told(
-    tmp_path: Path, photos: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr("featup_hub.cli.fit.open_backbones", lambda names: {names[0]: Blur()})
-    told: list[object] = []
-
-    def load(*, weights: object) -> JBUStack:
-        told.append(weights)
-        return JBUStack().eval()
-
-    monkeypatch.setattr("featup_hub.cli.fit.load_upsampler", load)
-    out = tmp_path / "one.safetensors"
-    options = ["--size", "32", "--steps", "1", "--views", "2", "--held-out", "1", "--no-picture"]
-    for start in ("jbu_universal", "mine.safetensors"):
-        command = ["fit", str(photos / "p0.png"), "--out", str(out), "--start", start, *options]
-        assert main(command) == 0
-        base = ImplicitUpsampler.load(out).base
-        assert base is not None
-        assert min(base.shape[-2:]) == 32
-    assert told == [None, "mine.safetensors"]

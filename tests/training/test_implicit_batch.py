@@ -1,4 +1,4 @@
-"""Several images side by side: each result is that of a fit of its own."""
+"""Several images side by side: each takes the steps of a fit of its own, and stops by itself."""
 
 from __future__ import annotations
 
@@ -50,6 +50,40 @@ def test_each_is_as_if_fitted_alone(change: dict, images: Tensor, stem) -> None:
         torch.testing.assert_close(found.features(), alone.features(), atol=1e-4, rtol=1e-4)
 
 
+def test_over_dozens_of_steps_rounding_grows_but_results_stay_alike(images: Tensor, stem) -> None:
+    config = replace(TINY, steps=60, check_every=20, patience=0)
+    for image, found in zip(images, fit_batch(images, stem, config), strict=True):
+        alone = fit(image[None], stem, config)
+        assert found.scores["held_out_error"] == pytest.approx(
+            alone.scores["held_out_error"], rel=1e-2
+        )
+        difference = (found.features() - alone.features()).norm()
+        assert difference < 0.1 * alone.features().norm()
+
+
+def test_an_image_whose_fit_diverges_is_named(images: Tensor, stem) -> None:
+    with pytest.raises(RuntimeError, match=r"finite loss of image 0; it diverged at step 1 "):
+        fit_batch(images, stem, TINY, highest=200.0)
+
+
+def test_an_image_that_has_stopped_does_not_stop_the_others(
+    images: Tensor, stem, monkeypatch
+) -> None:
+    check = implicit_batch._Batch.check
+
+    def spoiling(self, step: int) -> None:
+        check(self, step)
+        self.runs[1].checked = 100 * step  # has stopped
+        with torch.no_grad():
+            for parameter in self.parameters.values():
+                parameter[1].fill_(float("nan"))
+
+    monkeypatch.setattr(implicit_batch._Batch, "check", spoiling)
+    found = fit_batch(images, stem, TINY)
+    assert [upsampler.scores["steps"] for upsampler in found] == [7, 3, 7]
+    assert all(upsampler.features().isfinite().all() for upsampler in found)
+
+
 def test_all_may_start_from_stages(images: Tensor, stem) -> None:
     stack = JBUStack().eval()
     for image, found in zip(images, fit_batch(images, stem, TINY, start=stack), strict=True):
@@ -84,6 +118,8 @@ def test_bad_batches_are_refused(images: Tensor, stem) -> None:
         fit_batch(images[0], stem)
     with pytest.raises(ValueError, match=r"N >= 1; got \(0, 3, 32, 40\)"):
         fit_batch(images[:0], stem)
+    with pytest.raises(TypeError, match=r"image of float32; got torch.uint8; make it with"):
+        fit_batch(images.byte(), stem)
     with pytest.raises(ValueError, match=r"number of steps; got seconds=3; set steps"):
         fit_batch(images, stem, seconds=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):

@@ -1,4 +1,4 @@
-"""Checkpoints that are none; progress: a bar where tqdm is there, plain lines where it is not, silence where not wanted."""
+"""Checkpoints that are none, metrics, and progress: a bar with tqdm, plain lines without."""
 
 from __future__ import annotations
 

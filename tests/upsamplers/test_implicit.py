@@ -1,30 +1,16 @@
-"""The implicit upsampler: its formula by hand, queries that agree, files right or refused."""
+"""The implicit upsampler: its formula by hand, queries that agree, wrong ones refused."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from featup_hub import ImplicitUpsampler
-from featup_hub.upsamplers.implicit import FORMAT, FourierFeatures
-from featup_hub.weights import metadata, read, write
-
-
-def make(height: int = 9, width: int = 13, *, base: bool = False, **options) -> ImplicitUpsampler:
-    draw = torch.Generator().manual_seed(3)
-    return ImplicitUpsampler(
-        torch.randn(1, 3, height, width, generator=draw),
-        torch.randn(7, generator=draw),
-        torch.randn(7, 4, generator=draw),
-        base=torch.randn(1, 4, 3, 5, generator=draw) if base else None,
-        **{"frequencies": 3, "log_range": (-1.0, 2.0), "hidden": 8, **options},
-    ).eval()
+from featup_hub.upsamplers.coordinates import FourierFeatures, sample
+from tests.upsamplers.small_implicit import make
 
 
 def test_fourier_features_are_the_sines_and_cosines_computed_by_hand() -> None:
@@ -123,96 +109,6 @@ def test_gradients_reach_every_parameter() -> None:
         assert (parameter.grad != 0).any(), name
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_a_saved_file_reproduces_the_features_bit_for_bit(base: bool, tmp_path: Path) -> None:
-    module = make(base=base, backbone="stem", backbone_digest="ab12", scores={"steps": 5.0})
-    module.save(tmp_path / "one.safetensors")
-    before = torch.get_rng_state()
-    found = ImplicitUpsampler.load(tmp_path / "one.safetensors")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not found.training
-    for size in (None, (31, 17)):
-        assert torch.equal(found.features(size), module.features(size))
-    assert torch.equal(found.features_at([[1.3, 2.9]]), module.features_at([[1.3, 2.9]]))
-    assert (found.backbone, found.backbone_digest) == ("stem", "ab12")
-    assert found.scores == {"steps": 5.0}
-    found.save(tmp_path / "two.safetensors")
-    assert (tmp_path / "one.safetensors").read_bytes() == (
-        tmp_path / "two.safetensors"
-    ).read_bytes()
-
-
-def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"image": torch.zeros(1, 3, 4, 4)}, path)
-    with pytest.raises(ValueError, match=r"of format featup_hub.implicit/1; got a file of other"):
-        ImplicitUpsampler.load(path)
-    make().save(path)
-    write(read(path), path, metadata={**metadata(path), "upsampler": "featup_hub.implicit/2"})
-    with pytest.raises(ValueError, match=r"implicit/1; got featup_hub.implicit/2; make one with"):
-        ImplicitUpsampler.load(path)
-    with pytest.raises(FileNotFoundError, match="no weights file"):
-        ImplicitUpsampler.load(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("name", ["image", "mean", "fourier.phase", "layers.1.weight"])
-def test_a_file_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    make().save(path)
-    tensors = read(path)
-    del tensors[name]
-    write(tensors, path, metadata=metadata(path))
-    with pytest.raises(ValueError, match=r"lacks or spoils|missing: "):
-        ImplicitUpsampler.load(path)
-
-
-@pytest.mark.parametrize(
-    "change", ["shape", "surplus", "notes", "depth", "mean", "kind", "base", "square"]
-)
-def test_a_file_whose_parts_do_not_fit_is_refused(change: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    make().save(path)
-    tensors, notes = read(path), metadata(path)
-    if change == "shape":
-        tensors["layers.1.weight"] = torch.zeros(3, 3)
-    elif change == "surplus":
-        tensors["stray"] = torch.zeros(3)
-    elif change == "notes":
-        notes["scores"] = "not JSON"
-    elif change == "depth":
-        notes["scores"] = "[" * 5000
-    elif change == "mean":
-        tensors["mean"] = torch.zeros(8)
-    elif change == "kind":
-        tensors["image"] = tensors["image"].long()
-    elif change == "base":
-        tensors["base"] = torch.zeros(1, 5, 3, 5)
-    else:
-        tensors["directions"] = torch.zeros(4)
-    write(tensors, path, metadata=notes)
-    with pytest.raises(ValueError, match=r"lacks or spoils|does not fit ImplicitUpsampler"):
-        ImplicitUpsampler.load(path)
-
-
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    make().save(path)
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="is not the weights needed"):
-        ImplicitUpsampler.load(path)
-
-
-def test_the_format_names_its_version_and_holds_what_the_fit_needs(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    make(scores={"held_out_error": 0.25}).save(path)
-    notes = metadata(path)
-    assert notes["upsampler"] == FORMAT
-    assert json.loads(notes["scores"]) == {"held_out_error": 0.25}
-    assert {"image", "mean", "directions", "fourier.frequency", "fourier.phase"} <= set(read(path))
-
-
 def test_wrong_queries_are_refused() -> None:
     module = make()
     with pytest.raises(ValueError, match=r"\(1, 3, H, W\); got \(2, 3, 4, 4\); fit one per image"):
@@ -221,5 +117,57 @@ def test_wrong_queries_are_refused() -> None:
         module.features_at(torch.zeros(3))
     with pytest.raises(ValueError, match=r"-0.5 to 8.5 by -0.5 to 12.5 pixels; got \[1.0, 13.0\]"):
         module.features_at([[8.5, 12.5], [1.0, 13.0]])
-    with pytest.raises(ValueError, match=r"size and tile must be positive; got \(0, 3\)"):
-        module.features((0, 3))
+    with pytest.raises(ValueError, match=r"8.5 by -0.5 to 12.5 pixels; got \[nan, 0.0\]"):
+        module.features_at([[math.nan, 0.0]])
+
+
+@pytest.mark.parametrize("size", [(0, 3), (-1, 5), (5, -1)])
+def test_sizes_that_are_not_positive_are_refused(size: tuple[int, int]) -> None:
+    module = make()
+    wrong = rf"size and tile must be positive; got \({size[0]}, {size[1]}\) and 32768"
+    with pytest.raises(ValueError, match=wrong):
+        module.features(size)
+    with pytest.raises(ValueError, match=wrong):
+        next(module.strips(size))
+
+
+@pytest.mark.parametrize("tile", [0, -1])
+def test_tiles_that_are_not_positive_are_refused(tile: int) -> None:
+    module = make()
+    wrong = rf"size and tile must be positive; got \(9, 13\) and {tile}"
+    with pytest.raises(ValueError, match=wrong):
+        module.features(tile=tile)
+    with pytest.raises(ValueError, match=wrong):
+        next(module.strips(tile=tile))
+    with pytest.raises(ValueError, match=wrong):
+        module.features_at([[0.0, 0.0]], tile=tile)
+
+
+def test_wrong_parts_are_refused() -> None:
+    for dropout in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\); got {dropout}"):
+            make(dropout=dropout)
+    for scores in ({"a": math.nan}, {"a": "b"}, [("a", 1.0)]):
+        with pytest.raises(ValueError, match=r"scores must be finite numbers by name; got "):
+            make(scores=scores)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (64, 3)])
+def test_samples_are_grid_samples_with_borders_which_some_devices_lack(
+    size: tuple[int, int], monkeypatch
+) -> None:
+    x, position = torch.randn(1, 3, *size), torch.rand(500, 2)
+    position[:4] = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    grid = (2 * position - 1).flip(1)[None, None]
+    expected = F.grid_sample(x, grid, padding_mode="border", align_corners=False)[0, :, 0].t()
+    plain = F.grid_sample
+    monkeypatch.setattr(F, "grid_sample", lambda x, grid, align_corners: plain(
+        x, grid, align_corners=align_corners
+    ))  # fmt: skip
+    torch.testing.assert_close(sample(x, position), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_does_not_darken_the_edges() -> None:
+    x, edge = torch.ones(1, 2, 300, 300), torch.tensor([[1.0, 1.0], [0.0, 0.999], [0.9999, 0.5]])
+    for low in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(sample(x.to(low), edge), torch.ones(3, 2), atol=1e-4, rtol=0)

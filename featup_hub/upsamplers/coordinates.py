@@ -1,0 +1,54 @@
+"""Places in an image: the centres of pixels, their sines and cosines, a map's values there."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["FourierFeatures", "pixel_centres", "sample"]
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines of every signal, with frequencies in geometric progression.
+
+    Args:
+        frequencies: Number of frequencies.
+        log_range: Natural logarithms of the lowest and the highest, in radians per unit.
+        signals: Number of signals.
+    """
+
+    frequency: Tensor
+
+    def __init__(self, frequencies: int, log_range: tuple[float, float], signals: int = 5) -> None:
+        super().__init__()
+        self.register_buffer("frequency", torch.linspace(*log_range, frequencies).exp())
+        self.phase = nn.Parameter(torch.randn(2, signals, frequencies))
+
+    def forward(self, signals: Tensor) -> Tensor:
+        """Returns sin(ωs + φ), then cos(ωs + ψ), each signal by signal: (N, S) -> (N, 2·S·n)."""
+        angle = signals[:, :, None] * self.frequency  # (N, S, n)
+        waves = torch.stack([(angle + self.phase[0]).sin(), (angle + self.phase[1]).cos()], dim=1)
+        return waves.flatten(1)
+
+
+def pixel_centres(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Returns every pixel's place in fractions of height and width, (H, W, 2)."""
+    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (height, width))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+def sample(x: Tensor, position: Tensor) -> Tensor:
+    """Interpolates a map, (1, C, H, W), at fractions of its height and width, (N, 2): (N, C).
+
+    Beyond the centres of the outermost pixels their values go on.
+    """
+    # Moved to the centre itself, for Apple's devices lack grid_sample's padding_mode="border" in
+    # older releases of torch. In the positions' precision: a coarser one, as bfloat16 is, would
+    # move points at the edge back outside, where there are zeros.
+    rows, columns = (
+        part.clamp(0.5 / n, 1 - 0.5 / n)
+        for part, n in zip(position.unbind(1), x.shape[-2:], strict=True)
+    )
+    grid = 2 * torch.stack([columns, rows], dim=1)[None, None] - 1
+    return F.grid_sample(x.to(grid), grid, align_corners=False)[0, :, 0].t()

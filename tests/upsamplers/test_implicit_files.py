@@ -1,0 +1,172 @@
+"""Files of implicit upsamplers: right to the last bit, or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from featup_hub import ImplicitUpsampler
+from featup_hub.upsamplers.implicit import FORMAT
+from featup_hub.weights import metadata, read, write
+from tests.upsamplers.small_implicit import make
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_a_saved_file_reproduces_the_features_bit_for_bit(base: bool, tmp_path: Path) -> None:
+    module = make(
+        base=base, backbone="stem", backbone_digest="ab12", scores={"steps": 5.0}, dropout=0.1
+    )
+    module.save(tmp_path / "one.safetensors")
+    before = torch.get_rng_state()
+    found = ImplicitUpsampler.load(tmp_path / "one.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not found.training
+    for size in (None, (31, 17)):
+        assert torch.equal(found.features(size), module.features(size))
+    assert torch.equal(found.features_at([[1.3, 2.9]]), module.features_at([[1.3, 2.9]]))
+    assert (found.backbone, found.backbone_digest) == ("stem", "ab12")
+    assert (found.scores, found.dropout) == ({"steps": 5.0}, 0.1)
+    found.save(tmp_path / "two.safetensors")
+    assert (tmp_path / "one.safetensors").read_bytes() == (
+        tmp_path / "two.safetensors"
+    ).read_bytes()
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"image": torch.zeros(1, 3, 4, 4)}, path)
+    with pytest.raises(ValueError, match=r"of format featup_hub.implicit/2; got a file of other"):
+        ImplicitUpsampler.load(path)
+    make().save(path)
+    for other in ("featup_hub.implicit/1", "featup_hub.implicit/3"):
+        write(read(path), path, metadata={**metadata(path), "upsampler": other})
+        with pytest.raises(ValueError, match=rf"implicit/2; got {other}; make one with"):
+            ImplicitUpsampler.load(path)
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        ImplicitUpsampler.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("name", ["image", "mean", "fourier.phase", "layers.1.weight", "base"])
+def test_a_file_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make(base=True).save(path)
+    tensors = read(path)
+    del tensors[name]
+    write(tensors, path, metadata=metadata(path))
+    with pytest.raises(ValueError, match=r"lacks or spoils|missing: "):
+        ImplicitUpsampler.load(path)
+
+
+@pytest.mark.parametrize(
+    "change", ["shape", "surplus", "notes", "depth", "mean", "kind", "base", "square"]
+)
+def test_a_file_whose_parts_do_not_fit_is_refused(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make().save(path)
+    tensors, notes = read(path), metadata(path)
+    if change == "shape":
+        tensors["layers.1.weight"] = torch.zeros(3, 3)
+    elif change == "surplus":
+        tensors["stray"] = torch.zeros(3)
+    elif change == "notes":
+        notes["scores"] = "not JSON"
+    elif change == "depth":
+        notes["scores"] = "[" * 5000
+    elif change == "mean":
+        tensors["mean"] = torch.zeros(8)
+    elif change == "kind":
+        tensors["image"] = tensors["image"].long()
+    elif change == "base":
+        tensors["base"] = torch.zeros(1, 5, 3, 5)
+    else:
+        tensors["directions"] = torch.zeros(4)
+    write(tensors, path, metadata=notes)
+    with pytest.raises(ValueError, match=r"lacks or spoils|does not fit ImplicitUpsampler"):
+        ImplicitUpsampler.load(path)
+
+
+@pytest.mark.parametrize(
+    ("note", "spoilt"),
+    [
+        ("base", "yes"),
+        ("base", "maybe"),
+        ("dropout", "1.0"),
+        ("dropout", "nan"),
+        ("dropout", "much"),
+        ("scores", '{"a": "b"}'),
+        ("scores", '{"a": NaN}'),
+        ("scores", '{"a": 1e999}'),
+        ("scores", '{"a": null}'),
+        ("scores", '[["a", 1.0]]'),
+        ("scores", "[]"),
+        ("scores", "null"),
+        ("scores", '{"a": 1' + 400 * "0" + "}"),
+    ],
+)
+def test_a_file_whose_notes_are_spoilt_is_refused(note: str, spoilt: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make().save(path)
+    write(read(path), path, metadata={**metadata(path), note: spoilt})
+    with pytest.raises(ValueError, match=r"it lacks or spoils .*; save it anew"):
+        ImplicitUpsampler.load(path)
+
+
+@pytest.mark.parametrize("note", ["backbone", "backbone_digest", "base", "dropout", "scores"])
+def test_a_file_that_lacks_a_note_is_refused(note: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make().save(path)
+    write(read(path), path, metadata={k: v for k, v in metadata(path).items() if k != note})
+    with pytest.raises(ValueError, match=r"it lacks or spoils .*; save it anew"):
+        ImplicitUpsampler.load(path)
+
+
+@pytest.mark.parametrize("name", ["image", "base", "fourier.frequency", "layers.2.bias"])
+def test_a_file_with_numbers_that_are_not_finite_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    module = make(base=True)
+    with torch.no_grad():
+        module.state_dict()[name].view(-1)[0] = math.inf
+    module.save(path)
+    with pytest.raises(ValueError, match=rf"must hold finite numbers; got others in {name}"):
+        ImplicitUpsampler.load(path)
+
+
+def test_a_file_in_double_precision_tells_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    module = make(base=True)
+    module.save(path)
+    write({k: v.double() for k, v in read(path).items()}, path, metadata=metadata(path))
+    assert torch.equal(ImplicitUpsampler.load(path).features(), module.features())
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make().save(path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is not the weights needed"):
+        ImplicitUpsampler.load(path)
+
+
+def test_the_format_names_its_version_and_holds_what_the_fit_needs(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make(scores={"held_out_error": 0.25}).save(path)
+    notes = metadata(path)
+    assert notes["upsampler"] == FORMAT
+    assert json.loads(notes["scores"]) == {"held_out_error": 0.25}
+    assert (notes["base"], notes["dropout"]) == ("no", "0.2")
+    assert {"image", "mean", "directions", "fourier.frequency", "fourier.phase"} <= set(read(path))
+
+
+def test_scores_spoilt_later_are_not_saved(tmp_path: Path) -> None:
+    module = make()
+    module.scores["held_out_error"] = math.inf
+    with pytest.raises(ValueError, match=r"scores must be finite .* got \{'held_out_error': inf\}"):
+        module.save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
