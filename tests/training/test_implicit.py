@@ -223,3 +223,13 @@ def test_fit_is_a_name_of_the_package() -> None:
     assert featup_hub.fit is fit
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         _ = featup_hub.fitt
+
+
+def test_a_checkpoint_without_its_parts_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "fit.pt"
+    fit(picture(), Blur(), TINY, checkpoint=checkpoint)
+    state = torch.load(checkpoint)
+    del state["best"]
+    torch.save(state, checkpoint)
+    with pytest.raises(ValueError, match=r"damaged or not a checkpoint .* \(KeyError\); remove"):
+        fit(picture(), Blur(), TINY, checkpoint=checkpoint)
