@@ -5,6 +5,7 @@ Source: the timm library (Apache-2.0), 1.0.9 or newer; DINOv3 and SigLIP 2 need 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from featup_hub.backbones.contract import Backbone
 from featup_hub.registry import JBU_UNIVERSAL, ModelCard, WeightFile
+from featup_hub.weights.files import listed
 
 __all__ = ["TimmBackbone", "create", "is_timm_model", "timm_card"]
 
@@ -158,9 +160,27 @@ def create(name: str, weights: Mapping[str, Tensor] | None) -> tuple[Any, tuple[
     except (RuntimeError, KeyError) as error:
         if weights is None:
             raise
-        raise ValueError(f"these weights are not those of timm's {name}: {error}") from error
+        raise ValueError(
+            f"these weights are not those of timm's {name}: {_problems(error)}; "
+            "check that file and network belong together"
+        ) from error
     model.pretrained_cfg.pop("state_dict", None)  # else timm's copy lives as long as the model
     return model, fixed_size
+
+
+def _problems(error: Exception) -> str:
+    """Says what PyTorch found not to fit, without its lists of hundreds of names."""
+    text = str(error)
+    # From the text, for only timm knows which names and shapes its conversions end in.
+    missing, unknown = (
+        re.findall(r'"([^"]+)"', "".join(re.findall(rf"{which} key\(s\).*", text)))
+        for which in ("Missing", "Unexpected")
+    )
+    shapes = r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)"
+    differing = [f"{key} ({got}), needed ({due})" for key, got, due in re.findall(shapes, text)]
+    problems = {"missing": missing, "not known here": unknown, "of another shape": differing}
+    told = (f"{len(names)} {label}: {listed(names)}" for label, names in problems.items() if names)
+    return "; ".join(told) or text
 
 
 def _config(name: str) -> Any:

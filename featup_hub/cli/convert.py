@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from featup_hub.cli.outputs import check_output
 from featup_hub.cli.terminal import UsageError
 from featup_hub.weights import convert
 
@@ -29,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".safetensors":
         raise UsageError(f"the file to write must be named *.safetensors; got {args.out}")
+    check_output(args.out.expanduser())
     read = convert(args.checkpoint, args.out)
     norm, flag = ("with its", "") if read.norm else ("without a", " --no-norm")
     print(f"wrote {args.out}: an upsampler for {read.feat_dim} channels, {norm} channel norm")

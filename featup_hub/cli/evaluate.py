@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 from featup_hub.cli.flags import add_flags, from_flags
+from featup_hub.cli.outputs import make_folder
+from featup_hub.cli.terminal import UsageError
+from featup_hub.evaluation.candidates import candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.figure import draw
 from featup_hub.evaluation.protocol import evaluate
@@ -35,8 +38,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace) -> int:
     config = from_flags(EvaluationConfig, args)
+    for spec in config.upsamplers:
+        _try_import(spec)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
     start = time.monotonic()
 
     def progress(line: str) -> None:
@@ -54,3 +59,14 @@ def _run(args: argparse.Namespace) -> int:
             draw(scored, args.out / "results.png")
         print(f"wrote results to {args.out}")
     return 0
+
+
+def _try_import(spec: str) -> None:
+    """Refuses a plug-in that Python does not find, in terms of what was typed."""
+    try:
+        candidate(spec)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"--upsamplers needs a plug-in module:callable that can be imported; got {spec!r} "
+            f"({error}); check its name, and that PYTHONPATH has its folder"
+        ) from error

@@ -10,6 +10,7 @@ import torch
 
 from featup_hub.cli.devices import open_device
 from featup_hub.cli.flags import add_flags
+from featup_hub.cli.outputs import check_output
 from featup_hub.cli.terminal import UsageError
 from featup_hub.image import preprocess, read_image, resize, write_atomically
 from featup_hub.model import load_upsampler
@@ -61,13 +62,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in fields(ImplicitConfig) if hasattr(args, f.name)}
-    out = args.out or Path(f"{args.image.stem}.safetensors")
     # Before the work, for a fit takes long.
     if args.size < 1:
         raise UsageError(f"--size must be positive; got {args.size}")
-    if out.is_dir() or not out.parent.is_dir():
-        wrong = "it is a folder" if out.is_dir() else "its folder does not exist"
-        raise UsageError(f"--out must be a file that can be written; {out}: {wrong}")
+    out, checkpoint, picture = _outputs(args)
     device = open_device(args.device)
     photo = read_image(args.image)
     start = None
@@ -77,7 +75,6 @@ def _run(args: argparse.Namespace) -> int:
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)
     image = preprocess(shown, mean=backbone.mean, std=backbone.std).to(device)
-    checkpoint = out.with_suffix(".checkpoint.pt")
     upsampler = fit(
         image,
         backbone,
@@ -88,11 +85,32 @@ def _run(args: argparse.Namespace) -> int:
         **given,
     )
     upsampler.save(out)
-    if not args.no_picture:
+    if picture is not None:
         with torch.no_grad():
-            picture = comparison(shown, backbone(image).float(), upsampler.features())
-        with write_atomically(out.with_suffix(".png")) as partial:
-            picture.save(partial, format="PNG")
+            drawn = comparison(shown, backbone(image).float(), upsampler.features())
+        with write_atomically(picture) as partial:
+            drawn.save(partial, format="PNG")
     checkpoint.unlink(missing_ok=True)
     print(f"wrote {out}: " + ", ".join(f"{k} {v:.4g}" for k, v in upsampler.scores.items()))
     return 0
+
+
+def _outputs(args: argparse.Namespace) -> tuple[Path, Path, Path | None]:
+    """Returns the files of fit, checkpoint and picture, none of which replaces what is read."""
+    out = args.out or Path(f"{args.image.stem}.safetensors")
+    check_output(out)
+    if out.suffix != ".safetensors":
+        raise UsageError(f"the file to write must be named *.safetensors; got {out}")
+    checkpoint = out.with_suffix(".checkpoint.pt")
+    picture = None if args.no_picture else out.with_suffix(".png")
+    own_weights = args.model.partition("=")[2]
+    inputs = [Path(name).expanduser() for name in (args.image, args.start, own_weights) if name]
+    for file in filter(None, (out, checkpoint, picture)):
+        check_output(file)
+        for source in inputs:
+            if file.exists() and source.exists() and file.samefile(source):
+                advice = "another --out" + (", or --no-picture" if file == picture else "")
+                raise UsageError(
+                    f"writing {file} would replace {source}, which is read; give {advice}"
+                )
+    return out, checkpoint, picture

@@ -1,11 +1,13 @@
-"""What an ``upsample`` run reads and writes: one file of features per image, and its picture.
+"""What commands write, checked before the work; ``upsample``: features and a picture per image.
 
 A file under its final name is complete, so a run that was stopped goes on with what is missing.
+A picture is written after its features: one that has none beside it is somebody else's.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,10 @@ from featup_hub import __version__
 from featup_hub.cli.terminal import UsageError, explain
 from featup_hub.image import write_atomically
 
-__all__ = ["Job", "is_finished", "make_folder", "plan", "write_features"]
+__all__ = ["FORMATS", "Job", "check_output", "is_finished", "make_folder", "plan", "write_features"]
+
+FORMATS = ("safetensors", "npy")
+"""Of features, by the suffix of their file."""
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -44,7 +49,7 @@ def plan(inputs: list[Path], out: Path, suffix: str, *, picture: bool) -> list[J
     Args:
         inputs: Images, and folders to search with their subfolders.
         out: Folder of the outputs; images in it are left out of the search.
-        suffix: Format of the features, "safetensors" or "npy".
+        suffix: Format of the features, one of ``FORMATS``.
         picture: Whether to plan pictures.
 
     Raises:
@@ -96,6 +101,32 @@ def _images(path: Path, out: Path) -> Iterator[Path]:
     yield from found
 
 
+def check_output(path: Path) -> None:
+    """Refuses a file that could not be written, before the work is done for it.
+
+    Args:
+        path: The file to make or replace.
+
+    Raises:
+        UsageError: If it is a folder, or its folder does not exist or takes no new files.
+    """
+    if path.is_dir():
+        raise UsageError(f"a file to write is needed; {path} is a folder; name a file in it")
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(
+            f"the file to write needs a folder that exists; got {path}; make the folder {folder}"
+        )
+    try:  # permissions do not tell: root has all, and some file systems take no files at all
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".partial"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"the file to write needs a folder that takes new files; got {path} "
+            f"({error.strerror}); name another"
+        ) from error
+
+
 def make_folder(out: Path) -> None:
     """Makes the folder of outputs.
 
@@ -122,12 +153,18 @@ def is_finished(job: Job, record: Mapping[str, str]) -> bool:
     Raises:
         ValueError: If they were made with other settings, or are something else.
     """
+    remedy = "--overwrite replaces it, another --out keeps both"
     if not job.features.exists():
+        features = (job.features.with_suffix(f".{suffix}") for suffix in FORMATS)
+        if job.picture and job.picture.exists() and not any(file.exists() for file in features):
+            raise ValueError(
+                f"{job.picture} exists, and no features beside it, so it is not of an earlier "
+                f"run; {remedy}"
+            )
         return False
     if job.features.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
-        remedy = "--overwrite replaces it, another --out keeps both"
         try:
             with safe_open(job.features, framework="pt") as file:
                 notes = file.metadata() or {}

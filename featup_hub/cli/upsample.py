@@ -12,7 +12,7 @@ import torch
 
 from featup_hub.cli.ahead import ahead
 from featup_hub.cli.devices import open_device
-from featup_hub.cli.outputs import Job, is_finished, make_folder, plan, write_features
+from featup_hub.cli.outputs import FORMATS, Job, is_finished, make_folder, plan, write_features
 from featup_hub.cli.terminal import Progress, UsageError, explain
 from featup_hub.image import check_size, preprocess, read_image, resize, write_atomically
 from featup_hub.model import UpsampledBackbone, find_card, load
@@ -66,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--out", type=Path, default=Path("features"), help="folder (default: %(default)s)")
     add(
         "--format",
-        choices=("safetensors", "npy"),
+        choices=FORMATS,
         default="safetensors",
         help="of the features: safetensors, which notes model and size, or npy "
         "(default: %(default)s)",
@@ -145,13 +145,13 @@ def _upsample(
     source = model.source(image)
     features = model.upsampler(source, image, impl=impl)
     job.features.parent.mkdir(parents=True, exist_ok=True)
+    write_features(features[0].float().cpu().contiguous(), job, record)
     made = str(job.features)
+    # Last, so that a picture without features is known to be somebody else's.
     if job.picture is not None:
         with write_atomically(job.picture) as partial:
             comparison(shown, source, features).save(partial, format="PNG")
         made = f"{made} and {job.picture.name}"
-    # Last, so that features which exist have their picture, too.
-    write_features(features[0].float().cpu().contiguous(), job, record)
     shape = " x ".join(map(str, features.shape[1:]))
     return f"wrote {made}: {shape} in {time.monotonic() - start:.1f} s"
 

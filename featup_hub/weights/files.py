@@ -20,6 +20,7 @@ from featup_hub.image import write_atomically
 __all__ = ["digest", "load_into", "metadata", "read", "write"]
 
 _CONTENT = "content_sha256"
+_PICTURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF"}
 _SHOWN = 6  # names of tensors an error lists before it counts the rest
 
 
@@ -182,12 +183,22 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _damaged(path: Path, needed: str, got: str) -> ValueError:
-    remedy = (
-        "convert it with: featup-hub convert IN.ckpt OUT.safetensors"
-        if "pickle" in got
-        else f"delete {path.resolve()} and fetch it again"  # behind a link of the Hub's cache
-    )
+    if "pickle" in got:
+        remedy = "convert it with: featup-hub convert IN.ckpt OUT.safetensors"
+    elif _is_cached(path):
+        remedy = f"delete {path.resolve()} and fetch it again"
+    else:  # it may be a photograph of the user's, named by mistake
+        remedy = "check the name, or fetch it again"
     return ValueError(f"{path} is not the weights needed: {needed}; got {got}; {remedy}")
+
+
+def _is_cached(path: Path) -> bool:
+    """Tells whether a file, links followed, lies in the Hub's cache."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # an upsampler alone does without it
+        return False
+    return path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
 
 
 def kind(path: Path) -> str | None:
@@ -204,6 +215,9 @@ def kind(path: Path) -> str | None:
         return "a web page (an error or a login page was saved under this name)"
     if start.startswith((b'{"error', b'{"message')):
         return "a server's error message"
+    for magic, name in _PICTURES.items():
+        if head.startswith(magic):
+            return f"a {name} picture"
     if head.startswith(b"PK"):
         return "a zip file, perhaps a PyTorch pickle"
     if head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05":
@@ -227,5 +241,6 @@ def _form(tensor: Tensor) -> str:
 
 
 def listed(names: list[str]) -> str:
+    """Joins names with commas; of many, the first few and the number of the others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

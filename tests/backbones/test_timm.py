@@ -149,14 +149,38 @@ def test_weights_that_do_not_fit_are_refused(damage: str) -> None:
         tensors["blocks.9.attn.qkv.weight"] = torch.zeros(1)
     else:
         tensors["blocks.2.attn.qkv.weight"] = torch.zeros(3, 64)
-    with pytest.raises(ValueError, match=r"are not those of timm's test_vit: (.|\n)*qkv.weight"):
+    found = {
+        "missing": r"1 missing: blocks.2.attn.qkv.weight;",
+        "left over": r"1 not known here: blocks.9.attn.qkv.weight;",
+        "another shape": r"1 of another shape: blocks.2.*weight \(3, 64\), needed \(192, 64\);",
+    }[damage]
+    with pytest.raises(ValueError, match=f"are not those of timm's test_vit: {found} check that"):
         TimmBackbone("test_vit", weights=tensors)
 
 
-def test_weights_of_another_network_are_refused() -> None:
+def test_weights_of_another_network_are_refused_with_counts_and_a_few_names() -> None:
     tensors = timm.create_model("test_resnet").state_dict()
-    with pytest.raises(ValueError, match="are not those of timm's test_vit"):
+    with pytest.raises(ValueError, match="are not those of timm's test_vit: ") as caught:
         TimmBackbone("test_vit", weights=tensors)
+    said = str(caught.value)
+    own = list(timm.create_model("test_vit").state_dict())
+    assert f"{len(own)} missing: {', '.join(own[:6])} and {len(own) - 6} more; " in said
+    assert f"{len(tensors)} not known here: " in said
+    assert len(said) < 600
+    assert "\n" not in said
+
+
+def test_weights_that_timm_cannot_even_convert_are_refused_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def convert(*_: object, **__: object) -> None:
+        raise KeyError("patch_embed.proj.weight")
+
+    monkeypatch.setattr(timm, "create_model", convert)
+    with pytest.raises(
+        ValueError, match=r"those of timm's test_vit: 'patch_embed.proj.weight'; ch"
+    ):
+        TimmBackbone("test_vit", weights={})
 
 
 def test_unknown_names_are_refused_with_near_ones() -> None:

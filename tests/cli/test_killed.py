@@ -62,9 +62,11 @@ def test_a_run_killed_twice_ends_in_the_results_of_one_that_was_not(
         killed_after(count, line, out)
         for file in out.glob("[!.]*.safetensors"):  # whatever has its name is complete
             assert read(file)["features"].shape == (112, 32, 48)
-            with Image.open(file.with_suffix(".png")) as picture:
+        for file in out.glob("[!.]*.png"):  # and a picture has its features
+            assert file.with_suffix(".safetensors").exists()
+            with Image.open(file) as picture:
                 picture.load()
-    finished = len(list(out.glob("*.safetensors")))
+    finished = len(list(out.glob("[!.]*.png")))
     assert finished < IMAGES
     capsys.readouterr()
     assert main(line) == 0

@@ -32,8 +32,13 @@ from featup_hub.cli.terminal import UsageError
         (["upsample"], "required: IMAGE; see featup-hub upsample --help"),
         (["upsampel"], "invalid choice: 'upsampel' (choose from"),
         (["fit", "x", "--size", "-4"], "--size must be positive; got -4"),
-        (["fit", "x", "--out", "."], "--out must be a file that can be written; .: it is a folder"),
-        (["fit", "x", "--out", "no/x"], "no/x: its folder does not exist"),
+        (["fit", "x", "--out", "."], "a file to write is needed; . is a folder; name a file in it"),
+        (["fit", "x", "--out", "no/x"], "needs a folder that exists; got no/x; make the folder no"),
+        (["fit", "x", "--out", "x.jpg"], "must be named *.safetensors; got x.jpg"),
+        (["export", "no/m.onnx"], "needs a folder that exists; got no/m.onnx; make the folder no"),
+        (["convert", "x", "no/m.safetensors"], "got no/m.safetensors; make the folder no"),
+        (["evaluate", "--upsamplers", "no_such:fn"], "got 'no_such:fn' (No module named 'no_such'"),
+        (["evaluate", "--upsamplers", "math:fn"], "got 'math:fn' (module 'math' has no attribute"),
         (["fit", "x", "--device", "gpu"], "--device must be cpu, cuda, cuda:1 or mps"),
         (["train", "x", "--out", "y", "--steps", "-3"], "--steps must be positive; got -3"),
         (["train", "x", "--out", "y", "--batch", "0"], "--batch must be positive; got 0"),
@@ -58,6 +63,33 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
     with pytest.raises(UsageError):
         main([*arguments, "--debug"])
+
+
+@pytest.mark.parametrize("command", ["fit {photo} --out", "export", "convert {photo}"])
+def test_an_output_that_is_a_folder_is_refused_before_the_work(
+    command: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    for name in ("fit.read_image", "export.load", "convert.convert"):
+        monkeypatch.setattr(f"featup_hub.cli.{name}", work)
+    out = tmp_path / ("d.onnx" if command == "export" else "d.safetensors")
+    out.mkdir()
+    assert main([*command.format(photo=photos / "a.jpg").split(), str(out)]) == 2
+    assert f"{out} is a folder; name a file in it" in capsys.readouterr().err
+
+
+def test_an_evaluation_into_a_file_is_refused_in_terms_of_the_flag(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--data", f"folder:{photos}", "--out", str(photos / "a.jpg")]
+    assert main(arguments) == 2
+    assert "error: --out must be a folder; " in capsys.readouterr().err
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

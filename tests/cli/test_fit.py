@@ -1,0 +1,58 @@
+"""``featup-hub fit``: no file of the user's is replaced, what cannot work is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from featup_hub.cli import main
+
+STAGES, OWN = "start.safetensors", "own.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of photographs, in which the command runs and does no work."""
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.chdir(photos)
+    monkeypatch.setattr("featup_hub.cli.fit.read_image", work)
+    for name in (STAGES, OWN):
+        (photos / name).write_text("weights")
+    return photos
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("b.png", "b.png would replace b.png, which is read; give another --out, or --no-picture"),
+        ("a.jpg --out a.jpg --no-picture", "must be named *.safetensors; got a.jpg"),
+        ("a.jpg --out o1.png", "must be named *.safetensors; got o1.png"),
+        ("b.png --out ../photos/b.safetensors", "../photos/b.png would replace b.png"),
+        (f"a.jpg --start {STAGES} --out {STAGES}", f"{STAGES} would replace {STAGES}"),
+        (f"a.jpg --model resnet18={OWN} --out {OWN}", f"{OWN} would replace {OWN}"),
+        ("c.png --out new.safetensors", "new.checkpoint.pt would replace c.png"),
+        ("a.jpg --out d.safetensors", "d.png is a folder; name a file in it"),
+    ],
+)
+def test_an_output_that_would_replace_an_input_is_refused_before_the_work(
+    line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "new.checkpoint.pt").write_text("an image of an odd name")
+    (folder / "c.png").symlink_to(folder / "new.checkpoint.pt")
+    (folder / "d.png").mkdir()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["fit", *line.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "line", ["a.jpg", "b.png --no-picture", "b.png --out c.safetensors", f"a.jpg --start {STAGES}"]
+)
+def test_an_output_of_its_own_is_not_refused(line: str) -> None:
+    with pytest.raises(AssertionError, match="the work began"):
+        main(["fit", *line.split()])
