@@ -3,9 +3,11 @@
     python -m benchmarks.taps PHOTOS camvid:DATA/camvid nyu:DATA/nyu --out runs/taps
 
 Every seed trains twice, alike in all but one thing: the kernels get the gradients of all 49 taps,
-or of the seven that upstream's backward pass computes. Both are scored by the label oracle, a
-frozen probe and multi-view consistency. A difference is paired over images within a seed; over
-seeds, the mean and its 95 % interval by Student's t are given. Stopped, it goes on.
+or of the seven that upstream's backward pass computes. Neither keeps kernels to a sum of one unless
+asked: the projection that does so moves the taps that get no gradient, and seven taps diverge
+(RESULTS.md). Both are scored by the label oracle, a frozen probe and multi-view consistency. A
+difference is paired over images within a seed; over seeds, the mean and its 95 % interval by
+Student's t are given. Stopped, it goes on.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def trained(chosen: argparse.Namespace) -> list[str]:
                 image_size=192,
                 region_weight=chosen.region_weight,
                 region_field=1.0 if chosen.region_weight else 0.0,
-                lr=0.005,
+                lr=chosen.lr,
+                unit_sum=chosen.unit_sum,
                 kernel_taps=taps,
                 seed=seed,
             )
@@ -83,6 +86,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3, choices=range(2, 10))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=1e-3, help="default: upstream's")
+    parser.add_argument("--unit-sum", action="store_true", help="keep kernels to a sum of one")
     parser.add_argument("--region-weight", type=float, default=0.0)
     parser.add_argument("--images", type=int, default=60, help="validation images of each set")
     parser.add_argument("--cache", type=Path, help="of features")
