@@ -133,4 +133,4 @@ def _unit_sum(kernel: Tensor) -> Tensor:
 def _stages(path: Path) -> dict[str, Tensor]:
     """Reads the stages alone: a closing convolution belongs to one backbone."""
     tensors = convert_upstream(path).upsampler if path.suffix == ".ckpt" else read(path)
-    return {key: value for key, value in tensors.items() if key.startswith("up")}
+    return {key: value for key, value in tensors.items() if key.startswith(("up", "smoothing."))}

@@ -22,6 +22,7 @@ from featup_hub.ops.jbu import _without_autocast
 from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.sizes import stage_sizes
+from featup_hub.upsamplers.smoothing import CellSmoothing
 from featup_hub.upsamplers.stage import JBUStage, pass_stages
 
 __all__ = ["JBUKernels", "JBUStack"]
@@ -35,7 +36,8 @@ class JBUKernels:
 
     Attributes:
         source_size: Height and width of the features the kernels were planned for.
-        stages: Kernels of each stage, (B, D², H, W), first to last.
+        stages: Kernels of each stage, (B, D², H, W), first to last; those of the smoothing, where
+            there is one, before them.
     """
 
     source_size: tuple[int, int]
@@ -66,6 +68,9 @@ class JBUStack(Pretrained):
         radius: Reach of the kernels.
         dropout: Chance of dropping a hidden channel while training; twice that for a feature
             channel before the closing convolution.
+        smooth: Whether cells are averaged with neighbours that look alike before they are
+            upsampled, see :class:`~featup_hub.upsamplers.CellSmoothing`: for features that are
+            noisy, or classifiers that are.
 
     Example:
         >>> upsampler = JBUStack().eval()
@@ -83,6 +88,7 @@ class JBUStack(Pretrained):
         key_dim: int = 32,
         radius: int = 3,
         dropout: float = 0.1,
+        smooth: bool = False,
     ) -> None:
         super().__init__()
         if num_stages < 1:
@@ -93,6 +99,8 @@ class JBUStack(Pretrained):
         self.key_dim = key_dim
         self.radius = radius
         self.dropout = dropout
+        self.smooth = smooth
+        self.smoothing = CellSmoothing(radius) if smooth else None
         for index in range(num_stages):
             stage = JBUStage(guidance_dim, key_dim, radius, dropout=dropout)
             self.add_module(f"up{index + 1}", stage)
@@ -103,7 +111,7 @@ class JBUStack(Pretrained):
 
     @classmethod
     def fitting(cls, tensors: Mapping[str, Tensor]) -> JBUStack:
-        """Makes a stack that tensors of a file fit: their number of stages, their channels.
+        """Makes a stack that tensors of a file fit: stages, channels, smoothing.
 
         Args:
             tensors: By the names of a ``state_dict``, such as ``up1.range_temp``.
@@ -120,6 +128,7 @@ class JBUStack(Pretrained):
             return cls(
                 closing.shape[0] if closing is not None and closing.dim() == 4 else None,
                 num_stages=count or 4,
+                smooth=any(name.startswith("smoothing.") for name in tensors),
             )
 
     def stages(self, count: int) -> list[JBUStage]:
@@ -214,7 +223,7 @@ class JBUStack(Pretrained):
             impl: Who computes.
 
         Returns:
-            One map more than there are stages, the last being that of :meth:`upsample`. The
+            One map more than there are kernels, the last being that of :meth:`upsample`. The
             closing convolution, where there is one, is in all of them.
 
         Raises:
@@ -262,13 +271,16 @@ class JBUStack(Pretrained):
 
     def _plan(
         self, source_size: tuple[int, int], guidance: Tensor, size: tuple[int, int] | None
-    ) -> list[tuple[JBUStage, Tensor]]:
+    ) -> list[tuple[JBUStage | CellSmoothing, Tensor]]:
         """Pairs every stage to pass with its guidance, pooled in float32 or better."""
         sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
             pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
-        return list(zip(self.stages(len(sizes)), pooled, strict=True))
+            plan = list(zip(self.stages(len(sizes)), pooled, strict=True))
+            if self.smoothing is None:
+                return [*plan]
+            return [(self.smoothing, self.smoothing.guidance(guidance, source_size)), *plan]
 
     def _check_kernels(self, source: Tensor, kernels: JBUKernels) -> None:
         if _size(source) != kernels.source_size:

@@ -17,6 +17,7 @@ from torch import Tensor
 from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.tables import bicubic_row
 from featup_hub.upsamplers.jbu import JBUStack
+from featup_hub.upsamplers.smoothing import CellSmoothing
 from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = ["upsample_tiled"]
@@ -108,7 +109,7 @@ def upsample_tiled(
 def _fill(
     tile: Tensor,
     source: Tensor,
-    plan: list[tuple[JBUStage, Tensor]],
+    plan: list[tuple[JBUStage | CellSmoothing, Tensor]],
     wanted: tuple[slice, slice],
     radius: int,
     impl: Implementation,
