@@ -10,7 +10,8 @@ Images are RGB, normalised by ``model.mean`` and ``model.std``, of any size. The
 
     pretrained: False draws random weights in place of loading any.
     use_norm: Whether every position's vector is normalised before upsampling.
-    weights: Path of your own weights for the upsampler.
+    weights: Path of your own weights for the upsampler, or the name of shipped ones: "jbu_smooth"
+        for features, or classifiers behind them, that are noisy.
     backbone_weights: Path of your own weights for the backbone, laid out as timm's.
 
 Licences and training data of the weights: ``featup-hub models`` and featup_hub/registry.py.

@@ -48,7 +48,8 @@ def trained(chosen: argparse.Namespace) -> list[str]:
                 kernel_taps=taps,
                 seed=seed,
             )
-            found.append(f"{name}_{seed}={train(chosen.photos, folder, config)}")
+            file = train(chosen.photos, folder, config)
+            found.append(f"{name}_{seed}={file}" + ("@unit" if chosen.score_unit else ""))
     return found
 
 
@@ -88,6 +89,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-3, help="default: upstream's")
     parser.add_argument("--unit-sum", action="store_true", help="keep kernels to a sum of one")
+    parser.add_argument(
+        "--score-unit", action="store_true", help="score kernels divided by their sum"
+    )
     parser.add_argument("--region-weight", type=float, default=0.0)
     parser.add_argument("--images", type=int, default=60, help="validation images of each set")
     parser.add_argument("--cache", type=Path, help="of features")

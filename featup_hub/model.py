@@ -192,7 +192,9 @@ def load(
         name: One of :func:`list_models`, or any name of timm's.
         pretrained: Whether to load the files that the model's card names.
         use_norm: Whether every position's vector is normalised before upsampling.
-        weights: A file of your own for the upsampler, read in any case.
+        weights: A file of your own for the upsampler, read in any case; or the name of one that
+            is shipped: ``jbu_universal``, the default, or ``jbu_smooth``, which averages
+            cells that look alike first.
         backbone_weights: A file of your own for the backbone, laid out as timm's.
 
     Returns:
@@ -265,7 +267,8 @@ def load_upsampler(*, pretrained: bool = True, weights: str | Path | None = None
     Args:
         pretrained: Whether to load the stages that come with the package, which fit any number
             of channels.
-        weights: A file of your own, read in any case.
+        weights: A file of your own, read in any case; or the name of one that is shipped, see
+            :func:`load`.
 
     Returns:
         The upsampler ``(source, guidance) -> features``, on the CPU, in evaluation mode. Its

@@ -20,6 +20,7 @@ __all__ = [
     "IMAGENET_STD",
     "JBU_UNIVERSAL",
     "MODELS",
+    "UPSAMPLERS",
     "ModelCard",
     "WeightFile",
     "card",
@@ -105,6 +106,19 @@ JBU_UNIVERSAL = WeightFile(
     licence="MIT",
     data="854 ImageNet photographs, no labels",
 )
+
+JBU_SMOOTH = WeightFile(
+    name="JBU stages for any backbone, the first a joint bilateral one",
+    filename="jbu_smooth.safetensors",
+    sha256="a842578f5d87d49587a544811fc12ea36fc58e9cdbf0274f6b02cb67b4d16063",
+    licence="MIT",
+    data="854 ImageNet photographs, no labels",
+)
+
+UPSAMPLERS: Mapping[str, WeightFile] = MappingProxyType(
+    {"jbu_universal": JBU_UNIVERSAL, "jbu_smooth": JBU_SMOOTH}
+)
+"""Shipped upsamplers by the names that ``weights`` takes in place of a file."""
 
 EFFICIENTNET_LITE0 = WeightFile(
     name="EfficientNet-Lite0",

@@ -12,6 +12,7 @@ from featup_hub.registry import (
     EFFICIENTNET_LITE0,
     JBU_UNIVERSAL,
     MODELS,
+    UPSAMPLERS,
     ModelCard,
     WeightFile,
     card,
@@ -47,7 +48,7 @@ def test_files_on_the_hub_and_licences_are_those_timm_names(name: str) -> None:
     assert row.licence.lower().replace(" ", "-") == config.license
 
 
-@pytest.mark.parametrize("file", [EFFICIENTNET_LITE0, JBU_UNIVERSAL])
+@pytest.mark.parametrize("file", [EFFICIENTNET_LITE0, *UPSAMPLERS.values()])
 def test_shipped_files_have_the_digest_of_their_row(file: WeightFile) -> None:
     assert digest(shipped_folder() / file.filename) == file.sha256
     assert str(file.sha256) in (shipped_folder() / file.filename).with_suffix(".md").read_text()

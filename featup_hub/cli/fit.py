@@ -52,7 +52,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--start",
         metavar="FILE",
-        help="weights of JBU stages whose features to start from, or jbu_universal, the shipped",
+        help="weights of JBU stages whose features to start from, or a shipped one: jbu_universal, "
+        "jbu_smooth",
     )
     add("--no-picture", action="store_true", help="make no picture")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     photo = read_image(args.image)
     start = None
     if args.start is not None:
-        start = load_upsampler(weights=None if args.start == "jbu_universal" else args.start)
+        start = load_upsampler(weights=args.start)
     backbone = open_backbones([args.model])[args.model].eval().to(device)
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)

@@ -1,6 +1,7 @@
 """Upsamplers that take part in an evaluation, by name, by file or by plug-in.
 
 * ``nearest``, ``bilinear``, ``bicubic``, ``joint_bilateral`` – the package's baselines;
+* ``jbu_universal``, ``jbu_smooth`` – the upsamplers that are shipped;
 * ``FILE`` – the stages of a JBU weights file (safetensors, or upstream's checkpoint);
 * ``FILE@unit`` – the same with every kernel divided by its sum;
 * ``module:callable`` – anything ``f(source (B,C,h,w), image (B,3,H,W) normalised, size)``.
@@ -13,15 +14,16 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.upsamplers import JBUKernels, JBUStack, baselines
-from featup_hub.weights import convert_upstream, digest, load_into, read
+from featup_hub.registry import JBU_UNIVERSAL, UPSAMPLERS
+from featup_hub.upsamplers import JBUStack, baselines
+from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
 __all__ = ["Candidate", "candidate"]
 
@@ -94,8 +96,9 @@ def candidate(spec: str) -> Candidate:
     if rest in BASELINES:
         function, default, part = getattr(baselines, rest), rest, rest
         source = Path(baselines.__file__)
-    elif Path(file).is_file() and option in ("", "unit"):
-        function, source = _stack(Path(file), unit_sum=option == "unit"), Path(file)
+    elif (file in UPSAMPLERS or Path(file).is_file()) and option in ("", "unit"):
+        source = resolve(JBU_UNIVERSAL, path=file)
+        function = _stack(source, unit_sum=option == "unit")
         default, part = source.stem + (f"@{option}" if option else ""), option
     elif attribute:
         function = getattr(importlib.import_module(module), attribute)
@@ -104,7 +107,8 @@ def candidate(spec: str) -> Candidate:
         source = Path(getattr(sys.modules[module], "__file__", None) or "")
     else:
         raise ValueError(
-            f"an upsampler is one of {', '.join(BASELINES)}, a weights file (FILE or FILE@unit) "
+            f"an upsampler is one of {', '.join((*BASELINES, *UPSAMPLERS))}, a weights file "
+            "(FILE or FILE@unit) "
             f"or a plug-in module:callable; got {spec!r}"
         )
     identity = f"{digest(source)} {part}" if source.is_file() else None
@@ -121,7 +125,7 @@ def _stack(path: Path, *, unit_sum: bool) -> Callable[[Tensor, Tensor, tuple[int
             return stack(source, image, size=size)
         kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]), size=size)
         stages = tuple(_unit_sum(kernel) for kernel in kernels.stages)
-        return stack.upsample(source, JBUKernels(source_size=kernels.source_size, stages=stages))
+        return stack.upsample(source, replace(kernels, stages=stages))
 
     return upsample
 
@@ -133,4 +137,4 @@ def _unit_sum(kernel: Tensor) -> Tensor:
 def _stages(path: Path) -> dict[str, Tensor]:
     """Reads the stages alone: a closing convolution belongs to one backbone."""
     tensors = convert_upstream(path).upsampler if path.suffix == ".ckpt" else read(path)
-    return {key: value for key, value in tensors.items() if key.startswith(("up", "smoothing."))}
+    return {key: value for key, value in tensors.items() if key.startswith(("up", "first."))}

@@ -3,16 +3,17 @@
 from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.implicit import ImplicitUpsampler
 from featup_hub.upsamplers.jbu import JBUKernels, JBUStack
+from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
 from featup_hub.upsamplers.sizes import stage_sizes
-from featup_hub.upsamplers.smoothing import CellSmoothing
 from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = [
-    "CellSmoothing",
     "FoldedHead",
     "ImplicitUpsampler",
     "JBUKernels",
     "JBUStack",
     "JBUStage",
+    "JointBilateralStage",
+    "JointKernels",
     "stage_sizes",
 ]

@@ -48,6 +48,7 @@ class FoldedHead(nn.Module):
         plan = stack._plan((source.shape[2], source.shape[3]), guidance, size)
         source, bias = stack._before(source)
         source = F.conv2d(source, self.head.weight)
+        source = stack._pass_first(source, guidance, size, impl)
         if bias is not None:
             bias = self.head.weight.flatten(1) @ bias
         if self.head.bias is not None:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
 from featup_hub.ops.jbu import _without_autocast
 from featup_hub.upsamplers.head import FoldedHead
+from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.sizes import stage_sizes
-from featup_hub.upsamplers.smoothing import CellSmoothing
 from featup_hub.upsamplers.stage import JBUStage, pass_stages
 
 __all__ = ["JBUKernels", "JBUStack"]
@@ -36,12 +36,13 @@ class JBUKernels:
 
     Attributes:
         source_size: Height and width of the features the kernels were planned for.
-        stages: Kernels of each stage, (B, D², H, W), first to last; those of the smoothing, where
-            there is one, before them.
+        stages: Kernels of each learned stage, (B, D², H, W), first to last.
+        first: Kernels of the joint bilateral stage before them, where there is one.
     """
 
     source_size: tuple[int, int]
     stages: tuple[Tensor, ...]
+    first: JointKernels | None = None
 
 
 class JBUStack(Pretrained):
@@ -68,9 +69,8 @@ class JBUStack(Pretrained):
         radius: Reach of the kernels.
         dropout: Chance of dropping a hidden channel while training; twice that for a feature
             channel before the closing convolution.
-        smooth: Whether cells are averaged with neighbours that look alike before they are
-            upsampled, see :class:`~featup_hub.upsamplers.CellSmoothing`: for features that are
-            noisy, or classifiers that are.
+        joint_first: Whether the first stage passed is a :class:`JointBilateralStage`, in place of
+            the learned one: for noisy features, and for classifiers that are fitted to cells.
 
     Example:
         >>> upsampler = JBUStack().eval()
@@ -88,7 +88,7 @@ class JBUStack(Pretrained):
         key_dim: int = 32,
         radius: int = 3,
         dropout: float = 0.1,
-        smooth: bool = False,
+        joint_first: bool = False,
     ) -> None:
         super().__init__()
         if num_stages < 1:
@@ -99,8 +99,8 @@ class JBUStack(Pretrained):
         self.key_dim = key_dim
         self.radius = radius
         self.dropout = dropout
-        self.smooth = smooth
-        self.smoothing = CellSmoothing(radius) if smooth else None
+        self.joint_first = joint_first
+        self.first = JointBilateralStage(radius) if joint_first else None
         for index in range(num_stages):
             stage = JBUStage(guidance_dim, key_dim, radius, dropout=dropout)
             self.add_module(f"up{index + 1}", stage)
@@ -111,7 +111,7 @@ class JBUStack(Pretrained):
 
     @classmethod
     def fitting(cls, tensors: Mapping[str, Tensor]) -> JBUStack:
-        """Makes a stack that tensors of a file fit: stages, channels, smoothing.
+        """Makes a stack that tensors of a file fit: their stages, their channels.
 
         Args:
             tensors: By the names of a ``state_dict``, such as ``up1.range_temp``.
@@ -128,7 +128,7 @@ class JBUStack(Pretrained):
             return cls(
                 closing.shape[0] if closing is not None and closing.dim() == 4 else None,
                 num_stages=count or 4,
-                smooth=any(name.startswith("smoothing.") for name in tensors),
+                joint_first=any(name.startswith("first.") for name in tensors),
             )
 
     def stages(self, count: int) -> list[JBUStage]:
@@ -161,6 +161,7 @@ class JBUStack(Pretrained):
         """
         self._check(source, guidance)
         plan = self._plan(_size(source), guidance, size)
+        source = self._pass_first(source, guidance, size, impl)
         if impl == "reference":
             for stage, pooled in plan:
                 source = stage(source, pooled, impl=impl)
@@ -190,7 +191,8 @@ class JBUStack(Pretrained):
         """
         plan = self._plan(source_size, guidance, size)
         kernels = tuple(stage.kernel(pooled, impl=impl) for stage, pooled in plan)
-        return JBUKernels(source_size=source_size, stages=kernels)
+        first = self._first_kernels(source_size, guidance, size)
+        return JBUKernels(source_size=source_size, stages=kernels, first=first)
 
     def upsample(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
@@ -210,6 +212,8 @@ class JBUStack(Pretrained):
         """
         self._check_kernels(source, kernels)
         source, bias = self._before(source)
+        if self.first is not None and kernels.first is not None:
+            source = self.first(source, kernels.first, impl=impl)
         return pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
 
     def pyramid(
@@ -223,7 +227,7 @@ class JBUStack(Pretrained):
             impl: Who computes.
 
         Returns:
-            One map more than there are kernels, the last being that of :meth:`upsample`. The
+            One map more than there are stages, the last being that of :meth:`upsample`. The
             closing convolution, where there is one, is in all of them.
 
         Raises:
@@ -239,6 +243,8 @@ class JBUStack(Pretrained):
         self._check_kernels(source, kernels)
         source, bias = self._before(source)
         levels = [source]
+        if self.first is not None and kernels.first is not None:
+            levels.append(self.first(source, kernels.first, impl=impl))
         for kernel in kernels.stages:
             levels.append(jbu_apply(levels[-1], kernel, impl=impl))
         return levels if bias is None else [level + bias[:, None, None] for level in levels]
@@ -271,16 +277,39 @@ class JBUStack(Pretrained):
 
     def _plan(
         self, source_size: tuple[int, int], guidance: Tensor, size: tuple[int, int] | None
-    ) -> list[tuple[JBUStage | CellSmoothing, Tensor]]:
+    ) -> list[tuple[JBUStage, Tensor]]:
         """Pairs every stage to pass with its guidance, pooled in float32 or better."""
         sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
+        if self.first is not None:
+            sizes = sizes[1:]
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
             pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
-            plan = list(zip(self.stages(len(sizes)), pooled, strict=True))
-            if self.smoothing is None:
-                return [*plan]
-            return [(self.smoothing, self.smoothing.guidance(guidance, source_size)), *plan]
+        return list(zip(self.stages(len(sizes)), pooled, strict=True))
+
+    def _first_kernels(
+        self, source_size: tuple[int, int], guidance: Tensor, size: tuple[int, int] | None
+    ) -> JointKernels | None:
+        """Returns the kernels of the joint bilateral stage, where there is one to pass."""
+        sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
+        if self.first is None or not sizes:
+            return None
+        guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
+        with _without_autocast(guidance.device):
+            return self.first.kernels(guidance, source_size, sizes[0])
+
+    def _pass_first(
+        self,
+        source: Tensor,
+        guidance: Tensor,
+        size: tuple[int, int] | None,
+        impl: Implementation,
+    ) -> Tensor:
+        """Passes the joint bilateral stage, where there is one, to where the plan begins."""
+        kernels = self._first_kernels(_size(source), guidance, size)
+        if self.first is None or kernels is None:
+            return source
+        return cast(Tensor, self.first(source, kernels, impl=impl))
 
     def _check_kernels(self, source: Tensor, kernels: JBUKernels) -> None:
         if _size(source) != kernels.source_size:

@@ -17,7 +17,6 @@ from torch import Tensor
 from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.tables import bicubic_row
 from featup_hub.upsamplers.jbu import JBUStack
-from featup_hub.upsamplers.smoothing import CellSmoothing
 from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = ["upsample_tiled"]
@@ -65,7 +64,8 @@ def upsample_tiled(
         size: Height and width wanted; default: the guidance's own.
         out: Where to write, (B, C, *size), such as ``torch.from_numpy`` of a memory-mapped file;
             default: new memory on the source's device.
-        max_bytes: Memory to work with, besides inputs and output.
+        max_bytes: Memory to work with, besides inputs and output, and what the joint bilateral
+            stage makes of the source, where there is one.
         impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
     Returns:
@@ -87,6 +87,7 @@ def upsample_tiled(
     with torch.no_grad():
         plan = upsampler._plan((source.shape[2], source.shape[3]), guidance, size)
         source, bias = upsampler._before(source)
+        source = upsampler._pass_first(source, guidance, size, impl)
         height, width = size or (guidance.shape[2], guidance.shape[3])
         shape = (*source.shape[:2], height, width)
         if out is None:
@@ -109,7 +110,7 @@ def upsample_tiled(
 def _fill(
     tile: Tensor,
     source: Tensor,
-    plan: list[tuple[JBUStage | CellSmoothing, Tensor]],
+    plan: list[tuple[JBUStage, Tensor]],
     wanted: tuple[slice, slice],
     radius: int,
     impl: Implementation,

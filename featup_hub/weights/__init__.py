@@ -6,16 +6,13 @@ Files are safetensors, their digest is checked on every load, and they fit exact
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from featup_hub.registry import UPSAMPLERS, WeightFile
 from featup_hub.weights.files import digest, existing, load_into, metadata, read, write
 from featup_hub.weights.hub import cached_digest, check_name, download
 from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream, split_norm
-
-if TYPE_CHECKING:
-    from featup_hub.registry import WeightFile
 
 __all__ = [
     "ConvertedCheckpoint",
@@ -40,7 +37,8 @@ def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tenso
 
     Args:
         file: Row of the registry.
-        path: A file of the user's own to read in its place; the row's digest does not apply.
+        path: A file of the user's own to read in its place, to which the row's digest does not
+            apply; or the name of a shipped upsampler.
 
     Returns:
         Tensors by name.
@@ -50,6 +48,7 @@ def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tenso
         ValueError: If the file is damaged or not the one the row names.
         RuntimeError: If the file is nowhere to be had.
     """
+    file, path = _named(file, path)
     found = resolve(file, path=path)
     if path is not None:
         return read(found)
@@ -61,7 +60,7 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
 
     Args:
         file: Row of the registry.
-        path: A file of the user's own to take in its place.
+        path: A file of the user's own to take in its place, or the name of a shipped upsampler.
 
     Returns:
         An existing file.
@@ -71,6 +70,7 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
         ValueError: If ``path`` is a folder, or the row's file name leads out of its own.
         RuntimeError: If the file is nowhere to be had.
     """
+    file, path = _named(file, path)
     if path is not None:
         return existing(path)
     check_name("file", file.filename)
@@ -84,6 +84,12 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
             )
         return shipped
     return download(file.repo_id, file.filename, revision=file.revision, sha256=file.sha256)
+
+
+def _named(file: WeightFile, path: str | Path | None) -> tuple[WeightFile, str | Path | None]:
+    """Returns the row and the path to take, where ``path`` may be a name of the registry."""
+    shipped = UPSAMPLERS.get(str(path))
+    return (file, path) if shipped is None else (shipped, None)
 
 
 def shipped_folder() -> Path:

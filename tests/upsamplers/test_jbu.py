@@ -186,10 +186,11 @@ def test_a_pyramid_holds_what_each_stage_makes(feat_dim: int | None) -> None:
 @pytest.mark.parametrize("feat_dim", [None, 6])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [None, (3, 4)])
+@pytest.mark.parametrize("joint_first", [False, True])
 def test_a_folded_head_is_the_head_behind_the_upsampler(
-    feat_dim: int | None, bias: bool, size: tuple[int, int] | None
+    feat_dim: int | None, bias: bool, size: tuple[int, int] | None, joint_first: bool
 ) -> None:
-    stack = randomise(JBUStack(feat_dim).double())
+    stack = randomise(JBUStack(feat_dim, joint_first=joint_first).double())
     head = nn.Conv2d(6, 3, 1, bias=bias).double()
     source, image = torch.randn(2, 6, 3, 4).double(), torch.randn(2, 3, 48, 64).double()
     expected = head(stack(source, image, size=size))

@@ -15,9 +15,9 @@ from featup_hub.upsamplers.tiled import upsample_tiled
 from tests.ops.formulations import randomise
 
 
-@pytest.fixture
-def stack() -> JBUStack:
-    return randomise(JBUStack(6)).eval()
+@pytest.fixture(params=[False, True], ids=["learned", "joint"])
+def stack(request: pytest.FixtureRequest) -> JBUStack:
+    return randomise(JBUStack(6, joint_first=request.param)).eval()
 
 
 @pytest.mark.parametrize(
