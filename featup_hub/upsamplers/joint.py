@@ -131,13 +131,13 @@ def _width(sigma: Tensor, like: Tensor) -> Tensor:
 
 def _places(source_size: tuple[int, int], size: tuple[int, int], image: Tensor) -> Tensor:
     """Returns the rows and columns of pixels on the source's grid, (B, 2, *size)."""
+    # Shapes, not lengths, and products before quotients, so that symbolic sizes stay symbolic.
     rows, columns = (
-        (torch.arange(count, device=image.device) + 0.5).to(image) * (cells / count)
+        (torch.arange(count, device=image.device) + 0.5).to(image) * cells / count
         for cells, count in zip(source_size, size, strict=True)
     )
-    grid = torch.stack(
-        [rows[:, None].expand(-1, len(columns)), columns[None].expand(len(rows), -1)]
-    )
+    height, width = size
+    grid = torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)])
     return grid.expand(image.shape[0], -1, -1, -1)
 
 
