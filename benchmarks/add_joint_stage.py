@@ -15,7 +15,7 @@ from featup_hub.weights import metadata, read, write
 
 
 def main() -> None:
-    """Reads, adds five numbers, writes."""
+    """Reads, adds six numbers, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", type=Path)
     parser.add_argument("out", type=Path)

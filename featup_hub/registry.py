@@ -110,7 +110,7 @@ JBU_UNIVERSAL = WeightFile(
 JBU_SMOOTH = WeightFile(
     name="JBU stages for any backbone, the first a joint bilateral one",
     filename="jbu_smooth.safetensors",
-    sha256="a842578f5d87d49587a544811fc12ea36fc58e9cdbf0274f6b02cb67b4d16063",
+    sha256="ae61c58482db471b6acd02d9fc18541e861f84ecb9291565a3349a4c8677cc83",
     licence="MIT",
     data="854 ImageNet photographs, no labels",
 )

@@ -36,8 +36,8 @@ class JBUKernels:
 
     Attributes:
         source_size: Height and width of the features the kernels were planned for.
-        stages: Kernels of each learned stage, (B, D², H, W), first to last.
-        first: Kernels of the joint bilateral stage before them, where there is one.
+        stages: Kernels of each stage, (B, D², H, W), first to last.
+        first: Kernels of the first stage in place of those, where it is a joint bilateral one.
     """
 
     source_size: tuple[int, int]
@@ -69,8 +69,8 @@ class JBUStack(Pretrained):
         radius: Reach of the kernels.
         dropout: Chance of dropping a hidden channel while training; twice that for a feature
             channel before the closing convolution.
-        joint_first: Whether the first stage passed is a :class:`JointBilateralStage`, in place of
-            the learned one: for noisy features, and for classifiers that are fitted to cells.
+        joint_first: Whether the first stage passed has a :class:`JointBilateralStage` beside it:
+            for noisy features, and for classifiers that are fitted to cells.
 
     Example:
         >>> upsampler = JBUStack().eval()
@@ -191,7 +191,7 @@ class JBUStack(Pretrained):
         """
         plan = self._plan(source_size, guidance, size)
         kernels = tuple(stage.kernel(pooled, impl=impl) for stage, pooled in plan)
-        first = self._first_kernels(source_size, guidance, size)
+        first = self._first_kernels(source_size, guidance, size, impl)
         return JBUKernels(source_size=source_size, stages=kernels, first=first)
 
     def upsample(
@@ -278,7 +278,10 @@ class JBUStack(Pretrained):
     def _plan(
         self, source_size: tuple[int, int], guidance: Tensor, size: tuple[int, int] | None
     ) -> list[tuple[JBUStage, Tensor]]:
-        """Pairs every stage to pass with its guidance, pooled in float32 or better."""
+        """Pairs every stage to pass with its guidance, pooled in float32 or better.
+
+        The first is left out where it is a joint bilateral one, see :meth:`_pass_first`.
+        """
         sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
         if self.first is not None:
             sizes = sizes[1:]
@@ -288,7 +291,11 @@ class JBUStack(Pretrained):
         return list(zip(self.stages(len(sizes)), pooled, strict=True))
 
     def _first_kernels(
-        self, source_size: tuple[int, int], guidance: Tensor, size: tuple[int, int] | None
+        self,
+        source_size: tuple[int, int],
+        guidance: Tensor,
+        size: tuple[int, int] | None,
+        impl: Implementation,
     ) -> JointKernels | None:
         """Returns the kernels of the joint bilateral stage, where there is one to pass."""
         sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
@@ -296,7 +303,10 @@ class JBUStack(Pretrained):
             return None
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
-            return self.first.kernels(guidance, source_size, sizes[0])
+            learned = self.stages(len(sizes))[0].kernel(
+                pool_guidance(guidance, sizes[0]), impl=impl
+            )
+            return self.first.kernels(guidance, source_size, learned)
 
     def _pass_first(
         self,
@@ -306,7 +316,7 @@ class JBUStack(Pretrained):
         impl: Implementation,
     ) -> Tensor:
         """Passes the joint bilateral stage, where there is one, to where the plan begins."""
-        kernels = self._first_kernels(_size(source), guidance, size)
+        kernels = self._first_kernels(_size(source), guidance, size, impl)
         if self.first is None or kernels is None:
             return source
         return cast(Tensor, self.first(source, kernels, impl=impl))

@@ -1,9 +1,10 @@
-"""A first stage nobody trains: cells are smoothed, then upsampled by a joint bilateral filter.
+"""A first stage that looks at cells: it smooths them, and helps the learned stage to place them.
 
 The learned stages compare pixels with pixels of one resolution. This one compares a pixel with
 whole cells, which is what a source is made of, and so gives a cell's features to the pixels that
-look like it; and before that it averages cells that look alike, since upsampling sharpens noise,
-too. Kernels come from the image alone and serve every channel, as those of the other stages do.
+look like it; where features change smoothly, the learned stage does better, so the two are
+averaged. Before that, cells that look alike are averaged, since upsampling sharpens noise, too.
+Kernels come from the image alone and serve every channel, as those of the other stages do.
 
 Source: Kopf et al., "Joint Bilateral Upsampling", SIGGRAPH 2007.
 """
@@ -25,19 +26,21 @@ _MIN_WIDTH = 1e-3  # should training bring a width to nothing
 
 
 class JointKernels(NamedTuple):
-    """Kernels of a first stage, which sum to one.
+    """Kernels of a first stage; all but the learned ones sum to one in any case.
 
     Attributes:
         smoothing: One per cell, over cells, (B, D², h, w).
         upsampling: One per pixel, over pixels that have their cell's features, (B, D², H, W).
+        learned: One per pixel, over pixels of the resized source, (B, D², H, W).
     """
 
     smoothing: Tensor
     upsampling: Tensor
+    learned: Tensor
 
 
 class JointBilateralStage(nn.Module):
-    r"""Smooths a source, then upsamples it up to about twice its size.
+    r"""Smooths a source, then upsamples it up to about twice its size, beside a learned stage.
 
     Both filters weight what lies and looks near, :math:`w_{pq} \propto \exp(-|a_p - b_q|^2 / 2)`,
     normalised over the neighbourhood. Smoothing sets :math:`a = b` = (place / σ, mean colour / ρ,
@@ -52,10 +55,12 @@ class JointBilateralStage(nn.Module):
         spread: Weight of the deviation.
         spatial: σ of the upsampling.
         range: ρ of the upsampling.
+        share: Share of the upsampling in the output, beside the learned stage's.
 
     Example:
         >>> stage, image = JointBilateralStage(), torch.randn(1, 3, 64, 96)
-        >>> kernels = stage.kernels(image, (4, 6), (8, 12))
+        >>> learned = torch.full((1, 49, 8, 12), 1 / 49)
+        >>> kernels = stage.kernels(image, (4, 6), learned)
         >>> stage(torch.randn(1, 5, 4, 6), kernels).shape
         torch.Size([1, 5, 8, 12])
     """
@@ -69,6 +74,7 @@ class JointBilateralStage(nn.Module):
         spread: float = 1.0,
         spatial: float = 0.5,
         range: float = 0.25,
+        share: float = 0.5,
     ) -> None:
         super().__init__()
         self.radius = radius
@@ -77,20 +83,20 @@ class JointBilateralStage(nn.Module):
         self.spread = nn.Parameter(torch.tensor(spread))
         self.spatial = nn.Parameter(torch.tensor(spatial))
         self.range = nn.Parameter(torch.tensor(range))
+        self.share = nn.Parameter(torch.tensor(share))
 
-    def kernels(
-        self, image: Tensor, source_size: tuple[int, int], size: tuple[int, int]
-    ) -> JointKernels:
+    def kernels(self, image: Tensor, source_size: tuple[int, int], learned: Tensor) -> JointKernels:
         """Computes both filters.
 
         Args:
             image: The image, (B, G, H, W), float32 or better.
             source_size: Height and width of the source.
-            size: Height and width of the stage's output.
+            learned: Kernels of the learned stage, (B, D², H, W), at the size of the output.
 
         Returns:
             The kernels, in the image's precision.
         """
+        size = (learned.shape[2], learned.shape[3])
         cells = pool_guidance(image, source_size)
         variance = pool_guidance(image.square(), source_size) - cells.square()
         deviation = variance.clamp(min=_MIN_VARIANCE).sqrt()
@@ -105,6 +111,7 @@ class JointBilateralStage(nn.Module):
         return JointKernels(
             smoothing=_kernel(own, own, self.radius),
             upsampling=_kernel(torch.cat(pixels, dim=1), theirs, self.radius),
+            learned=learned,
         )
 
     def forward(
@@ -121,8 +128,10 @@ class JointBilateralStage(nn.Module):
             Features at the size that the kernels were computed for, (B, C, H, W).
         """
         height, width = kernels.upsampling.shape[-2:]
-        source = _repeat(jbu_apply(source, kernels.smoothing, impl=impl), (height, width))
-        return jbu_apply(source, kernels.upsampling, impl=impl)
+        source = jbu_apply(source, kernels.smoothing, impl=impl)
+        placed = jbu_apply(_repeat(source, (height, width)), kernels.upsampling, impl=impl)
+        learned = jbu_apply(source, kernels.learned, impl=impl)
+        return learned + self.share.to(source) * (placed - learned)
 
 
 def _width(sigma: Tensor, like: Tensor) -> Tensor:

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub import load_upsampler
-from featup_hub.ops import jbu_apply
+from featup_hub.ops import jbu_apply, pool_guidance
 from featup_hub.upsamplers import JBUStack, JointBilateralStage, JointKernels, stage_sizes
 from featup_hub.weights import read, shipped_folder, write
 from tests.ops.formulations import randomise
+
+
+def flat(size: tuple[int, int], radius: int = 3, batch: int = 1) -> Tensor:
+    """Kernels of a learned stage that does no more than average."""
+    taps = (2 * radius + 1) ** 2
+    return torch.full((batch, taps, *size), 1 / taps)
 
 
 def halves(side: int, border: int) -> Tensor:
@@ -26,7 +32,7 @@ def halves(side: int, border: int) -> Tensor:
 def test_smoothing_compares_cells_by_place_mean_and_deviation() -> None:
     stage = JointBilateralStage(1, smoothing_spatial=0.9, smoothing_range=0.4, spread=0.7)
     image = torch.rand(1, 3, 20, 30)
-    kernel = stage.kernels(image, (4, 5), (8, 10)).smoothing[0]
+    kernel = stage.kernels(image, (4, 5), flat((8, 10), 1)).smoothing[0]
     patches = image[0].reshape(3, 4, 5, 5, 6).transpose(2, 3).reshape(3, 4, 5, 30)
     mean, deviation = patches.mean(-1), patches.std(-1, correction=0)
 
@@ -44,7 +50,7 @@ def test_smoothing_compares_cells_by_place_mean_and_deviation() -> None:
 def test_upsampling_compares_a_pixel_with_its_neighbours_cells() -> None:
     stage = JointBilateralStage(1, spatial=0.6, range=0.3)
     image = torch.rand(1, 3, 8, 12)
-    kernel = stage.kernels(image, (4, 6), (8, 12)).upsampling[0]
+    kernel = stage.kernels(image, (4, 6), flat((8, 12), 1)).upsampling[0]
     cells = image[0].reshape(3, 4, 2, 6, 2).mean((2, 4))
 
     def weight(y: int, x: int, dy: int, dx: int) -> float:
@@ -64,7 +70,7 @@ def test_upsampling_compares_a_pixel_with_its_neighbours_cells() -> None:
 )
 def test_constants_stay_at_any_size(source: tuple[int, int], size: tuple[int, int]) -> None:
     stage = JointBilateralStage()
-    kernels = stage.kernels(torch.randn(2, 3, 50, 60), source, size)
+    kernels = stage.kernels(torch.randn(2, 3, 50, 60), source, flat(size, batch=2))
     assert all((kernel >= 0).all() for kernel in kernels)
     for impl in ("torch", "reference"):
         output = stage(torch.ones(2, 5, *source), kernels, impl=impl)
@@ -73,7 +79,7 @@ def test_constants_stay_at_any_size(source: tuple[int, int], size: tuple[int, in
 
 def test_noise_is_averaged_within_an_object_and_not_across_its_border() -> None:
     stage = JointBilateralStage(smoothing_spatial=1.5)
-    kernel = stage.kernels(halves(160, 88), (10, 10), (20, 20)).smoothing
+    kernel = stage.kernels(halves(160, 88), (10, 10), flat((20, 20))).smoothing
     side = (torch.arange(10) > 5).float().expand(1, 1, 10, 10)
     noisy = side + 0.1 * torch.randn(1, 64, 10, 10)
     smoothed = jbu_apply(noisy, kernel)
@@ -90,7 +96,7 @@ def test_a_cell_that_an_edge_crosses_keeps_to_itself() -> None:
     own = {}
     for spread in (0.0, 1.0):
         stage = JointBilateralStage(1, spread=spread)
-        own[spread] = stage.kernels(image, (3, 3), (6, 6)).smoothing[0, 4, 1, 1].item()
+        own[spread] = stage.kernels(image, (3, 3), flat((6, 6), 1)).smoothing[0, 4, 1, 1].item()
     assert own[0.0] < 0.5 < 0.9 < own[1.0]
 
 
@@ -98,8 +104,8 @@ def test_pixels_take_the_features_of_cells_that_look_like_them() -> None:
     source = (
         (torch.arange(6) > 2).float().expand(1, 1, 6, 6)
     )  # the fourth cell: one, but half black
-    stage = JointBilateralStage()
-    output = stage(source, stage.kernels(halves(96, 56), (6, 6), (12, 12)))[0, 0, 6]
+    stage = JointBilateralStage(share=1.0)
+    output = stage(source, stage.kernels(halves(96, 56), (6, 6), flat((12, 12))))[0, 0, 6]
     assert output[6] < 0.1  # its black half
     assert output[7] > 0.9  # its white half
 
@@ -114,7 +120,9 @@ def test_a_stack_goes_on_with_the_stages_that_are_left() -> None:
     for source_size, size in (((3, 4), (48, 64)), ((2, 3), (64, 90)), ((5, 5), (9, 10))):
         source, image = torch.randn(2, 5, *source_size).double(), torch.randn(2, 3, *size).double()
         between = stage_sizes(source_size, size)[0]
-        doubled = joint.first(source, joint.first.kernels(image, source_size, between))
+        count = len(stage_sizes(source_size, size))
+        own = learned.stages(count)[0].kernel(pool_guidance(image, between))
+        doubled = joint.first(source, joint.first.kernels(image, source_size, own))
         expected = learned(doubled, image) if between != size else doubled
         for impl in ("torch", "reference"):
             torch.testing.assert_close(joint(source, image, impl=impl), expected)
@@ -138,7 +146,7 @@ class Applied(nn.Module):
         self.stage, self.image = stage, image
 
     def forward(self, source: Tensor) -> Tensor:
-        kernels = self.stage.kernels(self.image, (3, 4), (5, 8))
+        kernels = self.stage.kernels(self.image, (3, 4), flat((5, 8), 1).double())
         output: Tensor = self.stage(source, kernels)
         return output
 
@@ -156,11 +164,26 @@ def test_gradients_are_right() -> None:
     assert torch.autograd.gradcheck(output, [x.detach().requires_grad_() for x in inputs])
 
 
+def test_the_share_decides_between_it_and_the_learned_stage() -> None:
+    image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
+    learned = torch.randn(1, 49, 8, 8)
+    outputs = {}
+    for share in (0.0, 0.3, 1.0):
+        stage = JointBilateralStage(share=share)
+        kernels = stage.kernels(image, (4, 4), learned)
+        outputs[share] = stage(source, kernels)
+    smoothed = jbu_apply(source, kernels.smoothing)
+    torch.testing.assert_close(outputs[0.0], jbu_apply(smoothed, learned))
+    assert (outputs[1.0] - outputs[0.0]).abs().max() > 0.1
+    mixed = 0.3 * outputs[1.0] + 0.7 * outputs[0.0]
+    torch.testing.assert_close(outputs[0.3], mixed, rtol=1e-4, atol=1e-5)
+
+
 def test_widths_of_nothing_repeat_cells() -> None:
     nothing = dict.fromkeys(("smoothing_spatial", "smoothing_range", "spatial"), 0.0)
-    stage = JointBilateralStage(**nothing, range=1e3)
+    stage = JointBilateralStage(**nothing, range=1e3, share=1.0)
     source = torch.randn(1, 3, 4, 5)
-    output = stage(source, stage.kernels(torch.randn(1, 3, 40, 50), (4, 5), (8, 10)))
+    output = stage(source, stage.kernels(torch.randn(1, 3, 40, 50), (4, 5), flat((8, 10))))
     expected = source.repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(output, expected)
 
