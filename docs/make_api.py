@@ -14,7 +14,13 @@ PAGE = Path(__file__).with_name("api.md")
 # Modules and the public names of each that people call; None: all.
 MODULES: dict[str, tuple[str, ...] | None] = {
     "featup_hub": None,
-    "featup_hub.upsamplers": ("JBUKernels", "FoldedHead", "stage_sizes"),
+    "featup_hub.upsamplers": (
+        "JBUKernels",
+        "FoldedHead",
+        "JointBilateralStage",
+        "JointKernels",
+        "stage_sizes",
+    ),
     "featup_hub.upsamplers.tiled": ("upsample_tiled",),
     "featup_hub.upsamplers.baselines": None,
     "featup_hub.ops": ("jbu_kernel", "jbu_apply"),

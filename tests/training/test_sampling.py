@@ -61,13 +61,17 @@ CONFIG = JBUTrainingConfig(
 )
 
 
+@pytest.mark.parametrize("joint_first", [False, True])
 @pytest.mark.parametrize("downsampler", ["attention", "simple"])
-def test_a_training_step_has_no_operation_without_a_deterministic_form(stem, downsampler):
+def test_a_training_step_has_no_operation_without_a_deterministic_form(
+    stem, downsampler, joint_first
+):
     config = replace(CONFIG, downsampler=downsampler)
     source = TrainingSource(stem, downsampler=downsampler, window=config.window)
     rgb = torch.rand(2, 3, 32, 48, generator=seeded(8))
     with Recorder() as recorder:
-        terms = consistency_loss(JBUStack(), source, rgb, (40, 56), config, seeded(3))
+        stack = JBUStack(joint_first=joint_first)
+        terms = consistency_loss(stack, source, rgb, (40, 56), config, seeded(3))
         terms["loss"].backward()
     assert {"jbu_apply_backward", "jbu_kernel_backward", "index_select"} <= recorder.names
     assert not recorder.names & REFUSED
