@@ -1,7 +1,7 @@
 """Scores upsamplers side by side on CamVid and NYU, with the settings of RESULTS.md.
 
-    python -m benchmarks.evaluate weights/x.safetensors           # point oracle, under a minute
-    python -m benchmarks.evaluate weights/x.safetensors --full    # every protocol, hours
+    python -m benchmarks.evaluate jbu_universal             # point oracle, under a minute
+    python -m benchmarks.evaluate mine.safetensors --full   # every protocol, hours
 
 Sums are kept in the cache: a run that was stopped goes on, another upsampler joins old ones.
 

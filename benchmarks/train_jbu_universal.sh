@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains weights/jbu_universal.safetensors again. One core, about 80 minutes; stopped, it resumes.
+# Trains weights/jbu_universal.safetensors and jbu_smooth.safetensors again. One core, about 80
+# minutes; stopped, it resumes.
 #
 #   bash benchmarks/train_jbu_universal.sh PHOTOS VIT [FOLDER]
 #
@@ -28,3 +29,6 @@ phase "$out/third" --seed 1 \
     --backbones efficientnet_lite0_stride32 efficientnet_lite0_stride32 efficientnet_lite0 "$vit" \
     --steps 300 --image-size 224 --region-weight 0.3 --region-field 1 --lr 0.003 \
     --start "$out/second/jbu.safetensors"
+
+# weights/jbu_smooth.safetensors is the first phase behind a stage that is not trained.
+python -m benchmarks.add_joint_stage "$out/first/jbu.safetensors" "$out/jbu_smooth.safetensors"

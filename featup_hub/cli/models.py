@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from featup_hub.ops import implementations
-from featup_hub.registry import MODELS, ModelCard, WeightFile
+from featup_hub.registry import MODELS, UPSAMPLERS, ModelCard, WeightFile
 
 __all__ = ["add_parser"]
 
@@ -51,6 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     print()
     for place in sorted({row["weights"] for row in rows}, key=list(_PLACES).index):
         print(f"{place}: {_PLACES[place]}")
+    print(f"--weights takes a file, or the name of a shipped upsampler: {', '.join(UPSAMPLERS)}")
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
         print(f"{', '.join(row['name'] for row in rows if row['note'] == note)}: {note}")
     return 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from featup_hub import load_upsampler
 from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.upsamplers import JBUStack
 from featup_hub.weights import write
@@ -83,6 +84,16 @@ def test_a_head_before_inside_and_after_are_one(file, inputs):
     results = [c.project(*inputs, SIZE, weight) for c in (before, inside, after)]
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
     assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("name", ["jbu_universal", "jbu_smooth", "jbu_smooth@unit"])
+def test_shipped_upsamplers_are_found_by_their_names(name, inputs):
+    found = candidate(name)
+    assert (found.name, found.head) == (name, "before")
+    assert found.identity
+    own = load_upsampler(weights=name.removesuffix("@unit")).requires_grad_(False)
+    # Shipped kernels sum to one as they are.
+    torch.testing.assert_close(found(*inputs, SIZE), own(*inputs, size=SIZE), rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_upsampler_is_refused():
