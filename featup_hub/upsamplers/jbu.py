@@ -36,8 +36,9 @@ class JBUKernels:
 
     Attributes:
         source_size: Height and width of the features the kernels were planned for.
-        stages: Kernels of each stage, (B, D², H, W), first to last.
-        first: Kernels of the first stage in place of those, where it is a joint bilateral one.
+        stages: Kernels of each stage, (B, D², H, W), first to last; without the first stage where
+            that is a joint bilateral one.
+        first: The kernels of that one; None where all stages are learned.
     """
 
     source_size: tuple[int, int]
