@@ -143,4 +143,4 @@ def test_the_command_starts_from_the_stages_it_is_told(
         base = ImplicitUpsampler.load(out).base
         assert base is not None
         assert min(base.shape[-2:]) == 32
-    assert told == [None, "mine.safetensors"]
+    assert told == ["jbu_universal", "mine.safetensors"]
