@@ -328,6 +328,11 @@ class JBUStack(Pretrained):
                 f"these kernels are for features of size {kernels.source_size}; "
                 f"got {_size(source)}; compute kernels(guidance, {_size(source)})"
             )
+        if self.first is None and kernels.first is not None:
+            raise ValueError(
+                "this stack's first stage is a learned one; got kernels of a joint bilateral one; "
+                "compute them with this stack's own kernels()"
+            )
 
     def _check(self, source: Tensor, guidance: Tensor) -> None:
         if guidance.dim() != 4 or guidance.shape[1] != self.guidance_dim:

@@ -138,6 +138,14 @@ def test_a_stack_goes_on_with_the_stages_that_are_left() -> None:
     assert torch.equal(joint(alike, torch.randn(1, 3, 6, 7).double()), alike)  # nothing to do
 
 
+def test_kernels_of_a_joint_stage_are_refused_where_there_is_none() -> None:
+    image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
+    kernels = JBUStack(joint_first=True).eval().kernels(image, (4, 4))
+    for use in (JBUStack().eval().upsample, JBUStack().eval().pyramid):
+        with pytest.raises(ValueError, match="first stage is a learned one; got kernels of a joint"):
+            use(source, kernels)
+
+
 class Applied(nn.Module):
     """The stage as a function of its parameters."""
 
