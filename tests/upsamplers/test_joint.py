@@ -142,7 +142,7 @@ def test_kernels_of_a_joint_stage_are_refused_where_there_is_none() -> None:
     image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
     kernels = JBUStack(joint_first=True).eval().kernels(image, (4, 4))
     for use in (JBUStack().eval().upsample, JBUStack().eval().pyramid):
-        with pytest.raises(ValueError, match="first stage is a learned one; got kernels of a joint"):
+        with pytest.raises(ValueError, match="got kernels of a joint bilateral one"):
             use(source, kernels)
 
 
