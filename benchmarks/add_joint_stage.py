@@ -1,8 +1,11 @@
-"""Puts a joint bilateral stage, at its defaults, before the stages of a weights file.
+"""Puts a joint bilateral stage, which is not trained, before the stages of a weights file.
 
-For ``weights/jbu_smooth.safetensors``::
+For ``weights/jbu_smooth.safetensors``, and for what ``weights/jbu_universal.safetensors`` is
+trained from at last (``train_jbu_universal.sh``)::
 
-    python -m benchmarks.add_joint_stage STAGES.safetensors weights/jbu_smooth.safetensors
+    python -m benchmarks.add_joint_stage FIRST.safetensors weights/jbu_smooth.safetensors
+    python -m benchmarks.add_joint_stage THIRD.safetensors joint.safetensors \
+        --smoothing-spatial 0 --share 0.3
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from featup_hub.weights import metadata, read, write
 
 
 def main() -> None:
-    """Reads, adds six numbers, writes."""
+    """Reads, adds the stage, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--smoothing-spatial", type=float, default=1.5, help="0: no smoothing")
+    parser.add_argument("--share", type=float, default=0.75, help="beside the learned stage")
     chosen = parser.parse_args()
-    first = JointBilateralStage().state_dict()
+    first = JointBilateralStage(
+        smoothing_spatial=chosen.smoothing_spatial, share=chosen.share
+    ).state_dict()
     tensors = read(chosen.stages) | {f"first.{key}": value for key, value in first.items()}
     notes = metadata(chosen.stages) | {"architecture": "JBUStack(feat_dim=None, joint_first=True)"}
     write(tensors, chosen.out, metadata=notes)

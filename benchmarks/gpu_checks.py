@@ -264,7 +264,7 @@ def offsets(session: Session) -> list[Row]:
 
 def _stack_case(session: Session) -> tuple[JBUStack, Tensor, Tensor, Tensor]:
     """Makes a stack, inputs, and what the definition in float64 makes of them."""
-    stack = JBUStack(num_stages=2).eval().to(session.device)
+    stack = JBUStack(num_stages=2, joint_first=True).eval().to(session.device)
     source, image = session.normal(1, 20, 7, 9), session.normal(1, 3, 28, 36)
     with torch.no_grad():
         expected = stack.double()(source.double(), image.double(), impl="reference")

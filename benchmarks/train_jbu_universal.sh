@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains weights/jbu_universal.safetensors and jbu_smooth.safetensors again. One core, about 80
+# Trains weights/jbu_universal.safetensors and jbu_smooth.safetensors again. One core, about 90
 # minutes; stopped, it resumes.
 #
 #   bash benchmarks/train_jbu_universal.sh PHOTOS VIT [FOLDER]
@@ -8,7 +8,8 @@
 # of timm's vit_small_patch14_dinov2, FOLDER where the runs go.
 #
 # First with constant regions, to find edges; then with smooth fields in them, to learn what to do
-# between edges; last with less of both, on larger crops, half of them at stride 32.
+# between edges; then with less of both, on larger crops, half of them at stride 32; last again,
+# with a joint bilateral stage beside the first.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 photos=${1:?a folder of photographs is needed, and a file of vit_small_patch14_dinov2}
@@ -30,5 +31,12 @@ phase "$out/third" --seed 1 \
     --steps 300 --image-size 224 --region-weight 0.3 --region-field 1 --lr 0.003 \
     --start "$out/second/jbu.safetensors"
 
-# weights/jbu_smooth.safetensors is the first phase behind a stage that is not trained.
+# weights/jbu_smooth.safetensors is the first phase behind a stage that is not trained; in
+# weights/jbu_universal.safetensors that stage does not smooth, and a fourth phase trains all.
 python -m benchmarks.add_joint_stage "$out/first/jbu.safetensors" "$out/jbu_smooth.safetensors"
+python -m benchmarks.add_joint_stage "$out/third/jbu.safetensors" "$out/joint.safetensors" \
+    --smoothing-spatial 0 --share 0.3
+phase "$out/fourth" --seed 2 \
+    --backbones efficientnet_lite0_stride32 efficientnet_lite0_stride32 efficientnet_lite0 "$vit" \
+    --steps 300 --image-size 224 --region-weight 0.3 --region-field 1 --lr 0.003 \
+    --start "$out/joint.safetensors"

@@ -102,15 +102,15 @@ class ModelCard:
 JBU_UNIVERSAL = WeightFile(
     name="JBU stages for any backbone",
     filename="jbu_universal.safetensors",
-    sha256="e563c116ef9e16dc3ed6bf8419c908ab973087fe17736cb74325df001d4a0c0c",
+    sha256="360520f16c281b7d7a6a530b1c0ac75e72e79dc4d05e82aaffe5df7676588414",
     licence="MIT",
     data="854 ImageNet photographs, no labels",
 )
 
 JBU_SMOOTH = WeightFile(
-    name="JBU stages for any backbone, the first a joint bilateral one",
+    name="JBU stages for any backbone, behind a smoothing of cells",
     filename="jbu_smooth.safetensors",
-    sha256="ae61c58482db471b6acd02d9fc18541e861f84ecb9291565a3349a4c8677cc83",
+    sha256="e2778c10627f328718542e8cfb3575949d397f5a4b26e5256fc439b502c9984b",
     licence="MIT",
     data="854 ImageNet photographs, no labels",
 )

@@ -125,7 +125,9 @@ def _stack(path: Path, *, unit_sum: bool) -> Callable[[Tensor, Tensor, tuple[int
             return stack(source, image, size=size)
         kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]), size=size)
         stages = tuple(_unit_sum(kernel) for kernel in kernels.stages)
-        first = kernels.first and kernels.first._replace(learned=_unit_sum(kernels.first.learned))
+        first = kernels.first
+        if first is not None:
+            first = first._replace(learned=tuple(_unit_sum(kernel) for kernel in first.learned))
         return stack.upsample(source, replace(kernels, stages=stages, first=first))
 
     return upsample

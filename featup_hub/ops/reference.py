@@ -104,8 +104,14 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         The pooled image, (B, C, *size).
     """
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
+    return image if tuple(image.shape[-2:]) == tuple(size) else pool_any_guidance(image, size)
+
+
+def pool_any_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Does what :func:`pool_guidance` does, without asking whether there is anything to do.
+
+    The question would bind a program with symbolic sizes to the answer of its example.
+    """
     rows = _pooling_matrix(image.shape[-2], size[0], image)
     columns = _pooling_matrix(image.shape[-1], size[1], image)
     return torch.matmul(torch.matmul(rows, image), columns.t())

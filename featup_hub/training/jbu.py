@@ -127,14 +127,16 @@ class _Run:
         # Modules draw their first weights from the global generator, which is put back after.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.stack = JBUStack(dropout=config.dropout)
+            start = read(config.start) if config.start else {}
+            joint = any(name.startswith("first.") for name in start)
+            self.stack = JBUStack(dropout=config.dropout, joint_first=joint)
             self.sources = nn.ModuleDict()
             for index, backbone in enumerate(backbones.values()):
                 self.sources[str(index)] = TrainingSource(
                     backbone.to(config.device), downsampler=config.downsampler, window=config.window
                 )
         if config.start:
-            load_into(self.stack, read(config.start), origin=config.start)
+            load_into(self.stack, start, origin=config.start)
         if config.unit_sum:
             make_unit_sum(self.stack)
         self.stack.train().to(config.device)
@@ -258,8 +260,9 @@ class _Run:
         # Files are named, not located: the weights travel, the folders do not.
         config["backbones"] = [_without_folder(name) for name in self.config.backbones]
         config["start"] = _without_folder(self.config.start)
+        joint = ", joint_first=True" if self.stack.joint_first else ""
         notes = {
-            "architecture": "JBUStack(feat_dim=None)",
+            "architecture": f"JBUStack(feat_dim=None{joint})",
             "config": json.dumps(config),
             "seed": str(self.config.seed),
             "photos": str(photos),

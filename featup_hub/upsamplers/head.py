@@ -45,10 +45,10 @@ class FoldedHead(nn.Module):
         """Returns the head's outputs at the size wanted, (B, K, H, W)."""
         stack = self.upsampler
         stack._check(source, guidance)
-        plan = stack._plan((source.shape[2], source.shape[3]), guidance, size)
+        first, plan = stack._plan((source.shape[2], source.shape[3]), guidance, size, impl)
         source, bias = stack._before(source)
         source = F.conv2d(source, self.head.weight)
-        source = stack._pass_first(source, guidance, size, impl)
+        source = stack._pass_first(source, first, impl)
         if bias is not None:
             bias = self.head.weight.flatten(1) @ bias
         if self.head.bias is not None:

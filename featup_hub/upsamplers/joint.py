@@ -1,117 +1,165 @@
 """A first stage that looks at cells: it smooths them, and helps the learned stage to place them.
 
-The learned stages compare pixels with pixels of one resolution. This one compares a pixel with
-whole cells, which is what a source is made of, and so gives a cell's features to the pixels that
-look like it; where features change smoothly, the learned stage does better, so the two are
-averaged. Before that, cells that look alike are averaged, since upsampling sharpens noise, too.
-Kernels come from the image alone and serve every channel, as those of the other stages do.
+The learned stages compare pixels with pixels of one resolution. This one compares whole
+distributions of colours: of a source's cells with one another, so that those of one object are
+averaged, since upsampling sharpens noise, too; and of a pixel with the cells around it, so that it
+takes the features of those it could be part of. Where features change smoothly, the learned stage
+does better, so the two are averaged. Kernels come from the image alone and serve every channel, as
+those of the other stages do.
 
-Source: Kopf et al., "Joint Bilateral Upsampling", SIGGRAPH 2007.
+Sources: Kopf et al., "Joint Bilateral Upsampling", SIGGRAPH 2007; Smola et al., "A Hilbert Space
+Embedding for Distributions", ALT 2007; Rahimi and Recht, "Random Features for Large-Scale Kernel
+Machines", NIPS 2007.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
+from featup_hub.ops.reference import pool_any_guidance
 
 __all__ = ["JointBilateralStage", "JointKernels"]
 
-_MIN_VARIANCE = 1e-6  # of a plain cell, where the root has no slope
-_MIN_WIDTH = 1e-3  # should training bring a width to nothing
+_MIN_WIDTH = 1e-3  # a width of nothing compares a place with none but itself
+_FINER = 2  # times the output: where colours are embedded; finer is no better, and costs memory
 
 
 class JointKernels(NamedTuple):
-    """Kernels of a first stage; all but the learned ones sum to one in any case.
+    """Kernels of a joint bilateral stage; all but the learned ones sum to one in any case.
 
     Attributes:
         smoothing: One per cell, over cells, (B, D², h, w).
-        upsampling: One per pixel, over pixels that have their cell's features, (B, D², H, W).
-        learned: One per pixel, over pixels of the resized source, (B, D², H, W).
+        upsampling: Of each pass, one per pixel, over pixels that have their cell's features,
+            (B, D², H, W).
+        learned: Of each pass, one per pixel, over pixels of the resized source, (B, D², H, W).
     """
 
     smoothing: Tensor
-    upsampling: Tensor
-    learned: Tensor
+    upsampling: tuple[Tensor, ...]
+    learned: tuple[Tensor, ...]
 
 
 class JointBilateralStage(nn.Module):
-    r"""Smooths a source, then upsamples it up to about twice its size, beside a learned stage.
+    r"""Smooths a source, then upsamples it by about two in each pass, beside a learned stage.
 
-    Both filters weight what lies and looks near, :math:`w_{pq} \propto \exp(-|a_p - b_q|^2 / 2)`,
-    normalised over the neighbourhood. Smoothing sets :math:`a = b` = (place / σ, mean colour / ρ,
-    spread · deviation / ρ) of cells, the deviation so that a cell that an edge crosses keeps to
-    itself. Upsampling compares a pixel's (place / σ, colour / ρ) with those of its neighbours'
-    cells. Places are in cells, colours in units of the normalised image.
+    Every colour x has an embedding :math:`\phi(x) = \sqrt{2/E} \cos(\Omega x + \beta)`, and a cell
+    or pixel the mean :math:`\mu` of its colours' embeddings. Distances of means are distances of
+    distributions: two cells of one mean colour differ if an edge crosses one of them. Both filters
+    weight what lies and looks near,
+    :math:`w_{pq} \propto \exp(-|p - q|^2 / 2\sigma^2 - |\mu_p - \mu_q|^2 / 2\tau^2)`, normalised
+    over the neighbourhood. Smoothing compares cells with cells; upsampling compares a pixel of the
+    output with its neighbours' cells. Places are in cells.
 
     Args:
+        guidance_dim: Channels of the image.
         radius: Reach of both filters, in cells and in pixels of the output.
-        smoothing_spatial: σ of the smoothing: its strength.
-        smoothing_range: ρ of the smoothing.
-        spread: Weight of the deviation.
+        embedding_dim: Length E of an embedding.
+        smoothing_spatial: σ of the smoothing, its strength; with 0 there is none.
+        smoothing_range: τ of the smoothing, of a cell's distribution: from 0 (alike) to √2.
         spatial: σ of the upsampling.
-        range: ρ of the upsampling.
+        range: τ of the upsampling.
         share: Share of the upsampling in the output, beside the learned stage's.
+        bandwidth: What counts as another colour, in units of the normalised image: the deviation
+            of the Gaussian kernel that embeddings stand for. Decides Ω and β, which can be
+            trained like all parameters.
 
     Example:
         >>> stage, image = JointBilateralStage(), torch.randn(1, 3, 64, 96)
         >>> learned = torch.full((1, 49, 8, 12), 1 / 49)
-        >>> kernels = stage.kernels(image, (4, 6), learned)
+        >>> kernels = stage.kernels(image, (4, 6), [learned])
         >>> stage(torch.randn(1, 5, 4, 6), kernels).shape
         torch.Size([1, 5, 8, 12])
     """
 
     def __init__(
         self,
+        guidance_dim: int = 3,
         radius: int = 3,
         *,
-        smoothing_spatial: float = 0.7,
-        smoothing_range: float = 0.25,
-        spread: float = 1.0,
-        spatial: float = 0.5,
-        range: float = 0.25,
-        share: float = 0.5,
+        embedding_dim: int = 32,
+        smoothing_spatial: float = 1.5,
+        smoothing_range: float = 0.19,
+        spatial: float = 1.25,
+        range: float = 0.17,
+        share: float = 0.75,
+        bandwidth: float = 0.3,
     ) -> None:
         super().__init__()
         self.radius = radius
         self.smoothing_spatial = nn.Parameter(torch.tensor(smoothing_spatial))
         self.smoothing_range = nn.Parameter(torch.tensor(smoothing_range))
-        self.spread = nn.Parameter(torch.tensor(spread))
         self.spatial = nn.Parameter(torch.tensor(spatial))
         self.range = nn.Parameter(torch.tensor(range))
         self.share = nn.Parameter(torch.tensor(share))
+        self.frequencies = nn.Parameter(torch.empty(embedding_dim, guidance_dim))
+        self.phases = nn.Parameter(torch.empty(embedding_dim))
+        # Drawn apart from the global generator, the same for every stage, on the CPU for every
+        # device; rounded, so that a stage in half precision has the same embeddings.
+        generator = torch.Generator().manual_seed(0)
+        normal = torch.randn(self.frequencies.shape, generator=generator, device="cpu")
+        uniform = torch.rand(self.phases.shape, generator=generator, device="cpu")
+        with torch.no_grad():
+            self.frequencies.copy_((normal / bandwidth).bfloat16())
+            self.phases.copy_((uniform * 2 * torch.pi).bfloat16())
 
-    def kernels(self, image: Tensor, source_size: tuple[int, int], learned: Tensor) -> JointKernels:
+    def embed(self, image: Tensor) -> Tensor:
+        """Embeds every pixel's colour, (B, G, H, W) -> (B, E, H, W)."""
+        weight = self.frequencies.to(image)[:, :, None, None]
+        angles = F.conv2d(image, weight, self.phases.to(image))
+        return (2 / weight.shape[0]) ** 0.5 * angles.cos()
+
+    def kernels(
+        self, image: Tensor, source_size: tuple[int, int], learned: Sequence[Tensor]
+    ) -> JointKernels:
         """Computes both filters.
 
         Args:
             image: The image, (B, G, H, W), float32 or better.
             source_size: Height and width of the source.
-            learned: Kernels of the learned stage, (B, D², H, W), at the size of the output.
+            learned: Kernels of the learned stage in each pass, (B, D², H, W), first to last, at
+                the size of the pass's output.
 
         Returns:
             The kernels, in the image's precision.
         """
-        size = (learned.shape[2], learned.shape[3])
-        cells = pool_guidance(image, source_size)
-        variance = pool_guidance(image.square(), source_size) - cells.square()
-        deviation = variance.clamp(min=_MIN_VARIANCE).sqrt()
-        looks = torch.cat([cells, self.spread.to(image) * deviation], dim=1)
-        near, alike = _width(self.smoothing_spatial, image), _width(self.smoothing_range, image)
-        own = torch.cat([_places(source_size, source_size, image) / near, looks / alike], dim=1)
+        sizes = [source_size, *((x.shape[2], x.shape[3]) for x in learned)]
+        height, width = sizes[-1]
+        pixels = self.embed(pool_any_guidance(image, (_FINER * height, _FINER * width)))
+        looks = [pool_guidance(pixels, size) for size in sizes]
 
-        near, alike = _width(self.spatial, image), _width(self.range, image)
-        pixels = [_places(source_size, size, image) / near, pool_guidance(image, size) / alike]
-        places = _places(source_size, source_size, image)
-        theirs = _repeat(torch.cat([places / near, cells / alike], dim=1), size)
-        return JointKernels(
-            smoothing=_kernel(own, own, self.radius),
-            upsampling=_kernel(torch.cat(pixels, dim=1), theirs, self.radius),
-            learned=learned,
-        )
+        def key(level: int, near: Tensor, alike: Tensor) -> Tensor:
+            """Returns a level's places and looks, such that differences are exponents' roots."""
+            place = _places(source_size, sizes[level], image) / _width(near, image)
+            return torch.cat([place, looks[level] / _width(alike, image)], dim=1)
+
+        cells = key(0, self.smoothing_spatial, self.smoothing_range)
+        upsampling = [
+            _kernel(
+                key(level + 1, self.spatial, self.range),
+                _repeat(key(level, self.spatial, self.range), sizes[level + 1]),
+                self.radius,
+            )
+            for level, _ in enumerate(learned)
+        ]
+        return JointKernels(_kernel(cells, cells, self.radius), tuple(upsampling), tuple(learned))
+
+    def levels(
+        self, source: Tensor, kernels: JointKernels, *, impl: Implementation = "auto"
+    ) -> list[Tensor]:
+        """Applies the kernels and returns the output of every pass, first to last."""
+        levels = [jbu_apply(source, kernels.smoothing, impl=impl)]
+        for upsampling, learned in zip(kernels.upsampling, kernels.learned, strict=True):
+            size = (upsampling.shape[2], upsampling.shape[3])
+            placed = jbu_apply(_repeat(levels[-1], size), upsampling, impl=impl)
+            other = jbu_apply(levels[-1], learned, impl=impl)
+            levels.append(other + self.share.to(source) * (placed - other))
+        return levels[1:]
 
     def forward(
         self, source: Tensor, kernels: JointKernels, *, impl: Implementation = "auto"
@@ -124,13 +172,9 @@ class JointBilateralStage(nn.Module):
             impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
-            Features at the size that the kernels were computed for, (B, C, H, W).
+            Features at the size of the last pass, (B, C, H, W).
         """
-        height, width = kernels.upsampling.shape[-2:]
-        source = jbu_apply(source, kernels.smoothing, impl=impl)
-        placed = jbu_apply(_repeat(source, (height, width)), kernels.upsampling, impl=impl)
-        learned = jbu_apply(source, kernels.learned, impl=impl)
-        return learned + self.share.to(source) * (placed - learned)
+        return self.levels(source, kernels, impl=impl)[-1]
 
 
 def _width(sigma: Tensor, like: Tensor) -> Tensor:

@@ -85,9 +85,9 @@ def upsample_tiled(
         raise ValueError("tiles are for inference; the upsampler is training; call eval()")
     upsampler._check(source, guidance)
     with torch.no_grad():
-        plan = upsampler._plan((source.shape[2], source.shape[3]), guidance, size)
+        first, plan = upsampler._plan((source.shape[2], source.shape[3]), guidance, size, impl)
         source, bias = upsampler._before(source)
-        source = upsampler._pass_first(source, guidance, size, impl)
+        source = upsampler._pass_first(source, first, impl)
         height, width = size or (guidance.shape[2], guidance.shape[3])
         shape = (*source.shape[:2], height, width)
         if out is None:

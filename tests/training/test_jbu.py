@@ -17,7 +17,7 @@ from featup_hub.training.images import seeded
 from featup_hub.training.jbu import train
 from featup_hub.training.processes import Team
 from featup_hub.training.sources import TrainingSource, open_backbones
-from featup_hub.weights import load_into, metadata, read
+from featup_hub.weights import load_into, metadata, read, write
 
 SMALL = JBUTrainingConfig(
     backbones=("stem",), steps=4, batch=2, image_size=32, views=2, max_pad=4, projection_dim=6,
@@ -190,6 +190,18 @@ def test_a_run_can_start_from_other_stages(photos, stem, tmp_path):
     run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem}, Team())
     for name, value in read(first).items():
         torch.testing.assert_close(run.stack.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(photos, stem, tmp_path):
+    joint = JBUStack(joint_first=True).state_dict()
+    write(joint, tmp_path / "joint.safetensors")
+    config = replace(SMALL, start=str(tmp_path / "joint.safetensors"), image_size=64)
+    path = train(photos, tmp_path / "b", config, backbones={"stem": stem}, progress=False)
+    assert metadata(path)["architecture"] == "JBUStack(feat_dim=None, joint_first=True)"
+    trained = read(path)
+    assert trained.keys() == joint.keys()
+    for name in ("share", "spatial", "range", "smoothing_range", "frequencies"):
+        assert not torch.equal(trained[f"first.{name}"], joint[f"first.{name}"]), name
 
 
 def test_the_learning_rate_rises_and_falls():

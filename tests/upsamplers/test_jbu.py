@@ -145,12 +145,12 @@ def test_the_last_stages_are_used_and_the_first_repeats(count: int) -> None:
 
 
 def test_samples_of_a_batch_do_not_see_each_other() -> None:
-    stack = randomise(JBUStack(4))
-    source, image = torch.randn(3, 4, 3, 5), torch.randn(3, 3, 48, 80)
+    stack = randomise(JBUStack(4)).double()
+    source, image = torch.randn(3, 4, 3, 5).double(), torch.randn(3, 3, 48, 80).double()
     with torch.no_grad():
         together = stack(source, image)
         alone = torch.cat([stack(source[i : i + 1], image[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
 def test_kernels_computed_once_serve_many_feature_maps() -> None:
