@@ -78,16 +78,19 @@ def reflect_pad(x: Tensor, radius: int) -> Tensor:
         The padded map, (B, C, H + 2·radius, W + 2·radius).
     """
     height, width = x.shape[-2:]
-    if height > radius and width > radius:
+    # A symbolic size is not compared: that would bind a program to maps as small as its example's.
+    if isinstance(height, int) and isinstance(width, int) and height > radius and width > radius:
         return F.pad(x, (radius, radius, radius, radius), mode="reflect")
-    for axis in (2, 3):
-        missing = radius
-        while missing > 0:
-            step = min(missing, max(x.shape[axis] - 1, 1))
-            pad = [0, 0, step, step] if axis == 2 else [step, step, 0, 0]
-            x = F.pad(x, pad, mode="reflect" if x.shape[axis] > 1 else "replicate")
-            missing -= step
-    return x
+    return mirror(mirror(x, radius, 2), radius, 3)
+
+
+def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
+    """Does what :func:`reflect_pad` does, on one axis and with a gradient that a GPU repeats."""
+    last = x.shape[axis] - 1
+    place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
+    for _ in range(radius):  # as often as the shortest map demands
+        place = last - (last - place.abs()).abs()
+    return x.index_select(axis, place.abs().clamp(max=last))
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:

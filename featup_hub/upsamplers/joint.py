@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
-from featup_hub.ops.reference import pool_any_guidance
+from featup_hub.ops.reference import mirror, pool_any_guidance
 
 __all__ = ["JointBilateralStage", "JointKernels"]
 
@@ -201,19 +201,10 @@ def _repeat(cells: Tensor, size: tuple[int, int]) -> Tensor:
     return cells
 
 
-def _mirrored(x: Tensor, radius: int, axis: int) -> Tensor:
-    """Pads an axis by mirror images; PyTorch's own has no gradient that a GPU repeats exactly."""
-    last = x.shape[axis] - 1
-    place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
-    for _ in range(radius):  # as often as the shortest map demands
-        place = last - (last - place.abs()).abs()
-    return x.index_select(axis, place.abs().clamp(max=last))
-
-
 def _kernel(query: Tensor, key: Tensor, radius: int) -> Tensor:
     """Weights the neighbours of every place by what is asked for and what is there."""
     height, width = query.shape[-2:]
-    padded = _mirrored(_mirrored(key, radius, 2), radius, 3)
+    padded = mirror(mirror(key, radius, 2), radius, 3)
     logits = [
         -0.5 * (query - padded[:, :, y : y + height, x : x + width]).square().sum(1)
         for y in range(2 * radius + 1)
