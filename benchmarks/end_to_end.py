@@ -1,6 +1,6 @@
 """Trains whole segmentation networks that differ in their decoder alone, and compares them.
 
-    python -m benchmarks.end_to_end camvid:DATA/camvid --seeds 3 --steps 600
+    python -m benchmarks.end_to_end camvid:DATA/camvid --seeds 0 1 2 --steps 600
 
 An EfficientNet-Lite0 encoder at stride 16, a decoder, a 1×1 head, all trained together. Decoders:
 our stages; bilinear; bilinear behind a residual pair of 1×1 convolutions with as many parameters
@@ -61,7 +61,7 @@ def main() -> None:
     """Trains and scores every decoder with every seed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="LAYOUT:FOLDER")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--images", type=int, default=0, help="validation images, 0 for all")
     parser.add_argument("--decoders", nargs="+", default=["bilinear", "resize-conv", "jbu"])
@@ -70,7 +70,7 @@ def main() -> None:
     data, val = open_data(chosen.data, "train"), open_data(chosen.data, "val")
     val = val.spread(chosen.images)
     scored: list[Row] = []
-    for seed in range(chosen.seeds):
+    for seed in chosen.seeds:
         found = Measurement(protocol="end to end", data=val.name, backbone=f"seed {seed}")
         for decoder in chosen.decoders:
             print(f"seed {seed}, {decoder}", file=sys.stderr)
