@@ -26,7 +26,7 @@ from featup_hub.evaluation.truth import sums_against
 
 
 class Convolutions(nn.Module):
-    """x + W₂ gelu(W₁ x): as many parameters as four stages have, within 1 %."""
+    """x + W₂ gelu(W₁ x): as many parameters as the upsampler has, within 1 %."""
 
     def __init__(self, channels: int, hidden: int = 110) -> None:
         super().__init__()

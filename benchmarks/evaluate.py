@@ -88,7 +88,7 @@ def main() -> None:
 
     if chosen.jobs > 1:
         fill_cache(chosen.sets, protocols, chosen.jobs)
-        progress("the cache is full; what is left is the cost")
+        progress("the cache is filled; the rest follows")
     scored = []
     for rows in evaluate(config, progress=progress):
         shown = [row for row in rows if row.metric in (chosen.metrics or [row.metric])]
@@ -110,7 +110,7 @@ def fill_cache(sets: Sequence[str], protocols: Sequence[str], jobs: int) -> None
         jobs: Parts at a time.
 
     Raises:
-        subprocess.CalledProcessError: If one fails.
+        subprocess.CalledProcessError: If one failed, after the others have ended.
     """
     own = [name for name in protocols if name not in ("cam", "cost")]
     parts = [["--sets", name, "--protocols", *own] for name in sets if own]

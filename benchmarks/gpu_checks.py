@@ -158,6 +158,14 @@ def _gradients(
     return list(torch.autograd.grad(output, inputs, slope.to(output.dtype)))
 
 
+def joint_stage(session: Session) -> list[Row]:
+    """A stack with a joint bilateral stage gives what the definition gives."""
+    stack, source, image, expected = _stack_case(session, joint_first=True)
+    with torch.no_grad():
+        error = relative_error(stack(source, image, impl=session.impl), expected)
+    return [{"error": error, "ok": error <= 1e-5}]
+
+
 def every_tap(session: Session) -> list[Row]:
     """Each of the 49 taps of each pixel gets a gradient."""
     source, kernel = session.normal(2, 5, 6, 7), session.normal(2, 49, 12, 14).requires_grad_()
@@ -262,9 +270,11 @@ def offsets(session: Session) -> list[Row]:
     return rows
 
 
-def _stack_case(session: Session) -> tuple[JBUStack, Tensor, Tensor, Tensor]:
+def _stack_case(
+    session: Session, *, joint_first: bool = False
+) -> tuple[JBUStack, Tensor, Tensor, Tensor]:
     """Makes a stack, inputs, and what the definition in float64 makes of them."""
-    stack = JBUStack(num_stages=2, joint_first=True).eval().to(session.device)
+    stack = JBUStack(num_stages=2, joint_first=joint_first).eval().to(session.device)
     source, image = session.normal(1, 20, 7, 9), session.normal(1, 3, 28, 36)
     with torch.no_grad():
         expected = stack.double()(source.double(), image.double(), impl="reference")
@@ -275,6 +285,7 @@ CHECKS = {
     "parity": parity,
     "gradients": gradients,
     "every tap": every_tap,
+    "joint stage": joint_stage,
     "offsets": offsets,
 }
 CUDA_CHECKS = {"streams": streams, "graphs": graphs, "threads": threads, "devices": devices}

@@ -63,7 +63,7 @@ def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedPr
         axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
         shapes = tuple(axes for _ in inputs)
     with torch.no_grad(), _short_padding():
-        return torch.export.export(model, inputs, dynamic_shapes=shapes)
+        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
 
 
 def write_pt2(program: ExportedProgram, path: str | Path) -> None:

@@ -85,7 +85,7 @@ def reflect_pad(x: Tensor, radius: int) -> Tensor:
 
 
 def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
-    """Does what :func:`reflect_pad` does, on one axis and with a gradient that a GPU repeats."""
+    """Does what :func:`reflect_pad` does, on one axis, by indices, of which none is compared."""
     last = x.shape[axis] - 1
     place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
     for _ in range(radius):  # as often as the shortest map demands

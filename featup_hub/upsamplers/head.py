@@ -49,6 +49,7 @@ class FoldedHead(nn.Module):
         source, bias = stack._before(source)
         source = F.conv2d(source, self.head.weight)
         source = stack._pass_first(source, first, impl)
+        del first
         if bias is not None:
             bias = self.head.weight.flatten(1) @ bias
         if self.head.bias is not None:

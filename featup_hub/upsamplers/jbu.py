@@ -164,11 +164,13 @@ class JBUStack(Pretrained):
         first, plan = self._plan(_size(source), guidance, size, impl)
         if impl == "reference":
             source = self._pass_first(source, first, impl)
+            del first
             for stage, pooled in plan:
                 source = stage(source, pooled, impl=impl)
             return source if self.fixup_proj is None else source + 0.1 * self.fixup_proj(source)
         source, bias = self._before(source)
         source = self._pass_first(source, first, impl)
+        del first
         # A generator, so that only one stage's kernels are alive at a time.
         return pass_stages(source, (s.kernel(g, impl=impl) for s, g in plan), len(plan), bias, impl)
 
@@ -209,7 +211,8 @@ class JBUStack(Pretrained):
             Features at the size the kernels were computed for.
 
         Raises:
-            ValueError: If the kernels were computed for features of another size.
+            ValueError: If the kernels were computed for features of another size, or by a stack of
+                another kind.
         """
         self._check_kernels(source, kernels)
         source, bias = self._before(source)
@@ -231,7 +234,8 @@ class JBUStack(Pretrained):
             closing convolution, where there is one, is in all of them.
 
         Raises:
-            ValueError: If the kernels were computed for features of another size.
+            ValueError: If the kernels were computed for features of another size, or by a stack of
+                another kind.
 
         Example:
             >>> upsampler, image = JBUStack().eval(), torch.randn(1, 3, 64, 96)
@@ -315,6 +319,11 @@ class JBUStack(Pretrained):
             raise ValueError(
                 "this stack's first stage is a learned one; got kernels of a joint bilateral one; "
                 "compute them with this stack's own kernels()"
+            )
+        if self.first is not None and kernels.first is None and kernels.stages:
+            raise ValueError(
+                "this stack's first stage has a joint bilateral one beside it; got kernels of "
+                "learned stages alone; compute them with this stack's own kernels()"
             )
 
     def _check(self, source: Tensor, guidance: Tensor) -> None:

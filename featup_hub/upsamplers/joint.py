@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featup_hub.ops import Implementation, jbu_apply, pool_guidance
+from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.reference import mirror, pool_any_guidance
 
 __all__ = ["JointBilateralStage", "JointKernels"]
@@ -46,21 +45,23 @@ class JointKernels(NamedTuple):
 
 
 class JointBilateralStage(nn.Module):
-    r"""Smooths a source, then upsamples it by about two in each pass, beside a learned stage.
+    r"""Smooths a source, then upsamples it by up to two in each pass, beside a learned stage.
 
     Every colour x has an embedding :math:`\phi(x) = \sqrt{2/E} \cos(\Omega x + \beta)`, and a cell
     or pixel the mean :math:`\mu` of its colours' embeddings. Distances of means are distances of
     distributions: two cells of one mean colour differ if an edge crosses one of them. Both filters
     weight what lies and looks near,
     :math:`w_{pq} \propto \exp(-|p - q|^2 / 2\sigma^2 - |\mu_p - \mu_q|^2 / 2\tau^2)`, normalised
-    over the neighbourhood. Smoothing compares cells with cells; upsampling compares a pixel of the
-    output with its neighbours' cells. Places are in cells.
+    over the neighbourhood. Smoothing compares cells with cells; upsampling compares a pixel of a
+    pass's output with its neighbours' cells, in the second pass with the pixels of the first.
+    Places are in cells of the source, in every pass.
 
     Args:
         guidance_dim: Channels of the image.
         radius: Reach of both filters, in cells and in pixels of the output.
         embedding_dim: Length E of an embedding.
-        smoothing_spatial: σ of the smoothing, its strength; with 0 there is none.
+        smoothing_spatial: σ of the smoothing, its strength; with 0 there is none, and training does
+            not bring it about.
         smoothing_range: τ of the smoothing, of a cell's distribution: from 0 (alike) to √2.
         spatial: σ of the upsampling.
         range: τ of the upsampling.
@@ -102,17 +103,20 @@ class JointBilateralStage(nn.Module):
         # Drawn apart from the global generator, the same for every stage, on the CPU for every
         # device; rounded, so that a stage in half precision has the same embeddings.
         generator = torch.Generator().manual_seed(0)
-        normal = torch.randn(self.frequencies.shape, generator=generator, device="cpu")
-        uniform = torch.rand(self.phases.shape, generator=generator, device="cpu")
+        cpu = torch.device("cpu")
+        shape, exact = self.frequencies.shape, torch.float32
+        normal = torch.randn(shape, generator=generator, device=cpu, dtype=exact)
+        uniform = torch.rand(shape[:1], generator=generator, device=cpu, dtype=exact)
         with torch.no_grad():
             self.frequencies.copy_((normal / bandwidth).bfloat16())
             self.phases.copy_((uniform * 2 * torch.pi).bfloat16())
 
     def embed(self, image: Tensor) -> Tensor:
         """Embeds every pixel's colour, (B, G, H, W) -> (B, E, H, W)."""
-        weight = self.frequencies.to(image)[:, :, None, None]
-        angles = F.conv2d(image, weight, self.phases.to(image))
-        return (2 / weight.shape[0]) ** 0.5 * angles.cos()
+        # A product of matrices, which a GPU computes in full precision unless told otherwise.
+        angles = torch.einsum("eg,bghw->behw", self.frequencies.to(image), image)
+        angles = angles + self.phases.to(image)[:, None, None]
+        return (2 / angles.shape[1]) ** 0.5 * angles.cos()
 
     def kernels(
         self, image: Tensor, source_size: tuple[int, int], learned: Sequence[Tensor]
@@ -126,12 +130,19 @@ class JointBilateralStage(nn.Module):
                 the size of the pass's output.
 
         Returns:
-            The kernels, in the image's precision.
+            The kernels; the filters' in the image's precision.
+
+        Raises:
+            ValueError: If there is no pass.
         """
+        if not learned:
+            raise ValueError(
+                "kernels of at least one pass of the learned stage are needed; got none"
+            )
         sizes = [source_size, *((x.shape[2], x.shape[3]) for x in learned)]
         height, width = sizes[-1]
         pixels = self.embed(pool_any_guidance(image, (_FINER * height, _FINER * width)))
-        looks = [pool_guidance(pixels, size) for size in sizes]
+        looks = [pool_any_guidance(pixels, size) for size in sizes]
 
         def key(level: int, near: Tensor, alike: Tensor) -> Tensor:
             """Returns a level's places and looks, such that differences are exponents' roots."""

@@ -64,8 +64,10 @@ def upsample_tiled(
         size: Height and width wanted; default: the guidance's own.
         out: Where to write, (B, C, *size), such as ``torch.from_numpy`` of a memory-mapped file;
             default: new memory on the source's device.
-        max_bytes: Memory to work with, besides inputs and output, and what the joint bilateral
-            stage makes of the source, where there is one.
+        max_bytes: Memory to work with, besides inputs and output, and besides what the joint
+            bilateral stage takes, where there is one: it is passed whole, at an eighth of the
+            output's height and width where the ratio is 16, with up to 800 bytes for each of its
+            pixels and what it makes of the source.
         impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
     Returns:
@@ -88,6 +90,7 @@ def upsample_tiled(
         first, plan = upsampler._plan((source.shape[2], source.shape[3]), guidance, size, impl)
         source, bias = upsampler._before(source)
         source = upsampler._pass_first(source, first, impl)
+        del first
         height, width = size or (guidance.shape[2], guidance.shape[3])
         shape = (*source.shape[:2], height, width)
         if out is None:

@@ -144,8 +144,9 @@ def test_the_last_stages_are_used_and_the_first_repeats(count: int) -> None:
     assert used == {1: [4], 2: [3, 4], 4: [1, 2, 3, 4], 6: [1, 1, 1, 2, 3, 4]}[count]
 
 
-def test_samples_of_a_batch_do_not_see_each_other() -> None:
-    stack = randomise(JBUStack(4)).double()
+@pytest.mark.parametrize("joint_first", [False, True])
+def test_samples_of_a_batch_do_not_see_each_other(joint_first: bool) -> None:
+    stack = randomise(JBUStack(4, joint_first=joint_first)).double()
     source, image = torch.randn(3, 4, 3, 5).double(), torch.randn(3, 3, 48, 80).double()
     with torch.no_grad():
         together = stack(source, image)

@@ -170,6 +170,37 @@ def test_nothing_is_done_where_nothing_is_to_do() -> None:
     assert torch.equal(randomise(JBUStack(joint_first=True))(alike, image), alike)
 
 
+def test_a_second_pass_compares_with_pixels_of_the_first_in_cells_of_the_source() -> None:
+    stage = JointBilateralStage(radius=1, embedding_dim=4096, spatial=0.4, range=0.5, bandwidth=0.5)
+    image = torch.rand(1, 3, 16, 16)
+    learned = [flat((4, 4), 1), flat((8, 8), 1)]
+    kernel = stage.kernels(image, (2, 2), learned).upsampling[1][0]
+    pixels = image[0].reshape(3, 8, 2, 8, 2).permute(1, 3, 2, 4, 0).reshape(8, 8, 4, 3)
+    between = image[0].reshape(3, 4, 4, 4, 4).permute(1, 3, 2, 4, 0).reshape(4, 4, 16, 3)
+
+    def weight(y: int, x: int, dy: int, dx: int) -> float:
+        row, column = (y + dy) // 2, (x + dx) // 2
+        away = (((y + 0.5) / 2 - row - 0.5) ** 2 + ((x + 0.5) / 2 - column - 0.5) ** 2) / 2**2
+        apart = unlike(pixels[y, x], between[row, column], 0.5)
+        return math.exp(-away / (2 * 0.4**2) - apart / (2 * 0.5**2))
+
+    for y, x in ((3, 4), (4, 5)):
+        weights = [weight(y, x, dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        expected = torch.tensor(weights) / sum(weights)
+        torch.testing.assert_close(kernel[:, y, x], expected, rtol=0.05, atol=5e-3)
+
+
+def test_a_stage_without_a_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one pass of the learned stage are needed"):
+        JointBilateralStage().kernels(torch.rand(1, 3, 16, 16), (2, 2), [])
+
+
+def test_kernels_of_learned_stages_are_refused_where_a_joint_one_belongs() -> None:
+    kernels = JBUStack().eval().kernels(torch.randn(1, 3, 32, 32), (4, 4))
+    with pytest.raises(ValueError, match="got kernels of learned stages alone"):
+        JBUStack(joint_first=True).eval().upsample(torch.randn(1, 5, 4, 4), kernels)
+
+
 def test_kernels_of_a_joint_stage_are_refused_where_there_is_none() -> None:
     image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
     kernels = JBUStack(joint_first=True).eval().kernels(image, (4, 4))

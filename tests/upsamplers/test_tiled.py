@@ -85,8 +85,9 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_no_tensor_outgrows_the_memory_granted() -> None:
-    stack = JBUStack().eval()
+@pytest.mark.parametrize("joint_first", [False, True])
+def test_no_tensor_outgrows_the_memory_granted(joint_first: bool) -> None:
+    stack = JBUStack(joint_first=joint_first).eval()
     features, image = torch.randn(1, 256, 8, 8), torch.randn(1, 3, 128, 128)
     out = torch.empty(1, 256, 128, 128)
     with Largest(out) as largest:
