@@ -66,8 +66,8 @@ def upsample_tiled(
             default: new memory on the source's device.
         max_bytes: Memory to work with, besides inputs and output, and besides what the joint
             bilateral stage takes, where there is one: it is passed whole, at an eighth of the
-            output's height and width where the ratio is 16, with up to 800 bytes for each of its
-            pixels and what it makes of the source.
+            output's height and width where the ratio is 16, with about 2 kB for each of its pixels,
+            and what it makes of the source.
         impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
     Returns:
