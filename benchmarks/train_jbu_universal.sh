@@ -32,7 +32,7 @@ phase "$out/third" --seed 1 \
     --start "$out/second/jbu.safetensors"
 
 # weights/jbu_smooth.safetensors is the first phase behind a stage that is not trained; in
-# weights/jbu_universal.safetensors that stage does not smooth, and a fourth phase trains all.
+# weights/jbu_universal.safetensors that stage does not smooth, and a fourth phase trains the rest of it with the others.
 python -m benchmarks.add_joint_stage "$out/first/jbu.safetensors" "$out/jbu_smooth.safetensors"
 python -m benchmarks.add_joint_stage "$out/third/jbu.safetensors" "$out/joint.safetensors" \
     --smoothing-spatial 0 --share 0.3
