@@ -113,9 +113,11 @@ class JointBilateralStage(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Embeds every pixel's colour, (B, G, H, W) -> (B, E, H, W)."""
-        # A product of matrices, which a GPU computes in full precision unless told otherwise.
-        angles = torch.einsum("eg,bghw->behw", self.frequencies.to(image), image)
-        angles = angles + self.phases.to(image)[:, None, None]
+        # Channel by channel: a convolution may be computed in TF32, and a product of matrices binds
+        # an exported program to the strides of its example.
+        angles = self.phases.to(image)[:, None, None]
+        for weight, channel in zip(self.frequencies.to(image).t(), image.unbind(1), strict=True):
+            angles = angles + weight[:, None, None] * channel[:, None]
         return (2 / angles.shape[1]) ** 0.5 * angles.cos()
 
     def kernels(
