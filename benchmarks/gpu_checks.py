@@ -19,8 +19,10 @@ from featup_hub.upsamplers import JBUStack
 Row = dict[str, Any]
 
 # The definition has rounding errors of its own, in the features' precision or where it is badly
-# conditioned; nobody is asked to be better. Elsewhere the sums of float32 set the limit.
-SLACK, ROUNDING, GRADIENT_ROUNDING = 4.0, 2e-6, 1e-5
+# conditioned; nobody is asked to be better. Elsewhere the sums of float32 set the limit: the
+# largest errors seen in 1000 draws on a CPU were 4e-6 of kernels and 2.4e-5 of gradients, where a
+# few pixels' terms cancel.
+SLACK, ROUNDING, GRADIENT_ROUNDING = 4.0, 1e-5, 5e-5
 
 
 def limit(own_error: float, rounding: float = ROUNDING) -> float:
@@ -274,7 +276,8 @@ def _stack_case(
     session: Session, *, joint_first: bool = False
 ) -> tuple[JBUStack, Tensor, Tensor, Tensor]:
     """Makes a stack, inputs, and what the definition in float64 makes of them."""
-    stack = JBUStack(num_stages=2, joint_first=joint_first).eval().to(session.device)
+    with session.seeded():
+        stack = JBUStack(num_stages=2, joint_first=joint_first).eval().to(session.device)
     source, image = session.normal(1, 20, 7, 9), session.normal(1, 3, 28, 36)
     with torch.no_grad():
         expected = stack.double()(source.double(), image.double(), impl="reference")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,17 @@ class Session:
         """Draws values, on the device."""
         return torch.randn(shape, generator=self.random).to(self.device, dtype)
 
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Lets modules made inside begin with weights of this session's draw."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.integer(0, 2**31 - 1))
+            yield
+
     def stage(self) -> JBUStage:
         """Makes a stage with weights unlike those a stage begins with."""
-        stage = JBUStage().eval()
-        with torch.no_grad():
+        with self.seeded(), torch.no_grad():
+            stage = JBUStage().eval()
             for parameter in stage.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=self.random))
         return stage.to(self.device)

@@ -79,6 +79,14 @@ def test_a_worker_that_is_ended_leaves_what_it_had_printed(
     assert session.notes == ["compiled: ended after 7 s"]
 
 
+def test_every_run_draws_the_same_weights(session: Session) -> None:
+    session.random.manual_seed(0)
+    first = session.stage().state_dict()
+    torch.rand(3)  # whatever else draws
+    session.random.manual_seed(0)
+    torch.testing.assert_close(session.stage().state_dict(), first, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["kernel", "apply"])
 def test_a_wrong_result_fails_the_parity_check(
     session: Session, monkeypatch: pytest.MonkeyPatch, name: str
