@@ -109,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _resolve(self) -> None:
         hub, path = self.server, unquote(urlsplit(self.path).path)
+        if path == "/api/agent-harnesses":  # the client's own question, once a day and machine
+            self._plain(404, {})
+            return
         hub.requests.append(f"{self.command} {path}")
         if self._failed_at_once():
             return
