@@ -10,8 +10,8 @@ Images are RGB, normalised by ``model.mean`` and ``model.std``, of any size. The
 
     pretrained: False draws random weights in place of loading any.
     use_norm: Whether every position's vector is normalised before upsampling.
-    weights: Path of your own weights for the upsampler, or the name of shipped ones: "jbu_smooth"
-        for features, or classifiers behind them, that are noisy.
+    weights: Path of your own weights for the upsampler, or the name of shipped ones: "jbu_sharp"
+        where a backbone's own features matter, cell by cell, not what is made of them.
     backbone_weights: Path of your own weights for the backbone, laid out as timm's.
 
 Licences and training data of the weights: ``featup-hub models`` and featup_hub/registry.py.

@@ -1,9 +1,9 @@
 """Puts a joint bilateral stage, which is not trained, before the stages of a weights file.
 
-For ``weights/jbu_smooth.safetensors``, and for what ``weights/jbu_universal.safetensors`` is
+For ``weights/jbu_universal.safetensors``, and for what ``weights/jbu_sharp.safetensors`` is
 trained from at last (``train_jbu_universal.sh``)::
 
-    python -m benchmarks.add_joint_stage FIRST.safetensors weights/jbu_smooth.safetensors
+    python -m benchmarks.add_joint_stage FIRST.safetensors weights/jbu_universal.safetensors
     python -m benchmarks.add_joint_stage THIRD.safetensors joint.safetensors \
         --smoothing-spatial 0 --share 0.3
 """
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("stages", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--smoothing-spatial", type=float, default=1.5, help="0: no smoothing")
-    parser.add_argument("--share", type=float, default=0.75, help="beside the learned stage")
+    parser.add_argument("--share", type=float, default=0.5, help="beside the learned stage")
     chosen = parser.parse_args()
     first = JointBilateralStage(
         smoothing_spatial=chosen.smoothing_spatial, share=chosen.share

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains weights/jbu_universal.safetensors and jbu_smooth.safetensors again. One core, about 90
+# Trains weights/jbu_universal.safetensors and jbu_sharp.safetensors again. One core, about 90
 # minutes; stopped, it resumes.
 #
 #   bash benchmarks/train_jbu_universal.sh PHOTOS VIT [FOLDER]
@@ -31,9 +31,9 @@ phase "$out/third" --seed 1 \
     --steps 300 --image-size 224 --region-weight 0.3 --region-field 1 --lr 0.003 \
     --start "$out/second/jbu.safetensors"
 
-# weights/jbu_smooth.safetensors is the first phase behind a stage that is not trained; in
-# weights/jbu_universal.safetensors that stage does not smooth, and a fourth phase trains the rest of it with the others.
-python -m benchmarks.add_joint_stage "$out/first/jbu.safetensors" "$out/jbu_smooth.safetensors"
+# weights/jbu_universal.safetensors is the first phase behind a stage that is not trained; in
+# weights/jbu_sharp.safetensors that stage does not smooth, and a fourth phase trains the rest of it with the others.
+python -m benchmarks.add_joint_stage "$out/first/jbu.safetensors" "$out/jbu_universal.safetensors"
 python -m benchmarks.add_joint_stage "$out/third/jbu.safetensors" "$out/joint.safetensors" \
     --smoothing-spatial 0 --share 0.3
 phase "$out/fourth" --seed 2 \

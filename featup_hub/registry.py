@@ -100,23 +100,23 @@ class ModelCard:
 
 
 JBU_UNIVERSAL = WeightFile(
-    name="JBU stages for any backbone",
+    name="JBU stages for any backbone, behind a smoothing of cells",
     filename="jbu_universal.safetensors",
+    sha256="d37ed996549d087da227e433167ff6d0a174fe0f28de575ca84fb391a315a0ce",
+    licence="MIT",
+    data="854 ImageNet photographs, no labels",
+)
+
+JBU_SHARP = WeightFile(
+    name="JBU stages for any backbone",
+    filename="jbu_sharp.safetensors",
     sha256="360520f16c281b7d7a6a530b1c0ac75e72e79dc4d05e82aaffe5df7676588414",
     licence="MIT",
     data="854 ImageNet photographs, no labels",
 )
 
-JBU_SMOOTH = WeightFile(
-    name="JBU stages for any backbone, behind a smoothing of cells",
-    filename="jbu_smooth.safetensors",
-    sha256="e2778c10627f328718542e8cfb3575949d397f5a4b26e5256fc439b502c9984b",
-    licence="MIT",
-    data="854 ImageNet photographs, no labels",
-)
-
 UPSAMPLERS: Mapping[str, WeightFile] = MappingProxyType(
-    {"jbu_universal": JBU_UNIVERSAL, "jbu_smooth": JBU_SMOOTH}
+    {"jbu_universal": JBU_UNIVERSAL, "jbu_sharp": JBU_SHARP}
 )
 """Shipped upsamplers by the names that ``weights`` takes in place of a file."""
 
@@ -217,23 +217,13 @@ _ROWS = [
         "efficientnet_lite0",
         112,
         16,
-        {
-            "frozen probe, camvid/val, strip accuracy": 56.99,
-            "frozen probe, camvid/val, mIoU": 46.71,
-            "frozen probe, nyu/val, strip accuracy": 32.03,
-            "frozen probe, nyu/val, mIoU": 9.87,
-        },
+        {},
     ),
     _lite(
         "efficientnet_lite0_stride32",
         320,
         32,
-        {
-            "frozen probe, camvid/val, strip accuracy": 54.10,
-            "frozen probe, camvid/val, mIoU": 48.80,
-            "frozen probe, nyu/val, strip accuracy": 41.91,
-            "frozen probe, nyu/val, mIoU": 23.28,
-        },
+        {},
     ),
     # The names of FeatUp's own torch.hub entry points.
     _timm(
@@ -293,14 +283,7 @@ _ROWS = [
         patch_size=None,
         backbone_file=None,
         upsampler_file=JBU_UNIVERSAL,
-        scores=MappingProxyType(
-            {
-                "point oracle, camvid/val, strip accuracy": 72.12,
-                "point oracle, camvid/val, mIoU": 74.92,
-                "point oracle, nyu/val, strip accuracy": 73.79,
-                "point oracle, nyu/val, mIoU": 93.70,
-            }
-        ),
+        scores=MappingProxyType({}),
     ),
 ]
 

@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--start",
         metavar="FILE",
         help="weights of JBU stages whose features to start from, or a shipped one: jbu_universal, "
-        "jbu_smooth",
+        "jbu_sharp",
     )
     add("--no-picture", action="store_true", help="make no picture")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")

@@ -1,7 +1,7 @@
 """Upsamplers that take part in an evaluation, by name, by file or by plug-in.
 
 * ``nearest``, ``bilinear``, ``bicubic``, ``joint_bilateral`` – the package's baselines;
-* ``jbu_universal``, ``jbu_smooth`` – the upsamplers that are shipped;
+* ``jbu_universal``, ``jbu_sharp`` – the upsamplers that are shipped;
 * ``FILE`` – the stages of a JBU weights file (safetensors, or upstream's checkpoint);
 * ``FILE@unit`` – the same with every kernel divided by its sum;
 * ``module:callable`` – anything ``f(source (B,C,h,w), image (B,3,H,W) normalised, size)``.

@@ -85,10 +85,10 @@ class JointBilateralStage(nn.Module):
         *,
         embedding_dim: int = 32,
         smoothing_spatial: float = 1.5,
-        smoothing_range: float = 0.19,
+        smoothing_range: float = 0.18,
         spatial: float = 1.25,
         range: float = 0.17,
-        share: float = 0.75,
+        share: float = 0.5,
         bandwidth: float = 0.3,
     ) -> None:
         super().__init__()

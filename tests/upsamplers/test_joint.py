@@ -273,7 +273,7 @@ def test_a_file_tells_that_the_first_stage_is_joint(tmp_path: Path) -> None:
     assert torch.equal(again(source, image), loaded(source, image))
 
 
-@pytest.mark.parametrize("name", ["jbu_universal", "jbu_smooth"])
+@pytest.mark.parametrize("name", ["jbu_universal", "jbu_sharp"])
 def test_shipped_files_are_found_by_their_names_and_keep_constants(name: str) -> None:
     upsampler = load_upsampler(weights=name)
     shipped = read(shipped_folder() / f"{name}.safetensors")
@@ -285,7 +285,7 @@ def test_shipped_files_are_found_by_their_names_and_keep_constants(name: str) ->
 
 def test_of_the_shipped_files_one_smooths() -> None:
     source, image = torch.randn(1, 5, 6, 8), torch.rand(1, 3, 96, 128)
-    for name, smooths in (("jbu_universal", False), ("jbu_smooth", True)):
+    for name, smooths in (("jbu_universal", True), ("jbu_sharp", False)):
         kernels = load_upsampler(weights=name).kernels(image, (6, 8)).first
         assert kernels is not None
         change = (jbu_apply(source, kernels.smoothing) - source).abs().max()
