@@ -2,8 +2,9 @@
 
 from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.implicit import ImplicitUpsampler
-from featup_hub.upsamplers.jbu import JBUKernels, JBUStack
+from featup_hub.upsamplers.jbu import JBUStack
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
+from featup_hub.upsamplers.kernels import JBUKernels
 from featup_hub.upsamplers.sizes import stage_sizes
 from featup_hub.upsamplers.stage import JBUStage
 

@@ -10,7 +10,6 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,29 +20,14 @@ from featup_hub.ops import Implementation, jbu_apply, pool_guidance
 from featup_hub.ops.jbu import _without_autocast
 from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
+from featup_hub.upsamplers.kernels import JBUKernels
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.sizes import stage_sizes
 from featup_hub.upsamplers.stage import JBUStage, pass_stages
 
-__all__ = ["JBUKernels", "JBUStack"]
+__all__ = ["JBUStack"]
 
 _MOST_STAGES = 16  # of any file, 65,536-fold; what names more is damaged
-
-
-@dataclass(frozen=True, kw_only=True)
-class JBUKernels:
-    """Everything an upsampler needs to know of an image, for any number of feature maps.
-
-    Attributes:
-        source_size: Height and width of the features the kernels were planned for.
-        stages: Kernels of each stage, (B, D², H, W), first to last; without those that have a
-            joint bilateral stage beside them.
-        first: The kernels of these; None where all stages are learned alone.
-    """
-
-    source_size: tuple[int, int]
-    stages: tuple[Tensor, ...]
-    first: JointKernels | None = None
 
 
 class JBUStack(Pretrained):
@@ -214,7 +198,7 @@ class JBUStack(Pretrained):
             ValueError: If the kernels were computed for features of another size, or by a stack of
                 another kind.
         """
-        self._check_kernels(source, kernels)
+        kernels.check(_size(source), joint_first=self.joint_first)
         source, bias = self._before(source)
         source = self._pass_first(source, kernels.first, impl)
         return pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
@@ -244,7 +228,7 @@ class JBUStack(Pretrained):
             >>> [level.shape[-1] for level in levels]
             [6, 12, 24, 48, 96]
         """
-        self._check_kernels(source, kernels)
+        kernels.check(_size(source), joint_first=self.joint_first)
         source, bias = self._before(source)
         levels = [source]
         if self.first is not None and kernels.first is not None:
@@ -308,23 +292,6 @@ class JBUStack(Pretrained):
         if self.first is None or kernels is None:
             return source
         return cast(Tensor, self.first(source, kernels, impl=impl))
-
-    def _check_kernels(self, source: Tensor, kernels: JBUKernels) -> None:
-        if _size(source) != kernels.source_size:
-            raise ValueError(
-                f"these kernels are for features of size {kernels.source_size}; "
-                f"got {_size(source)}; compute kernels(guidance, {_size(source)})"
-            )
-        if self.first is None and kernels.first is not None:
-            raise ValueError(
-                "this stack's first stage is a learned one; got kernels of a joint bilateral one; "
-                "compute them with this stack's own kernels()"
-            )
-        if self.first is not None and kernels.first is None and kernels.stages:
-            raise ValueError(
-                "this stack's first stage has a joint bilateral one beside it; got kernels of "
-                "learned stages alone; compute them with this stack's own kernels()"
-            )
 
     def _check(self, source: Tensor, guidance: Tensor) -> None:
         if guidance.dim() != 4 or guidance.shape[1] != self.guidance_dim:
