@@ -36,7 +36,7 @@ def test_autocast_leaves_kernels_as_they_are_in_float32(dtype: torch.dtype) -> N
 
 
 # Relative RMS errors as the docstring of JBUStack states them.
-@pytest.mark.parametrize(("dtype", "stated"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+@pytest.mark.parametrize(("dtype", "stated"), [(torch.bfloat16, 4.5e-3), (torch.float16, 5.5e-4)])
 def test_a_converted_module_errs_as_little_as_stated(
     dtype: torch.dtype, stated: float, root: Path
 ) -> None:
