@@ -63,7 +63,7 @@ class Session:
     def seeded(self) -> Iterator[None]:
         """Lets modules made inside begin with weights of this session's draw."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.integer(0, 2**31 - 1))
+            torch.default_generator.manual_seed(self.integer(0, 2**31 - 1))
             yield
 
     def stage(self) -> JBUStage:

@@ -4,9 +4,10 @@
 #
 #   bash benchmarks/train_jbu_universal.sh PHOTOS VIT [FOLDER]
 #
-# PHOTOS is a folder of photographs (854 of ImageNet, for the shipped file), VIT a safetensors file
+# PHOTOS is a folder of photographs (854 of ImageNet, for the shipped files), VIT a safetensors file
 # of timm's vit_small_patch14_dinov2, FOLDER where the runs go.
 #
+# Four phases: jbu_universal takes the stages of the first, jbu_sharp those of the last.
 # First with constant regions, to find edges; then with smooth fields in them, to learn what to do
 # between edges; then with less of both, on larger crops, half of them at stride 32; last again,
 # with a joint bilateral stage beside the first.
@@ -35,7 +36,7 @@ phase "$out/third" --seed 1 \
 # weights/jbu_sharp.safetensors that stage does not smooth, and a fourth phase trains the rest of it with the others.
 python -m benchmarks.add_joint_stage "$out/first/jbu.safetensors" "$out/jbu_universal.safetensors"
 python -m benchmarks.add_joint_stage "$out/third/jbu.safetensors" "$out/joint.safetensors" \
-    --smoothing-spatial 0 --share 0.3
+    --smoothing-spatial 0 --smoothing-range 0.19 --share 0.3
 phase "$out/fourth" --seed 2 \
     --backbones efficientnet_lite0_stride32 efficientnet_lite0_stride32 efficientnet_lite0 "$vit" \
     --steps 300 --image-size 224 --region-weight 0.3 --region-field 1 --lr 0.003 \

@@ -80,11 +80,13 @@ def test_a_worker_that_is_ended_leaves_what_it_had_printed(
 
 
 def test_every_run_draws_the_same_weights(session: Session) -> None:
-    session.random.manual_seed(0)
-    first = session.stage().state_dict()
+    def weights() -> list[dict[str, torch.Tensor]]:
+        session.random.manual_seed(0)
+        return [session.stage().state_dict(), gpu_checks._stack_case(session)[0].state_dict()]
+
+    first = weights()
     torch.rand(3)  # whatever else draws
-    session.random.manual_seed(0)
-    torch.testing.assert_close(session.stage().state_dict(), first, rtol=0, atol=0)
+    torch.testing.assert_close(weights(), first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["kernel", "apply"])

@@ -35,8 +35,8 @@ def test_autocast_leaves_kernels_as_they_are_in_float32(dtype: torch.dtype) -> N
     assert 0 < (lower - expected).norm() <= 0.01 * expected.norm()  # the closing convolution
 
 
-# Relative RMS errors as the docstring of JBUStack states them.
-@pytest.mark.parametrize(("dtype", "stated"), [(torch.bfloat16, 4.5e-3), (torch.float16, 5.5e-4)])
+# A tenth above the relative RMS errors that the docstring of JBUStack states.
+@pytest.mark.parametrize(("dtype", "stated"), [(torch.bfloat16, 4.4e-3), (torch.float16, 5.5e-4)])
 def test_a_converted_module_errs_as_little_as_stated(
     dtype: torch.dtype, stated: float, root: Path
 ) -> None:
