@@ -5,9 +5,9 @@
 Every seed trains twice, alike in all but one thing: the kernels get the gradients of all 49 taps,
 or of the seven that upstream's backward pass computes. Neither keeps kernels to a sum of one unless
 asked: the projection that does so moves the taps that get no gradient, and seven taps diverge
-(RESULTS.md). Both are scored by the label oracle, a frozen probe and multi-view consistency. A
-difference is paired over images within a seed; over seeds, the mean and its 95 % interval by
-Student's t are given. Stopped, it goes on.
+(RESULTS.md). Both are scored by the label oracle, frozen and transfer probes, multi-view
+consistency and activation maps of the photographs. A difference is paired over images within a
+seed; over seeds, the mean and its 95 % interval by Student's t are given. Stopped, it goes on.
 """
 
 from __future__ import annotations
@@ -99,12 +99,14 @@ def main() -> None:
     config = EvaluationConfig(
         data=tuple(chosen.data),
         upsamplers=("bilinear", *trained(chosen)),
-        protocols=("oracle", "preservation", "consistency"),
+        protocols=("oracle", "preservation", "transfer", "consistency", "cam"),
         strides=(16,),
         reductions=("point",),
         versus=("bilinear",),
         train_images=200,
+        transfer_images=50,
         val_images=chosen.images,
+        photos=chosen.photos,
         cache=chosen.cache or chosen.out / "cache",
     )
     found = evaluate(config, progress=lambda line: print(line, file=sys.stderr))
