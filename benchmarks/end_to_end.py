@@ -71,7 +71,9 @@ def main() -> None:
     val = val.spread(chosen.images)
     scored: list[Row] = []
     for seed in chosen.seeds:
-        found = Measurement(protocol="end to end", data=val.name, backbone=f"seed {seed}")
+        found = Measurement(
+            protocol="end to end", data=val.name, backbone=f"seed {seed}", block=val.block
+        )
         for decoder in chosen.decoders:
             print(f"seed {seed}, {decoder}", file=sys.stderr)
             torch.manual_seed(seed)

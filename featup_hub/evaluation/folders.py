@@ -120,6 +120,8 @@ class Folder:
         label_map: Class of every stored value, where they differ; values beyond it are void.
         depth_scale: Stored depth per metre.
         max_side: Longer images are shrunk to this side; 0 leaves all as they are.
+        block: Neighbouring images, of those scored, that are alike, as frames of a clip are; the
+            bootstrap draws them together.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Folder:
     label_map: tuple[int, ...] = ()
     depth_scale: float = 1.0
     max_side: int = 0
+    block: int = 1
 
     def __len__(self) -> int:
         return len(self.images)

@@ -5,13 +5,15 @@
     FOLDER/{train,val}/images/NAME.jpg
     FOLDER/{train,val}/labels/NAME.png   classes 0 .. classes-1, other values are void
     FOLDER/{train,val}/depth/NAME.png    metres times depth_scale, 0 where missing
-    FOLDER/dataset.json                  {"classes": 11, "depth_scale": 25.5}
+    FOLDER/dataset.json                  {"classes": 11, "depth_scale": 25.5, "block": 1}
 
-``camvid`` and ``nyu`` are that layout with these two numbers known. The others are the layouts
-of the data sets' own archives: ``voc`` (VOCdevkit/VOC2012), ``ade20k`` (ADEChallengeData2016),
-``cityscapes`` (leftImg8bit and gtFine beside each other, 19 classes), ``coco-stuff`` (images and
-pixel maps beside each other, all 182 numbers), ``nyuv2`` (depth in the widespread layout of scene
-folders with rgb_*.jpg and sync_depth_*.png in millimetres, below official_splits).
+``block`` says how many neighbouring images are alike, as frames of a clip are: intervals are drawn
+in such blocks. ``camvid`` and ``nyu`` are that layout with these numbers known. The others are the
+layouts of the data sets' own archives: ``voc`` (VOCdevkit/VOC2012), ``ade20k``
+(ADEChallengeData2016), ``cityscapes`` (leftImg8bit and gtFine beside each other, 19 classes),
+``coco-stuff`` (images and pixel maps beside each other, all 182 numbers), ``nyuv2`` (depth in the
+widespread layout of scene folders with rgb_*.jpg and sync_depth_*.png in millimetres, below
+official_splits).
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Files(NamedTuple):
     classes: int = 0
     label_map: tuple[int, ...] = ()
     depth_scale: float = 1.0
+    block: int = 1
 
 
 def open_data(spec: str, split: Split, *, max_side: int = 0) -> Folder:
@@ -83,6 +86,7 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Folder:
         label_map=found.label_map,
         depth_scale=found.depth_scale,
         max_side=max_side,
+        block=found.block,
     )
 
 
@@ -102,11 +106,17 @@ def _folder(root: Path, split: Split) -> Files:
             f'the plain layout needs {description}, such as {{"classes": 11, "depth_scale": 1000}}'
         )
     values = json.loads(description.read_text(encoding="utf-8"))
-    return _plain(root, split, int(values.get("classes", 0)), float(values.get("depth_scale", 1)))
+    block = int(values.get("block", 1))
+    if block < 1:
+        raise ValueError(f"block in {description} must be at least 1; got {block}")
+    plain = _plain(root, split, int(values.get("classes", 0)), float(values.get("depth_scale", 1)))
+    return plain._replace(block=block)
 
 
 def _camvid(root: Path, split: Split) -> Files:
-    return _plain(root, split, classes=11, depth_scale=1)
+    # Its val split is one clip at 15 Hz: differences of upsamplers are correlated over about ten
+    # images of 60 evenly spread ones.
+    return _plain(root, split, classes=11, depth_scale=1)._replace(block=10)
 
 
 def _nyu(root: Path, split: Split) -> Files:

@@ -32,11 +32,13 @@ class Stage(NamedTuple):
         title: What is measured, for people.
         settings: Everything but the upsamplers that decides its sums; None is never kept.
         run: Measures upsamplers.
+        block: Neighbouring images that are alike, see :class:`~featup_hub.evaluation.Folder`.
     """
 
     title: str
     settings: dict[str, object] | None
     run: Callable[[Sequence[Candidate]], Sequence[Measurement]]
+    block: int = 1
 
 
 def run_stage(
@@ -65,7 +67,11 @@ def run_stage(
             _keep(known[each.name], place)
     columns = zip(*(known[each.name] for each in candidates), strict=True)
     return [
-        replace(parts[0], sums={name: sums for part in parts for name, sums in part.sums.items()})
+        replace(
+            parts[0],
+            block=stage.block,
+            sums={name: sums for part in parts for name, sums in part.sums.items()},
+        )
         for parts in columns
     ]
 

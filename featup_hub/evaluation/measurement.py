@@ -23,12 +23,14 @@ class Measurement:
         protocol: Such as ``point oracle``.
         data: Such as ``camvid/val``.
         backbone: What the features came from, and the stride; for the oracle the stride alone.
+        block: Neighbouring images that are alike, see :class:`~featup_hub.evaluation.Folder`.
         sums: Upsampler -> name of the sums -> one tensor per image.
     """
 
     protocol: str
     data: str
     backbone: str
+    block: int = 1
     sums: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
 
     def add(self, upsampler: str, sums: dict[str, Tensor]) -> None:

@@ -117,6 +117,7 @@ def _stages(
                 f"oracle {where}, stride {stride}",
                 {**common, "oracle": stride, "reductions": config.reductions},
                 partial(measure_oracle, val, stride=stride, reductions=config.reductions),
+                val.block,
             )
         for name, backbone in backbones.items():
             bench = Bench(name, backbone, train, val, config)
@@ -127,6 +128,7 @@ def _stages(
                         f"{protocol} {where}, {name}",
                         None if protocol == "cost" else settings,
                         partial(run, bench),
+                        val.block,
                     )
     if "cam" in config.protocols:
         named = {key: getattr(config, key) for key in ("photos", "photo_images", "classifier")}

@@ -96,7 +96,9 @@ def _row(
         if name == upsampler or name in versus
     }
     differences = {
-        name: compare(metric, stacked[upsampler], stacked[name], resamples=resamples)
+        name: compare(
+            metric, stacked[upsampler], stacked[name], resamples=resamples, block=found.block
+        )
         for name in versus
         if name in stacked and name != upsampler
     }
@@ -109,7 +111,7 @@ def _row(
         higher_is_better=metric.higher_is_better,
         percent=metric.percent,
         upsampler=upsampler,
-        score=estimate(metric, stacked[upsampler], resamples=resamples),
+        score=estimate(metric, stacked[upsampler], resamples=resamples, block=found.block),
         versus=differences,
     )
 

@@ -2,9 +2,11 @@
 
 Every measurement leaves one small tensor of sums per image (a confusion matrix, squared errors
 and their count, ...). A score is a function of those sums added over images, so a bootstrap
-replicate is one weighted sum: no image is looked at twice.
+replicate is one weighted sum: no image is looked at twice. Frames of a clip are no independent
+images; blocks of neighbours are drawn there, on a circle, so that intervals are not too narrow.
 
-Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, percentile intervals.
+Sources: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, percentile intervals; Politis
+& Romano, "A Circular Block-Resampling Procedure for Stationary Data", 1992.
 """
 
 from __future__ import annotations
@@ -57,32 +59,42 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def estimate(metric: Metric, sums: Tensor, *, resamples: int = 1000, seed: int = 0) -> Estimate:
+def estimate(
+    metric: Metric, sums: Tensor, *, resamples: int = 1000, block: int = 1, seed: int = 0
+) -> Estimate:
     """Scores all images together, with an interval.
 
     Args:
         metric: The score.
-        sums: Sums of every image, (N, *S).
+        sums: Sums of every image, (N, *S), neighbours beside each other.
         resamples: Bootstrap replicates.
+        block: Neighbouring images that are drawn together; 1 where they are independent.
         seed: Of the resampling alone.
 
     Returns:
         The score and its interval.
     """
-    replicates = metric.value(_resample(sums, resamples, seed))
+    replicates = metric.value(_resample(sums, resamples, block, seed))
     return _interval(metric.value(sums.double().sum(0)), replicates)
 
 
 def compare(
-    metric: Metric, sums: Tensor, baseline: Tensor, *, resamples: int = 1000, seed: int = 0
+    metric: Metric,
+    sums: Tensor,
+    baseline: Tensor,
+    *,
+    resamples: int = 1000,
+    block: int = 1,
+    seed: int = 0,
 ) -> Estimate:
     """Scores the difference of two upsamplers on the same images, resampled together.
 
     Args:
         metric: The score.
-        sums: Sums of every image, (N, *S).
+        sums: Sums of every image, (N, *S), neighbours beside each other.
         baseline: The same of the upsampler to compare with.
         resamples: Bootstrap replicates.
+        block: Neighbouring images that are drawn together; 1 where they are independent.
         seed: Of the resampling alone.
 
     Returns:
@@ -97,17 +109,18 @@ def compare(
             f"got {tuple(sums.shape)} and {tuple(baseline.shape)}; measure both in one run"
         )
     value = metric.value(sums.double().sum(0)) - metric.value(baseline.double().sum(0))
-    replicates = metric.value(_resample(sums, resamples, seed)) - metric.value(
-        _resample(baseline, resamples, seed)
+    replicates = metric.value(_resample(sums, resamples, block, seed)) - metric.value(
+        _resample(baseline, resamples, block, seed)
     )
     return _interval(value, replicates)
 
 
-def _resample(sums: Tensor, resamples: int, seed: int) -> Tensor:
-    """Adds up N images drawn with replacement, (N, *S) -> (resamples, *S)."""
+def _resample(sums: Tensor, resamples: int, block: int, seed: int) -> Tensor:
+    """Adds up N images drawn with replacement, block by block, (N, *S) -> (resamples, *S)."""
     count = sums.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (resamples, count), generator=generator)
+    first = torch.randint(count, (resamples, -(-count // block), 1), generator=generator)
+    drawn = (first + torch.arange(block)).flatten(1)[:, :count] % count
     times = torch.zeros(resamples, count, dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(times))
     return (times @ sums.double().flatten(1)).reshape(resamples, *sums.shape[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -168,3 +169,22 @@ def test_every_protocol_on_features_leaves_its_scores(scenes, tmp_path):
 def test_protocols_without_their_data_are_refused():
     with pytest.raises(ValueError, match=r"oracle need labelled data; got none"):
         list(evaluate(EvaluationConfig(protocols=("oracle",))))
+
+
+def test_intervals_know_of_frames_that_are_alike_from_the_cache_too(scenes, tmp_path):
+    train, val = (open_data(f"folder:{scenes}", split) for split in ("train", "val"))
+    data = [(train, replace(val, block=3))]
+    config = EvaluationConfig(
+        protocols=("oracle", "preservation"),
+        strides=(16,),
+        reductions=("point",),
+        probe_steps=5,
+        cache=tmp_path,
+    )
+    nearest = [candidate("nearest")]
+    for _ in range(2):
+        found = list(measure(data, {"colour": MeanColour()}, nearest, config))
+        assert [each.block for each in found] == [3, 3]
+    for row in rows(found, versus=()):
+        # A block of all three images on a circle is the set itself, in whatever order.
+        assert row.score.low == row.score.high == pytest.approx(row.score.value)

@@ -27,6 +27,22 @@ def test_the_interval_is_that_of_the_mean():
     assert found.value - found.low == pytest.approx(half, rel=0.1)
 
 
+def test_blocks_of_frames_that_are_alike_count_once():
+    clips = torch.randn(40, generator=torch.Generator().manual_seed(1)).double()
+    frames = clips.repeat_interleave(10)
+    half = 1.96 * float(clips.std()) / 40**0.5
+    found = estimate(MEAN, sums(frames), resamples=4000, block=10)
+    # A triangle of weights in place of the clips' own borders makes blocks see two thirds of it.
+    assert (found.high - found.low) / 2 == pytest.approx(half * (2 / 3) ** 0.5, rel=0.1)
+    blind = estimate(MEAN, sums(frames), resamples=4000)
+    assert (blind.high - blind.low) / 2 == pytest.approx(half / 10**0.5, rel=0.1)
+
+
+def test_blocks_that_do_not_divide_the_images_still_draw_as_many():
+    ones = sums(torch.ones(7))
+    assert estimate(Metric(name="n", sums="x", value=lambda s: s[..., 1]), ones, block=3).low == 7
+
+
 def test_a_small_difference_is_significant_because_images_are_paired():
     values = 10 * torch.randn(60)
     better = values + 0.1 + 0.02 * torch.randn(60)
