@@ -120,8 +120,8 @@ class Folder:
         label_map: Class of every stored value, where they differ; values beyond it are void.
         depth_scale: Stored depth per metre.
         max_side: Longer images are shrunk to this side; 0 leaves all as they are.
-        block: Neighbouring images, of those scored, that are alike, as frames of a clip are; the
-            bootstrap draws them together.
+        block: Neighbouring images that are alike, as frames of a clip are; the bootstrap draws
+            them together.
     """
 
     name: str
@@ -164,6 +164,7 @@ class Folder:
             images=tuple(self.images[i] for i in keep),
             labels=tuple(self.labels[i] for i in keep) if self.labels else (),
             depth=tuple(self.depth[i] for i in keep) if self.depth else (),
+            block=max(round(self.block * count / total), 1),
         )
 
     def _labels(self, path: Path) -> Tensor:

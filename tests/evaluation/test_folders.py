@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,8 @@ def test_spread_takes_first_and_last_and_evenly_between(tmp_path):
     folder = Folder(name="x", images=files, labels=files)
     assert [p.stem for p in folder.spread(3).images] == ["0", "4", "8"]
     assert folder.spread(3).labels == folder.spread(3).images
+    assert replace(folder, block=6).spread(3).block == 2
+    assert replace(folder, block=2).spread(3).block == 1
     assert folder.spread(0) is folder
     assert folder.spread(20) is folder
 

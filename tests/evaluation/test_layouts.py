@@ -111,7 +111,7 @@ def test_the_plain_layout_needs_its_description(tmp_path):
 def test_frames_of_a_clip_are_drawn_together(scenes, tmp_path):
     assert open_data(f"folder:{scenes}", "val").block == 1
     photograph(tmp_path / "val" / "images" / "a.jpg")
-    assert open_data(f"camvid:{tmp_path}", "val").spread(60).block == 10
+    assert open_data(f"camvid:{tmp_path}", "val").block == 17
     assert open_data(f"nyu:{tmp_path}", "val").block == 1
     description = tmp_path / "dataset.json"
     description.write_text('{"block": 4}', encoding="utf-8")
