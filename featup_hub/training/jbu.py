@@ -16,6 +16,7 @@ Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -69,6 +70,8 @@ def train(
         FileNotFoundError: If the folder of photographs does not exist.
         ValueError: If it holds none, ``out`` holds a run of another config, or the batch cannot
             be divided into its parts or these among the processes.
+        RuntimeError: If the loss or its gradient is no longer a finite number; the last checkpoint
+            stays.
     """
     with joined(config.device) as team:
         _check_parts(config, team)
@@ -109,6 +112,14 @@ def _check_parts(config: JBUTrainingConfig, team: Team) -> None:
             "the batch must divide into its parts, and these among the processes; got a batch of "
             f"{config.batch} in parts={config.parts} for {team.count} process(es); "
             "choose parts as a multiple of the processes, and batch as one of parts"
+        )
+
+
+def _check_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise RuntimeError(
+            f"training needs a finite {name}; it diverged at step {step + 1} ({value}); "
+            "lower lr, and start again in another folder"
         )
 
 
@@ -167,7 +178,11 @@ class _Run:
         # All processes drew one source and size, so the same parameters have a gradient in all.
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.team.add([*gradients, *terms.values()])
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+        row = {name: value.item() for name, value in terms.items()} | {"grad_norm": norm}
+        # Before the step, which would spoil the weights that the next checkpoint keeps.
+        _check_finite(row["loss"], "loss", step)
+        _check_finite(norm, "norm of gradients", step)
         self.optimizer.step()
         if config.unit_sum:
             make_unit_sum(self.stack)
@@ -177,8 +192,7 @@ class _Run:
         return {
             "source": config.backbones[drawn].partition("=")[0],
             "size": f"{size[0]}x{size[1]}",
-            **{name: value.item() for name, value in terms.items()},
-            "grad_norm": float(norm),
+            **row,
             "lr": config.learning_rate(step),
             "seconds": round(time.monotonic() - began, 3),
         }

@@ -21,3 +21,16 @@ def test_train_makes_a_file_that_upsample_takes(
     assert main([str(word) for word in ["upsample", photos / "a.jpg", *flags]]) == 0
     assert main([*line, "--lr", "1"]) == 1
     assert "another config" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_one_line_and_leaves_no_weights(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = "--steps 9 --batch 1 --image-size 32 --views 1 --crf-samples 10 --projection-dim 4"
+    line = ["train", str(photos), "--out", str(tmp_path / "run"), *size.split()]
+    assert main([*line, "--lr", "1e9"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "error: training needs a finite " in err.splitlines()[-1]
+    assert "lower lr" in err.splitlines()[-1]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.csv"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -202,6 +203,35 @@ def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(photos, s
     assert trained.keys() == joint.keys()
     for name in ("share", "spatial", "range", "smoothing_range", "frequencies"):
         assert not torch.equal(trained[f"first.{name}"], joint[f"first.{name}"]), name
+
+
+@pytest.mark.parametrize(("spoilt", "name"), [("loss", "loss"), ("grad", "norm of gradients")])
+def test_a_run_that_diverges_stops_before_it_spoils_weights_or_checkpoint(
+    photos, stem, tmp_path, monkeypatch, spoilt, name
+):
+    config = replace(SMALL, checkpoint_minutes=0)
+    differentiate, parts, runs = jbu._Run._differentiate, [], []
+
+    def spoil(run, *drawn):
+        terms = differentiate(run, *drawn)
+        parts.append(terms)
+        if len(parts) == 3:
+            runs.append((run, {k: v.clone() for k, v in run.stack.state_dict().items()}))
+            bad = terms["loss"] if spoilt == "loss" else run.stack.up4.fixup_proj[3].weight.grad
+            bad.fill_(math.nan)
+        return terms
+
+    monkeypatch.setattr(jbu._Run, "_differentiate", spoil)
+    with pytest.raises(RuntimeError, match=f"finite {name}; it diverged at step 3 .nan.; lower"):
+        train(photos, tmp_path, config, backbones={"stem": stem}, progress=False)
+    run, before = runs[0]
+    for key, value in run.stack.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 2
+    assert all(value.isfinite().all() for value in kept["stack"].values())
+    assert not (tmp_path / "jbu.safetensors").exists()
+    assert len(rows(tmp_path / "metrics.csv")) == 2
 
 
 def test_the_learning_rate_rises_and_falls():
