@@ -34,11 +34,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = from_flags(JBUTrainingConfig, args)
+    try:
+        config = from_flags(JBUTrainingConfig, args)
+    except ValueError as error:
+        # A refusal begins with the name of the field, which is that of the flag.
+        field, _, refusal = str(error).partition(" ")
+        raise UsageError(f"--{field.replace('_', '-')} {refusal}") from error
     open_device(config.device)
-    for name in ("steps", "batch", "image_size", "views"):
-        if (value := getattr(config, name)) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive; got {value}")
     make_folder(args.out)
     print(f"wrote {train(args.photos, args.out, config)}")
     return 0

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig"]
 
 UPSTREAM_TAPS = (0, 1, 4, 9, 16, 25, 36)
 """Taps that ever got a gradient in upstream's CUDA code, for ``kernel_taps``."""
+
+_ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a finite number": (
+        math.isfinite,  # but for max_grad_norm and checkpoint_minutes: never to clip, to keep none
+        (
+            *("max_aspect", "max_stride", "max_zoom", "window", "lr", "final_lr"),
+            *("crf_weight", "tv_weight", "region_weight", "region_noise"),
+        ),
+    ),
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            *("steps", "batch", "image_size", "views", "projection_dim", "crf_samples"),
+            *("region_channels", "max_aspect", "max_stride", "max_zoom", "window"),
+        ),
+    ),
+    "at least 0": (
+        lambda value: value >= 0,
+        (
+            *("crf_weight", "tv_weight", "region_weight", "region_noise"),
+            *("max_pad", "final_lr", "warmup", "checkpoint_minutes"),
+        ),
+    ),
+    "above 0": (lambda value: value > 0, ("lr", "max_grad_norm")),
+    "above 0 and at most 1": (lambda value: 0 < value <= 1, ("min_scale",)),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, ("region_field", "ema")),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("dropout",)),
+    "'attention' or 'simple'": (lambda value: value in ("attention", "simple"), ("downsampler",)),
+    "taps from 0 to 48": (lambda taps: all(0 <= tap < 49 for tap in taps), ("kernel_taps",)),
+}
+"""What a field must be, how that is told, and of which fields; ``parts`` depends on processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +94,9 @@ class JBUTrainingConfig:
         seed: Decides all that is random.
         checkpoint_minutes: Longest time between checkpoints.
         device: Where to compute.
+
+    Raises:
+        ValueError: If a value is none of those named here, not finite, or out of its range.
     """
 
     backbones: tuple[str, ...] = ("efficientnet_lite0",)
@@ -98,6 +133,12 @@ class JBUTrainingConfig:
     seed: int = 0
     checkpoint_minutes: float = 5.0
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for allowed, (fits, names) in _ALLOWED.items():
+            for name in names:
+                if not fits(value := getattr(self, name)):
+                    raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
     def learning_rate(self, step: int) -> float:
         """Returns the rate of a step: linear warm-up, then a cosine down to ``final_lr``."""
