@@ -6,12 +6,18 @@ Everything about sample n follows from the seed and n, so nothing has to be stor
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from featup_hub.image import read_image
+from featup_hub.training.digests import digest_of_files
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["PhotoStream", "seeded"]
 
@@ -54,14 +60,26 @@ class PhotoStream:
             raise FileNotFoundError(
                 f"training needs a folder of photographs; {folder} is not a folder"
             )
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        # Hidden files are of other programs, such as macOS's notes on a photograph, "._0.png".
+        self.paths = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
         if not self.paths:
             raise ValueError(
                 f"training needs photographs ({', '.join(sorted(SUFFIXES))}); "
                 f"{folder} and its subfolders hold none"
             )
+        self.folder = folder
         self.seed = seed
         self.min_scale = min_scale
+        self._unreadable: set[Path] = set()
+
+    @property
+    def digest(self) -> str:
+        """Tells this set of photographs from others, by their names and sizes in bytes."""
+        return digest_of_files(self.paths, self.folder)
 
     def batch(self, step: int, count: int, size: tuple[int, int]) -> Tensor:
         """Returns the photographs of a step.
@@ -78,19 +96,42 @@ class PhotoStream:
         return torch.stack([self.sample(first + i, size) for i in range(count)])
 
     def sample(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Returns sample ``number`` of the stream, (3, *size), RGB in [0, 1]."""
+        """Returns sample ``number`` of the stream, (3, *size), RGB in [0, 1].
+
+        A photograph that cannot be read is warned of once; the epoch's next one takes its place.
+
+        Raises:
+            ValueError: If no photograph can be read.
+        """
         import numpy as np
         from PIL.Image import Resampling
 
-        epoch, position = divmod(number, len(self.paths))
-        order = torch.randperm(len(self.paths), generator=seeded(self.seed, 0, epoch))
-        photo = read_image(self.paths[int(order[position])])
+        photo = self._read(number)
         draws = torch.rand(4, generator=seeded(self.seed, 1, number), dtype=torch.float64).tolist()
         box = _random_box(photo.size, size, self.min_scale, draws)
         height, width = size
         crop = photo.resize((width, height), Resampling.BICUBIC, box=box, reducing_gap=2.0)
         pixels = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1).float() / 255
         return pixels.flip(2) if draws[3] < 0.5 else pixels
+
+    def _read(self, number: int) -> Image.Image:
+        """Reads the photograph of a sample, or the first after it that can be read."""
+        count = len(self.paths)
+        epoch, position = divmod(number, count)
+        order = torch.randperm(count, generator=seeded(self.seed, 0, epoch))
+        for index in order.roll(-position).tolist():
+            path = self.paths[index]
+            try:
+                return read_image(path)
+            except (OSError, ValueError) as error:
+                reason = error
+            if path not in self._unreadable:
+                self._unreadable.add(path)
+                warnings.warn(f"{reason}; training goes on without it", stacklevel=2)
+        raise ValueError(
+            f"training needs photographs that can be read; {self.folder} holds {count}, and none "
+            f"can ({reason}); check the files"
+        )
 
 
 def _random_box(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
+
 import pytest
 import torch
 
@@ -71,3 +74,51 @@ def test_a_folder_without_photographs_is_refused(tmp_path):
         PhotoStream(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"needs photographs .*hold none"):
         PhotoStream(tmp_path)
+
+
+def test_hidden_files_and_folders_are_no_photographs(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "._p0.png").write_bytes(b"a note of another program")
+    (folder / "folder.png").mkdir()
+    stream = PhotoStream(folder)
+    assert [path.relative_to(folder) for path in stream.paths] == [
+        path.relative_to(photos) for path in PhotoStream(photos).paths
+    ]
+
+
+def test_a_damaged_photograph_is_told_once_and_the_next_one_takes_its_place(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    damaged = folder / "p4.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    stream = PhotoStream(folder)
+    with pytest.warns(UserWarning, match=r"p4.png is .*; training goes on without it") as told:
+        drawn = [stream.sample(n, (16, 16)) for n in range(27)]
+    assert len(told) == 1
+    sound = PhotoStream(photos)
+    differing = [n for n in range(27) if not torch.equal(drawn[n], sound.sample(n, (16, 16)))]
+    assert [n // 9 for n in differing] == [0, 1, 2]  # one an epoch
+    again = PhotoStream(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in reversed(range(27)):  # as a resumed run, which begins in the middle
+            assert torch.equal(again.sample(n, (16, 16)), drawn[n])
+
+
+def test_photographs_that_all_cannot_be_read_are_an_error(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(b"")
+    stream = PhotoStream(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="an empty file"),
+        pytest.raises(ValueError, match=r"that can be read; .* holds 3, and none can .*; check"),
+    ):
+        stream.sample(0, (16, 16))
+
+
+def test_the_digest_tells_photographs_by_name_and_size_wherever_they_lie(photos, tmp_path):
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    assert PhotoStream(moved).digest == PhotoStream(photos).digest
+    (moved / "p0.png").rename(moved / "q0.png")
+    renamed = PhotoStream(moved).digest
+    (moved / "q0.png").write_bytes((photos / "p0.png").read_bytes() + b"\0")
+    assert len({PhotoStream(photos).digest, renamed, PhotoStream(moved).digest}) == 3
