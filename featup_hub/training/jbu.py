@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
+from featup_hub.registry import JBU_UNIVERSAL
 from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
 from featup_hub.training.consistency import consistency_loss
+from featup_hub.training.digests import digest
 from featup_hub.training.images import PhotoStream, seeded
 from featup_hub.training.processes import Team, joined
 from featup_hub.training.projection import make_unit_sum
@@ -41,7 +43,8 @@ from featup_hub.training.records import (
 )
 from featup_hub.training.sources import TrainingSource, open_backbones
 from featup_hub.upsamplers import JBUStack
-from featup_hub.weights import load_into, read, write
+from featup_hub.weights import load as load_weights
+from featup_hub.weights import load_into, write
 
 __all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig", "train"]
 
@@ -68,8 +71,9 @@ def train(
 
     Raises:
         FileNotFoundError: If the folder of photographs does not exist.
-        ValueError: If it holds none, ``out`` holds a run of another config, or the batch cannot
-            be divided into its parts or these among the processes.
+        ValueError: If it holds none that can be read, ``out`` holds a run of another config, of
+            other photographs or of backbones with other weights, or the batch cannot be divided
+            into its parts or these among the processes.
         RuntimeError: If the loss or its gradient is no longer a finite number; the last checkpoint
             stays.
     """
@@ -138,7 +142,7 @@ class _Run:
         # Modules draw their first weights from the global generator, which is put back after.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            start = read(config.start) if config.start else {}
+            start = load_weights(JBU_UNIVERSAL, path=config.start) if config.start else {}
             joint = any(name.startswith("first.") for name in start)
             self.stack = JBUStack(dropout=config.dropout, joint_first=joint)
             self.sources = nn.ModuleDict()
@@ -150,6 +154,12 @@ class _Run:
             load_into(self.stack, start, origin=config.start)
         if config.unit_sum:
             make_unit_sum(self.stack)
+        # Two runs of one config may differ in what its names stand for.
+        self.seen = {"photographs": stream.digest}
+        if config.start:
+            self.seen[f"weights of {config.start}"] = digest(start)
+        for name, backbone in backbones.items():
+            self.seen[f"weights of {name}"] = digest(backbone.state_dict())
         self.stack.train().to(config.device)
         self.sources.train().to(config.device)
         self.mean = {name: p.detach().clone() for name, p in self.stack.state_dict().items()}
@@ -229,7 +239,7 @@ class _Run:
         """Returns all that a stopped run needs to go on after ``step`` steps."""
         return {
             "step": step,
-            "config": _comparable(self.config),
+            "config": {**_comparable(self.config), **self.seen},
             "stack": self.stack.state_dict(),
             "mean": self.mean,
             "sources": self.sources.state_dict(),
@@ -241,7 +251,7 @@ class _Run:
         if not path.exists():
             self._measure()
             return 0
-        state = load_checkpoint(path, _comparable(self.config))
+        state = load_checkpoint(path, _comparable(self.config), seen=self.seen)
         with restoring(path):
             self.stack.load_state_dict(state["stack"])
             self.sources.load_state_dict(state["sources"])

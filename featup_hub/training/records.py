@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -24,8 +24,18 @@ def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
         torch.save(dict(state), partial)
 
 
-def load_checkpoint(path: Path, config: Mapping[str, object]) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path,
+    config: Mapping[str, object],
+    *,
+    seen: Mapping[str, object] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Reads a checkpoint of a run with the same config.
+
+    Args:
+        path: The checkpoint.
+        config: What it must tell the same of, under "config".
+        seen: Further entries there that must agree, but that old checkpoints lack.
 
     Raises:
         ValueError: If the file is not a checkpoint, or one of another config.
@@ -35,9 +45,10 @@ def load_checkpoint(path: Path, config: Mapping[str, object]) -> dict[str, Any]:
         theirs: dict[str, object] = dict(state["config"])
         if not theirs.keys() & config.keys():
             raise KeyError("config")
-    keys = sorted({*theirs, *config})
-    if differing := [k for k in keys if theirs.get(k) != config.get(k)]:
-        changes = "; ".join(_change(k, theirs.get(k), config.get(k)) for k in differing)
+    theirs, ours = {**seen, **theirs}, {**config, **seen}
+    keys = sorted({*theirs, *ours})
+    if differing := [k for k in keys if theirs.get(k) != ours.get(k)]:
+        changes = "; ".join(_change(k, theirs.get(k), ours.get(k)) for k in differing)
         raise ValueError(
             f"{path} belongs to a run of another config ({changes}); "
             "repeat its options to go on, or remove it to start again"

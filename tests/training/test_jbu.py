@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from featup_hub import JBUStack
+from featup_hub import JBUStack, load_upsampler
 from featup_hub.training import jbu
 from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
 from featup_hub.training.consistency import consistency_loss
@@ -193,6 +194,18 @@ def test_a_run_can_start_from_other_stages(photos, stem, tmp_path):
         torch.testing.assert_close(run.stack.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
+def test_a_run_can_start_from_shipped_stages_by_their_name(photos, stem, tmp_path):
+    run = jbu._Run(
+        replace(SMALL, start="jbu_sharp"), jbu.PhotoStream(photos), {"stem": stem}, Team()
+    )
+    for name, value in load_upsampler(weights="jbu_sharp").state_dict().items():
+        torch.testing.assert_close(run.stack.state_dict()[name], value, atol=1e-6, rtol=0)
+    run.export(tmp_path / "made.safetensors", photos=1)
+    assert json.loads(metadata(tmp_path / "made.safetensors")["config"])["start"] == "jbu_sharp"
+    with pytest.raises(FileNotFoundError, match="no weights file jbu_blunt; check the name"):
+        jbu._Run(replace(SMALL, start="jbu_blunt"), run.stream, {"stem": stem}, Team())
+
+
 def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(photos, stem, tmp_path):
     joint = JBUStack(joint_first=True).state_dict()
     write(joint, tmp_path / "joint.safetensors")
@@ -257,6 +270,40 @@ def test_a_folder_of_another_run_is_refused(photos, stem, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"not a checkpoint of this trainer .*remove it"):
         train(photos, tmp_path, replace(SMALL, steps=1), backbones={"stem": stem})
+
+
+def test_a_run_of_other_photographs_backbones_or_first_stages_is_refused(photos, stem, tmp_path):
+    start = tmp_path / "start.safetensors"
+    write(JBUStack().state_dict(), start)
+    config = replace(SMALL, steps=1, start=str(start))
+    train(photos, tmp_path / "run", config, backbones={"stem": stem}, progress=False)
+    file = tmp_path / "run/checkpoint.pt"
+    before = file.read_bytes()
+
+    fewer = shutil.copytree(photos, tmp_path / "fewer")
+    (fewer / "p0.png").unlink()
+    with pytest.raises(ValueError, match=r"another config \(photographs: another one\)"):
+        train(fewer, tmp_path / "run", config, backbones={"stem": stem}, progress=False)
+    other = type(stem)(seed=1)
+    with pytest.raises(ValueError, match=r"\(weights of stem: another one\)"):
+        train(photos, tmp_path / "run", config, backbones={"stem": other}, progress=False)
+    write(JBUStack().state_dict(), start)
+    with pytest.raises(ValueError, match=r"\(weights of .*start.safetensors: another one\)"):
+        train(photos, tmp_path / "run", config, backbones={"stem": stem}, progress=False)
+    assert file.read_bytes() == before
+
+
+def test_a_checkpoint_from_before_photographs_and_weights_were_noted_goes_on(
+    photos, stem, tmp_path
+):
+    config = replace(SMALL, steps=1)
+    train(photos, tmp_path, config, backbones={"stem": stem}, progress=False)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    new = {"photographs", "weights of stem"}
+    state["config"] = {k: v for k, v in state["config"].items() if k not in new}
+    assert state["config"].keys() == jbu._comparable(config).keys()
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert train(photos, tmp_path, config, backbones={"stem": stem}, progress=False).exists()
 
 
 def test_backbones_are_opened_by_name_or_given(stem):

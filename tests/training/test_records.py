@@ -62,3 +62,14 @@ def test_differing_digests_are_not_spelt_out(tmp_path):
     save_checkpoint(tmp_path / "c.pt", {"config": {"image": "a" * 64, "lr": 1.0}})
     with pytest.raises(ValueError, match=r"\(image: another one; lr: 1.0 there, 2.0 here\)"):
         load_checkpoint(tmp_path / "c.pt", {"image": "b" * 64, "lr": 2.0})
+
+
+def test_what_only_new_checkpoints_tell_must_agree_where_it_is_told(tmp_path):
+    seen, other = {"photographs": "a" * 64}, {"photographs": "b" * 64}
+    save_checkpoint(tmp_path / "old.pt", {"config": {"lr": 1.0}})
+    save_checkpoint(tmp_path / "new.pt", {"config": {"lr": 1.0, **seen}})
+    for name in ("old.pt", "new.pt"):
+        assert load_checkpoint(tmp_path / name, {"lr": 1.0}, seen=seen)["config"]["lr"] == 1.0
+    assert load_checkpoint(tmp_path / "old.pt", {"lr": 1.0}, seen=other)
+    with pytest.raises(ValueError, match=r"\(photographs: another one\); repeat its options"):
+        load_checkpoint(tmp_path / "new.pt", {"lr": 1.0}, seen=other)
