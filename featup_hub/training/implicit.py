@@ -23,10 +23,8 @@ Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
+from featup_hub.training.digests import digest
 from featup_hub.training.implicit_config import PRESETS, ImplicitConfig
 from featup_hub.training.implicit_objective import Objective, Sample, draw, seeded_modules
 from featup_hub.training.implicit_views import look
@@ -105,7 +104,9 @@ def fit(
                 run.check(done)
                 if path is not None:
                     save_checkpoint(path, run.state(done))
-            bar.advance(f"loss {loss:.4f} held-out error {run.error:.4f}")
+            # Until the first look at the held-out views there is no error to tell.
+            held_out = f" held-out error {run.error:.4f}" if run.checked else ""
+            bar.advance(f"loss {loss:.4f}{held_out}")
     return run.result(done)
 
 
@@ -131,8 +132,8 @@ class Run:
                 "featup_hub.image.preprocess, or use image.float() if it is normalised"
             )
         self.config, self.image = config, image
-        self.digest = _digest(backbone.state_dict())
-        self.start = "" if start is None else _digest(start.state_dict())
+        self.digest = digest(backbone.state_dict())
+        self.start = "" if start is None else digest(start.state_dict())
         self.pca, self.views, self.unseen = look(image, backbone, config)
         own = self.views.features[:1].float()
         base = own if config.base == "source" else None
@@ -253,7 +254,7 @@ class Run:
         return self.checked
 
     def _identity(self) -> dict[str, object]:
-        image = _digest({"image": self.image})
+        image = digest({"image": self.image})
         seen = {"image": image, "backbone": self.digest, "start": self.start}
         return {**asdict(self.config), **seen}
 
@@ -270,13 +271,3 @@ def converging(value: float, name: str, step: int) -> float:
             "lower lr or highest"
         )
     return value
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the sha256 of tensors, in hexadecimal."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()

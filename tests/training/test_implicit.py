@@ -148,6 +148,14 @@ def test_weights_spoilt_by_the_last_step_are_found_by_the_held_out_views(monkeyp
         fit(picture(), Blur(), TINY, steps=1)
 
 
+def test_no_held_out_error_is_shown_before_it_is_known(monkeypatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(implicit.Progress, "advance", lambda bar, note: shown.append(note))
+    fit(picture(), Blur(), replace(TINY, check_every=2), steps=3, progress=True)
+    assert [" held-out error 0." in note for note in shown] == [False, True, True]
+    assert all(note.startswith("loss ") and "inf" not in note for note in shown)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64])
 def test_images_of_other_numbers_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"image of float32; got {dtype}; make it with"):
