@@ -86,15 +86,16 @@ class Metrics:
     """
 
     def __init__(self, path: Path, first: int) -> None:
-        kept: list[dict[str, str]] = []
-        if first and path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) < first]
-        self._file = path.open("w", newline="")
-        self._writer: csv.DictWriter[str] | None = None
+        kept = _complete_rows(path, first) if first and path.exists() else []
+        if kept:
+            # Whole or not at all: a kill in between must not cost what was kept so far.
+            with write_atomically(path) as partial, partial.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(kept[0]))
+                writer.writeheader()
+                writer.writerows(kept)
+        self._file = path.open("a" if kept else "w", newline="")
+        self._writer = csv.DictWriter(self._file, list(kept[0])) if kept else None
         self._flushed = time.monotonic()
-        for row in kept:
-            self.add(row)
 
     def add(self, row: Mapping[str, object]) -> None:
         """Appends a row; the first one decides the columns."""
@@ -122,6 +123,23 @@ class Metrics:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def _complete_rows(path: Path, end: int) -> list[dict[str, str]]:
+    """Returns the rows of steps before ``end``, without what a kill cut short.
+
+    Of "150,0.4" it may leave "15", which is no row of step 15.
+    """
+    with path.open(newline="", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        row
+        for row in rows
+        if None not in row  # csv's key of fields too many
+        and all(row.values())  # None where fields are missing
+        and row.get("step", "").isdecimal()
+        and int(row["step"]) < end
+    ]
 
 
 class Progress:

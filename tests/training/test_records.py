@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 
 import pytest
@@ -42,6 +43,46 @@ def test_metrics_can_be_read_while_a_run_goes_on(tmp_path):
         metrics.add({"step": 0, "loss": 1 / 3, "source": "a"})
         metrics.flush()
         assert (tmp_path / "m.csv").read_text() == "step,loss,source\n0,0.333333,a\n"
+
+
+def resumed(path, first):
+    """What a run that goes on leaves of the metrics of an earlier one."""
+    with Metrics(path, first) as metrics:
+        metrics.add({"step": first, "loss": 0.4})
+    return path.read_text().split()
+
+
+@pytest.mark.parametrize(
+    "torn", ["15", "1", "15,", "150,0.4", "150,0.4,7", "15,0.4,7", "x,0.4", ""]
+)
+def test_a_row_that_a_kill_cut_short_is_not_kept(tmp_path, torn):
+    path = tmp_path / "m.csv"
+    path.write_text(f"step,loss\n98,0.6\n99,0.5\n{torn}")
+    assert [row for row in resumed(path, 100) if row != "15,"] == [
+        "step,loss", "98,0.6", "99,0.5", "100,0.4"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "step,loss\n", "ste", "\0\0,\0"])
+def test_metrics_without_a_row_to_keep_are_begun_anew(tmp_path, text):
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    assert resumed(path, 100) == ["step,loss", "100,0.4"]
+
+
+def test_a_kill_while_the_kept_rows_are_written_loses_none(tmp_path, monkeypatch):
+    path = tmp_path / "m.csv"
+    before = "step,loss\n98,0.6\n99,0.5\n"
+    path.write_text(before)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Metrics(path, 100)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["m.csv"]
 
 
 @pytest.mark.parametrize("state", [{}, {"config": 3}, {"config": {"a": 1}}, [1]])
