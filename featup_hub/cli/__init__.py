@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return int(args.run(args))
     except KeyboardInterrupt:
-        complain("interrupted; what is finished is kept, the same command goes on from there")
+        goes_on = "; the same command goes on from there" if _goes_on(argv) else ""
+        complain(f"interrupted; what is finished is kept{goes_on}")
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(explain(error))
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _goes_on(argv: Sequence[str]) -> bool:
+    """Tells whether the command takes up what an earlier run of it finished."""
+    cached = any(word.partition("=")[0] == "--cache" for word in argv)
+    return cached or not {"upsample", "fit", "train"}.isdisjoint(argv[:1])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,6 +59,8 @@ def train(
 ) -> Path:
     """Trains stages on a folder of photographs, going on where an earlier call was stopped.
 
+    A checkpoint is written every few minutes, at the end, and on a KeyboardInterrupt.
+
     Args:
         photos: Folder of photographs, searched with its subfolders.
         out: Folder for ``checkpoint.pt``, ``metrics.csv`` and ``jbu.safetensors``.
@@ -93,21 +95,28 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
     config, leads = run.config, run.team.leads
     out.mkdir(parents=True, exist_ok=True)
     # Nobody writes before all have read: the first step needs every process.
-    first = run.restore(out / "checkpoint.pt")
+    kept = first = run.restore(out / "checkpoint.pt")
     saved = time.monotonic()
     with (
         Metrics(out / "metrics.csv" if leads else Path(os.devnull), first) as metrics,
         Progress(config.steps, first, progress) as bar,
     ):
-        for step in range(first, config.steps):
-            row = run.step(step)
-            metrics.add({"step": step, **row})
-            bar.advance(f"{row['source']} loss {row['loss']:.4f}")
-            last = step + 1 == config.steps
-            if leads and (last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
+        try:
+            for step in range(first, config.steps):
+                row = run.step(step)
+                metrics.add({"step": step, **row})
+                bar.advance(f"{row['source']} loss {row['loss']:.4f}")
+                last = step + 1 == config.steps
+                if leads and (last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
+                    metrics.flush()
+                    save_checkpoint(out / "checkpoint.pt", run.state(step + 1))
+                    kept, saved = step + 1, time.monotonic()
+        except KeyboardInterrupt:
+            # Steps take long, so all whole ones are kept; half of one would spoil them.
+            if leads and run.done is not None and run.done > kept:
                 metrics.flush()
-                save_checkpoint(out / "checkpoint.pt", run.state(step + 1))
-                saved = time.monotonic()
+                save_checkpoint(out / "checkpoint.pt", run.state(run.done))
+            raise
 
 
 def _check_parts(config: JBUTrainingConfig, team: Team) -> None:
@@ -165,6 +174,7 @@ class _Run:
         self.mean = {name: p.detach().clone() for name, p in self.stack.state_dict().items()}
         self.parameters = [*self.stack.parameters(), *self.sources.parameters()]
         self.optimizer = torch.optim.NAdam(self.parameters, lr=config.lr)
+        self.done: int | None = 0  # whole steps taken; None while weights are between two
 
     def step(self, step: int) -> dict[str, float | str]:
         """Takes one optimiser step and returns its metrics."""
@@ -193,12 +203,14 @@ class _Run:
         # Before the step, which would spoil the weights that the next checkpoint keeps.
         _check_finite(row["loss"], "loss", step)
         _check_finite(norm, "norm of gradients", step)
+        self.done = None
         self.optimizer.step()
         if config.unit_sum:
             make_unit_sum(self.stack)
         for name, value in self.stack.state_dict().items():
             # The mean of few steps must not remember the start: its decay grows with them.
             self.mean[name].lerp_(value, 1 - min(config.ema, (1 + step) / (10 + step)))
+        self.done = step + 1
         return {
             "source": config.backbones[drawn].partition("=")[0],
             "size": f"{size[0]}x{size[1]}",
@@ -258,7 +270,8 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             mean = state["mean"].items()
             self.mean = {name: value.to(self.config.device) for name, value in mean}
-            return int(state["step"])
+            self.done = step = int(state["step"])
+            return step
 
     def _measure(self, photos: int = 32) -> None:
         """Measures the scale of every backbone's features on the first photographs."""
@@ -266,16 +279,10 @@ class _Run:
         for source in self.sources.values():
             assert isinstance(source, TrainingSource)
             even = max(round(side / source.patch_size), 2) * source.patch_size
-            features = [
-                source.raw(
-                    source.normalise(
-                        self.stream.sample(n, (even, even))[None].to(self.config.device)
-                    ),
-                    (even, even),
-                )
+            source.measure(
+                self.stream.sample(n, (even, even))[None].to(self.config.device)
                 for n in range(photos)
-            ]
-            source.standardise.fit(torch.cat(features))
+            )
 
     def export(self, path: Path, *, photos: int) -> None:
         """Writes the stages, averaged over the last steps, for any backbone."""

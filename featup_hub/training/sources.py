@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -62,6 +62,13 @@ class TrainingSource(nn.Module):
             for values in (self.backbone.mean, self.backbone.std)
         )
         return (rgb - mean) / std
+
+    def measure(self, photos: Iterable[Tensor]) -> None:
+        """Measures the scale of the features on photographs, each (1, 3, H, W) in [0, 1]."""
+        looks = (self.normalise(rgb) for rgb in photos)
+        self.standardise.fit(
+            torch.cat([self.raw(image, (image.shape[-2], image.shape[-1])) for image in looks])
+        )
 
     @torch.no_grad()
     def observe(self, images: Tensor, size: tuple[int, int]) -> Tensor:

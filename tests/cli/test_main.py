@@ -93,6 +93,32 @@ def test_an_evaluation_into_a_file_is_refused_in_terms_of_the_flag(
     assert "error: --out must be a folder; " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "goes_on"),
+    [
+        ("export m.onnx", False),
+        ("evaluate --data folder:photos", False),
+        ("evaluate --data folder:photos --cache c", True),
+        ("evaluate --cache=c", True),
+        ("upsample a.jpg", True),
+        ("fit a.jpg", True),
+    ],
+)
+def test_an_interruption_promises_to_go_on_where_the_command_does(
+    line: str,
+    goes_on: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("featup_hub.cli.terminal.Parser.parse_args", interrupt)
+    assert main(line.split()) == 130
+    promise = "; the same command goes on from there" if goes_on else ""
+    assert capsys.readouterr().err == f"error: interrupted; what is finished is kept{promise}\n"
+
+
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     err = capsys.readouterr().err

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from featup_hub.cli import main
+from featup_hub.training import jbu
 
 
 def test_train_makes_a_file_that_upsample_takes(
@@ -34,3 +36,26 @@ def test_a_run_that_diverges_is_one_line_and_leaves_no_weights(
     assert "error: training needs a finite " in err.splitlines()[-1]
     assert "lower lr" in err.splitlines()[-1]
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.csv"]
+
+
+def test_an_interrupted_run_goes_on_as_the_message_says(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size = "--steps 3 --batch 1 --image-size 32 --views 1 --crf-samples 10 --projection-dim 4"
+    line = ["train", str(photos), "--out", str(tmp_path / "run"), *size.split()]
+    step = jbu._Run.step
+
+    def stop(run: jbu._Run, number: int) -> object:
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(run, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jbu._Run, "step", stop)
+        assert main(line) == 130
+    said = "error: interrupted; what is finished is kept; the same command goes on from there"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2

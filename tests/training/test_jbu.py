@@ -71,16 +71,56 @@ def test_rows_written_after_the_checkpoint_are_not_kept_twice(photos, stem, tmp_
         if number == 1:
             save(tmp_path / "checkpoint.pt", run.state(1))
         if number == 3:
-            raise KeyboardInterrupt
+            raise SystemExit  # a kill: nothing is saved
         return step(run, number)
 
     monkeypatch.setattr(jbu._Run, "step", early)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         train(photos, tmp_path, config, backbones={"stem": stem}, progress=False)
     assert len(rows(tmp_path / "metrics.csv")) == 3
     monkeypatch.setattr(jbu._Run, "step", step)
     train(photos, tmp_path, config, backbones={"stem": stem}, progress=False)
     assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "steps"), [("gradients", 2), ("update", None), ("first gradients", None)]
+)
+def test_an_interruption_keeps_whole_steps_and_the_run_goes_on_to_the_same_weights(
+    photos, stem, tmp_path, monkeypatch, moment, steps
+):
+    config = replace(SMALL, checkpoint_minutes=100)
+    whole = train(photos, tmp_path / "whole", config, backbones={"stem": stem}, progress=False)
+    calls = []
+
+    def interrupted(function, at):
+        def call(*arguments):
+            result = function(*arguments)
+            calls.append(1)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if moment == "update":  # the stages' weights are changed, their mean is not
+            # Called once on the stages as they begin, then once a step.
+            patch.setattr(jbu, "make_unit_sum", interrupted(jbu.make_unit_sum, 4))
+        else:
+            at = 3 if moment == "gradients" else 1
+            changed = interrupted(jbu._Run._differentiate, at)
+            patch.setattr(jbu._Run, "_differentiate", lambda *arguments: changed(*arguments))
+        with pytest.raises(KeyboardInterrupt):
+            train(photos, tmp_path / "run", config, backbones={"stem": stem}, progress=False)
+    file = tmp_path / "run/checkpoint.pt"
+    kept = torch.load(file, weights_only=True)["step"] if file.exists() else None
+    assert kept == steps
+
+    parts = train(photos, tmp_path / "run", config, backbones={"stem": stem}, progress=False)
+    assert rows(tmp_path / "whole/metrics.csv") == rows(tmp_path / "run/metrics.csv")
+    for name, value in read(whole).items():
+        assert torch.equal(read(parts)[name], value), name
 
 
 def test_the_file_holds_stages_of_unit_sum_and_how_they_were_made(photos, stem, tmp_path):

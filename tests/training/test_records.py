@@ -52,15 +52,11 @@ def resumed(path, first):
     return path.read_text().split()
 
 
-@pytest.mark.parametrize(
-    "torn", ["15", "1", "15,", "150,0.4", "150,0.4,7", "15,0.4,7", "x,0.4", ""]
-)
+@pytest.mark.parametrize("torn", ["15", "1", "15,", "150,0.4", "15,0.4,7", "x,0.4", ""])
 def test_a_row_that_a_kill_cut_short_is_not_kept(tmp_path, torn):
     path = tmp_path / "m.csv"
     path.write_text(f"step,loss\n98,0.6\n99,0.5\n{torn}")
-    assert [row for row in resumed(path, 100) if row != "15,"] == [
-        "step,loss", "98,0.6", "99,0.5", "100,0.4"
-    ]  # fmt: skip
+    assert resumed(path, 100) == ["step,loss", "98,0.6", "99,0.5", "100,0.4"]
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "step,loss\n", "ste", "\0\0,\0"])
