@@ -17,8 +17,11 @@ from featup_hub.model import load_upsampler
 from featup_hub.training.implicit import PRESETS, ImplicitConfig, fit
 from featup_hub.training.sources import open_backbones
 from featup_hub.visualize import comparison
+from featup_hub.weights import metadata
 
 __all__ = ["add_parser"]
+
+_ANY_FORMAT = "featup_hub.implicit/"  # of what a fit notes as the upsampler, whatever its version
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,6 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "jbu_sharp",
     )
     add("--no-picture", action="store_true", help="make no picture")
+    add("--overwrite", action="store_true", help="replace files that are of no earlier fit")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add_flags(parser, ImplicitConfig)
     parser.set_defaults(run=_run)
@@ -67,6 +71,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.size < 1:
         raise UsageError(f"--size must be positive; got {args.size}")
     out, checkpoint, picture = _outputs(args)
+    if not args.overwrite:
+        _check_earlier(out, picture)
     device = open_device(args.device)
     photo = read_image(args.image)
     start = None
@@ -115,3 +121,21 @@ def _outputs(args: argparse.Namespace) -> tuple[Path, Path, Path | None]:
                     f"writing {file} would replace {source}, which is read; give {advice}"
                 )
     return out, checkpoint, picture
+
+
+def _check_earlier(out: Path, picture: Path | None) -> None:
+    """Raises ValueError where an output exists that no earlier fit made."""
+    remedy = "--overwrite replaces it, another --out keeps both"
+    if out.exists():
+        try:
+            made_by = metadata(out).get("upsampler", "")
+        except ValueError:
+            made_by = ""
+        if not made_by.startswith(_ANY_FORMAT):
+            raise ValueError(f"{out} exists, and is not of an earlier fit; {remedy}")
+    # A picture is made after its features: one that has none beside it is somebody else's.
+    elif picture is not None and picture.exists():
+        raise ValueError(
+            f"{picture} exists, and no features beside it, so it is not of an earlier fit; "
+            f"{remedy}, --no-picture does without"
+        )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from featup_hub.cli import main
+from featup_hub.upsamplers import ImplicitUpsampler
+from featup_hub.weights import write
 
 STAGES, OWN = "start.safetensors", "own.safetensors"
 
@@ -56,3 +59,55 @@ def test_an_output_that_would_replace_an_input_is_refused_before_the_work(
 def test_an_output_of_its_own_is_not_refused(line: str) -> None:
     with pytest.raises(AssertionError, match="the work began"):
         main(["fit", *line.split()])
+
+
+@pytest.mark.parametrize("line", ["a.jpg", "a.jpg --no-picture"])
+@pytest.mark.parametrize("kind", ["weights", "damaged"])
+def test_a_file_of_another_kind_is_not_replaced(
+    line: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "a.safetensors"
+    write({"weight": torch.zeros(3)}, out)
+    if kind == "damaged":
+        out.write_bytes(out.read_bytes()[:9])
+    before = out.read_bytes()
+    assert main(["fit", *line.split()]) == 1
+    assert capsys.readouterr().err == (
+        "error: a.safetensors exists, and is not of an earlier fit; --overwrite replaces it, "
+        "another --out keeps both\n"
+    )
+    assert out.read_bytes() == before
+    with pytest.raises(AssertionError, match="the work began"):
+        main(["fit", *line.split(), "--overwrite"])
+
+
+def test_a_picture_of_somebody_else_s_is_not_replaced(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = folder / "a.png"
+    picture.write_bytes((folder / "b.png").read_bytes())
+    assert main(["fit", "a.jpg"]) == 1
+    assert capsys.readouterr().err == (
+        "error: a.png exists, and no features beside it, so it is not of an earlier fit; "
+        "--overwrite replaces it, another --out keeps both, --no-picture does without\n"
+    )
+    assert picture.read_bytes() == (folder / "b.png").read_bytes()
+    for way in ("--overwrite", "--no-picture"):
+        with pytest.raises(AssertionError, match="the work began"):
+            main(["fit", "a.jpg", way])
+
+
+def test_what_an_earlier_fit_made_is_made_anew_without_being_asked(folder: Path) -> None:
+    module = ImplicitUpsampler(torch.rand(1, 3, 8, 8), torch.zeros(3), torch.eye(3), frequencies=2)
+    module.save(folder / "a.safetensors")
+    for picture in (False, True):  # an interruption may come between the two
+        if picture:
+            (folder / "a.png").write_bytes((folder / "b.png").read_bytes())
+        with pytest.raises(AssertionError, match="the work began"):
+            main(["fit", "a.jpg"])
+
+
+def test_a_fit_that_was_stopped_goes_on_without_overwrite(folder: Path) -> None:
+    (folder / "a.checkpoint.pt").write_bytes(b"whatever: the fit checks it")
+    with pytest.raises(AssertionError, match="the work began"):
+        main(["fit", "a.jpg"])
