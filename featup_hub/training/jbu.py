@@ -249,6 +249,9 @@ class _Run:
 
     def state(self, step: int) -> dict[str, object]:
         """Returns all that a stopped run needs to go on after ``step`` steps."""
+        # The step just taken may have spoilt what the loss before it does not tell.
+        largest = torch.stack([p.detach().abs().max() for p in self.parameters]).max()
+        _check_finite(float(largest), "weight", step - 1)
         return {
             "step": step,
             "config": {**_comparable(self.config), **self.seen},

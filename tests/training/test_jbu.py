@@ -287,6 +287,20 @@ def test_a_run_that_diverges_stops_before_it_spoils_weights_or_checkpoint(
     assert len(rows(tmp_path / "metrics.csv")) == 2
 
 
+def test_weights_spoilt_by_the_last_step_are_not_kept(photos, stem, tmp_path, monkeypatch):
+    step = jbu._Run.step
+
+    def spoil(run, number):
+        row = step(run, number)
+        torch.nn.init.constant_(run.stack.up4.range_proj[0].bias, math.nan)
+        return row
+
+    monkeypatch.setattr(jbu._Run, "step", spoil)
+    with pytest.raises(RuntimeError, match=r"a finite weight; it diverged at step 1 \(nan\)"):
+        train(photos, tmp_path, replace(SMALL, steps=1), backbones={"stem": stem}, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
 def test_the_learning_rate_rises_and_falls():
     config = JBUTrainingConfig(steps=100, warmup=10, lr=1.0, final_lr=0.1)
     rates = [config.learning_rate(step) for step in range(100)]
