@@ -46,8 +46,10 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights, *, impl: Implementation 
 
     Raises:
         ValueError: If ``guidance`` is not (B, G, H, W) or ``impl`` is unknown.
+        TypeError: If its values are integers.
     """
     _check_impl(impl)
+    check_floating(guidance, "guidance")
     channels = weights.range_w0.shape[1]
     if guidance.dim() != 4 or guidance.shape[1] != channels:
         raise ValueError(
@@ -82,8 +84,10 @@ def jbu_apply(
 
     Raises:
         ValueError: If the shapes do not fit one another or ``impl`` is unknown.
+        TypeError: If the source's values are integers.
     """
     _check_impl(impl)
+    check_floating(source, "source")
     if source.dim() != 4 or kernel.dim() != 4 or source.shape[0] != kernel.shape[0]:
         raise ValueError(
             "source (B, C, h, w) and kernel (B, D², H, W) must be maps of one batch size; "
@@ -96,6 +100,23 @@ def jbu_apply(
         if impl == "reference" or _exporting():
             return reference.jbu_apply(source.to(dtype), kernel, bias).to(source.dtype)
         return torch.ops.featup_hub.jbu_apply(source, kernel, bias, impl)
+
+
+def check_floating(values: Tensor, name: str) -> None:
+    """Refuses integers: colours from 0 to 255 would give kernels, too, of another image.
+
+    Args:
+        values: The guidance or the source.
+        name: Which of them.
+
+    Raises:
+        TypeError: If they are integers.
+    """
+    if not values.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating-point, an image normalised RGB; got {values.dtype}; divide "
+            "an image by 255, subtract the mean and divide by the deviation"
+        )
 
 
 def _check_impl(impl: str) -> None:
@@ -130,6 +151,9 @@ _library.define(
 
 
 def _kernel(guidance: Tensor, *args: Any) -> Tensor:
+    if guidance.numel() == 0:
+        got = tuple(guidance.shape)
+        raise ValueError(f"guidance must hold at least one image; got {got}; skip empty batches")
     weights, impl = StageWeights(*args[:-1]), args[-1]
     return choose(impl, cuda.kernel_obstacle, guidance, weights).kernel(guidance, weights)
 

@@ -22,14 +22,21 @@ class FoldedHead(nn.Module):
     Args:
         upsampler: The upsampler.
         head: A 1×1 convolution from C features to K outputs.
+
+    Raises:
+        ValueError: If it is none, or has groups, a stride or a padding.
     """
 
     def __init__(self, upsampler: JBUStack, head: nn.Conv2d) -> None:
         super().__init__()
-        if head.kernel_size != (1, 1) or head.groups != 1 or head.stride != (1, 1):
+        if not (
+            isinstance(head, nn.Conv2d)
+            and (head.kernel_size, head.groups, head.stride) == ((1, 1), 1, (1, 1))
+            and head.padding in ((0, 0), "valid", "same")
+        ):
             raise ValueError(
-                "only a 1×1 convolution without groups or stride commutes with the upsampler; "
-                f"got {head}"
+                "only a 1×1 convolution, an nn.Conv2d without groups, stride or padding, commutes "
+                f"with the upsampler; got {head}"
             )
         self.upsampler = upsampler
         self.head = head

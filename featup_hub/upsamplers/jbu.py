@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
-from featup_hub.ops.jbu import _without_autocast
+from featup_hub.ops.jbu import _without_autocast, check_floating
 from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
 from featup_hub.upsamplers.kernels import JBUKernels
@@ -144,6 +144,7 @@ class JBUStack(Pretrained):
 
         Raises:
             ValueError: If the shapes do not fit one another.
+            TypeError: If there are integers in place of floating-point values.
         """
         self._check(source, guidance)
         first, plan = self._plan(_size(source), guidance, size, impl)
@@ -275,6 +276,7 @@ class JBUStack(Pretrained):
 
         These are paired with their guidance, pooled in float32 or better.
         """
+        check_floating(guidance, "guidance")
         sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):

@@ -183,7 +183,7 @@ def _arguments(cls: type) -> list[str]:
 def _read_config(cls: type, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where brackets are nested without end
         config = None
     known = _arguments(cls)
     if not isinstance(config, dict) or not set(config) <= set(known):

@@ -205,9 +205,44 @@ def test_a_folded_head_is_the_head_behind_the_upsampler(
             torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-8)
 
 
-def test_only_a_plain_1x1_convolution_can_be_folded() -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 1, stride=2),
+        nn.Conv2d(4, 4, 1, groups=2),
+        nn.Conv2d(4, 4, 1, padding=1),
+        nn.Linear(4, 4),
+        nn.ConvTranspose2d(4, 4, 1),
+    ],
+)
+def test_only_a_plain_1x1_convolution_can_be_folded(head: nn.Module) -> None:
     with pytest.raises(ValueError, match="only a 1×1 convolution"):
-        JBUStack().fold_head(nn.Conv2d(4, 4, 3))
+        JBUStack().fold_head(head)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_1x1_convolution_whose_padding_is_none_can_be_folded(padding: str) -> None:
+    stack, head = JBUStack().eval(), nn.Conv2d(4, 3, 1, padding=padding)
+    source, image = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
+    expected = head(stack(source, image))
+    torch.testing.assert_close(stack.fold_head(head)(source, image), expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_integers_are_refused(impl: str) -> None:
+    stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
+    with pytest.raises(TypeError, match=r"guidance must be floating-point.*uint8; divide"):
+        stack(source, image.byte(), impl=impl)
+    with pytest.raises(TypeError, match=r"guidance must be floating-point.*uint8; divide"):
+        stack.kernels(image.byte(), (2, 2), impl=impl)
+    with pytest.raises(TypeError, match=r"source must be floating-point.*int64"):
+        stack.upsample(source.long(), stack.kernels(image, (2, 2)), impl=impl)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least one image; got \(0, 3, 4, 4\)"):
+        JBUStack().eval()(torch.randn(0, 4, 2, 2), torch.randn(0, 3, 32, 32))
 
 
 def test_swapped_arguments_are_named() -> None:

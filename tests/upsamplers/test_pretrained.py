@@ -93,6 +93,7 @@ def test_a_branch_is_looked_up_again_only_when_asked(hub):
             r"config.json must be a JSON object with arguments of JBUStack \(feat_dim, .*no",
         ),
         ("[]", r"must be a JSON object"),
+        pytest.param("[" * 200_000, r"must be a JSON object", id="nested without end"),
         ('{"hidden_size": 3}', r"got hidden_size; is it another model's\?"),
         ('{"feat_dim": "5"}', r"feat_dim in .* must be null or a number .*got '5'"),
         ('{"feat_dim": 1e12}', r"feat_dim in .* must be null or a number .*got 1000000000000.0"),
