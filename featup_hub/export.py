@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from featup_hub.image import write_atomically
 
-__all__ = ["trace", "write_onnx", "write_pt2"]
+__all__ = ["check_onnx", "trace", "write_onnx", "write_pt2"]
 
 
 def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedProgram:
@@ -77,6 +77,19 @@ def write_pt2(program: ExportedProgram, path: str | Path) -> None:
         torch.export.save(program, file)
 
 
+def check_onnx() -> None:
+    """Refuses to begin, where tracing would take a minute before ONNX's packages are missed.
+
+    Raises:
+        ImportError: If ONNX's packages are missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"an ONNX graph needs {' and '.join(missing)}; pip install 'featup_hub[onnx]'"
+        )
+
+
 def write_onnx(program: ExportedProgram, path: str | Path) -> None:
     """Writes a program as an ONNX graph, its output named ``features``.
 
@@ -87,11 +100,7 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
     Raises:
         ImportError: If ONNX's packages are missing.
     """
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"an ONNX graph needs {' and '.join(missing)}; pip install 'featup_hub[onnx]'"
-        )
+    check_onnx()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         graph = torch.onnx.export(

@@ -115,6 +115,15 @@ def test_what_onnx_lacks_is_said(
         write_onnx(upsampler_program, tmp_path / "x.onnx")
 
 
+def test_what_onnx_lacks_is_said_before_a_model_is_traced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("featup_hub.cli.export.load", None)
+    assert main(["export", str(tmp_path / "x.onnx")]) == 1
+    assert "needs onnx and onnxscript; pip install" in capsys.readouterr().err
+
+
 @pytest.fixture
 def _tiny_model(complete: UpsampledBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featup_hub.cli.export.load", lambda *_, **__: complete)

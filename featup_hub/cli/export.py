@@ -9,7 +9,7 @@ import torch
 
 from featup_hub.cli.outputs import check_output
 from featup_hub.cli.terminal import UsageError
-from featup_hub.export import trace, write_onnx, write_pt2
+from featup_hub.export import check_onnx, trace, write_onnx, write_pt2
 from featup_hub.model import load
 
 __all__ = ["add_parser"]
@@ -43,6 +43,8 @@ def _run(args: argparse.Namespace) -> int:
     chosen = args.format or args.out.suffix[1:]
     if chosen not in _WRITERS:
         raise UsageError(f"the file to write must be named *.onnx or *.pt2; got {args.out}")
+    if chosen == "onnx":
+        check_onnx()
     check_output(args.out)
     size = _static(args.static)
     model = load(

@@ -49,7 +49,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ),
         epilog=(
             "Finished outputs are kept, so the same command again goes on after an interruption. "
-            "A bad image is reported and the others go on; the exit code is then 1."
+            "A bad image is reported and the others go on; the exit code is then 1. Files of --format "
+            "npy do not note what they are of: those of other settings count as finished, too."
         ),
     )
     add = parser.add_argument
@@ -87,6 +88,8 @@ def _run(args: argparse.Namespace) -> int:
     card = _card(args.model)
     size = _size(args.size, card)
     device = open_device(args.device)
+    if args.impl == "cuda" and device.type != "cuda":
+        raise UsageError(f"--impl cuda needs a CUDA device; got {device}; leave --impl out")
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
     record = _record(args, card, size)

@@ -101,6 +101,14 @@ def test_a_single_image_that_fails_needs_no_summary(
     assert not loads
 
 
+def test_kernels_of_a_gpu_are_refused_without_one_before_anything_is_loaded(
+    upsample: Any, photos: Path, loads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert upsample(photos / "a.jpg", "--impl", "cuda", "--device", "cpu") == 2
+    assert "--impl cuda needs a CUDA device; got cpu; leave --impl out" in capsys.readouterr().err
+    assert not loads
+
+
 def test_a_failure_names_its_image_and_what_to_do_about_memory(
     upsample: Any,
     photos: Path,
