@@ -49,8 +49,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ),
         epilog=(
             "Finished outputs are kept, so the same command again goes on after an interruption. "
-            "A bad image is reported and the others go on; the exit code is then 1. Files of --format "
-            "npy do not note what they are of: those of other settings count as finished, too."
+            "A bad image is reported and the others go on; the exit code is then 1. Files of "
+            "--format npy note no settings: those of others count as finished, too."
         ),
     )
     add = parser.add_argument
