@@ -36,11 +36,13 @@ RIDGE = 1e-4
 
 
 def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
-    """Fits downsamplers on training images and measures on the others, squares of 224 px."""
+    """Fits downsamplers on training images and measures on the others, squares of 224 px or so."""
     found = bench.measurement("consistency")
     train = bench.train.spread(FIT_IMAGES)
+    stride = bench.backbone.patch_size
+    side = max(round(SIDE / stride), 1) * stride
     fit, test = (
-        [folder[index].square(SIDE) for index in range(len(folder))]
+        [folder[index].square(side) for index in range(len(folder))]
         for folder in (train, bench.val)
     )
     for name, sums in consistency_sums(
@@ -133,7 +135,9 @@ class _View(NamedTuple):
 def _directions(features: Sequence[Tensor], count: int, generator: torch.Generator) -> Directions:
     cells = torch.cat([each[0].flatten(1) for each in features], dim=1)
     weight = torch.randn(count, cells.shape[0], generator=generator) / cells.shape[0] ** 0.5
-    weight = weight / cells.std(1).clamp(min=1e-6)
+    # A channel that hardly ever moves here, such as a ReLU's, would outweigh all in other images.
+    deviation = cells.std(1)
+    weight = weight / deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12)
     return Directions(weight, weight @ cells.mean(1))
 
 
@@ -158,7 +162,7 @@ def _cells(
     size = (image.shape[-2], image.shape[-1])
     upsampled = upsampler.project(source, image, size, chosen.weight)
     views = torch.cat([view.apply(upsampled) for view in plan]).transpose(0, 1)  # (K, V, H, W)
-    pooled = -(-stride // MAX_TAPS)
+    pooled = next(n for n in range(1, stride + 1) if stride % n == 0 and stride // n <= MAX_TAPS)
     taps = stride // pooled
     views = F.avg_pool2d(views, pooled)
     windows = F.unfold(views.flatten(0, 1)[:, None], taps, stride=taps)  # (K·V, T, h·w)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from featup_hub.backbones import Backbone
 from featup_hub.evaluation.candidates import Candidate, candidate
-from featup_hub.evaluation.consistency import CONSISTENCY, consistency_sums
+from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.consistency import CONSISTENCY, consistency_sums, measure_consistency
+from featup_hub.evaluation.folders import Folder
+from featup_hub.evaluation.measurement import Bench
 
 
 class MeanColour(Backbone):
-    def __init__(self):
-        super().__init__(feat_dim=3, patch_size=8)
+    def __init__(self, stride=8):
+        super().__init__(feat_dim=3, patch_size=stride)
 
     def features(self, image):
-        return F.avg_pool2d(image, 8)
+        return F.avg_pool2d(image, self.patch_size)
 
 
 def measure(*candidates):
@@ -37,6 +42,41 @@ def test_the_true_features_explain_every_view():
 def test_a_scale_that_a_downsampler_can_undo_is_not_punished():
     shrunk = Candidate(name="shrunk", function=lambda source, image, size: 0.8 * image)
     assert measure(shrunk)["shrunk"] < 1e-3
+
+
+@pytest.mark.parametrize("stride", [12, 17, 20, 64])
+def test_any_stride_is_measured(stride, tmp_path):
+    for index in range(3):
+        path = tmp_path / f"{index}.png"
+        noise = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(index))
+        big = F.interpolate(noise[None], (150, 180))[0].permute(1, 2, 0)
+        Image.fromarray((255 * big).byte().numpy()).save(path)
+    photos = Folder(name="x/val", images=tuple(sorted(tmp_path.iterdir())))
+    config = EvaluationConfig()
+    bench = Bench("colour", MeanColour(stride), photos, photos, config)
+    truth = Candidate(name="truth", function=lambda source, image, size: image)
+    [found] = measure_consistency(bench, [truth])
+    sums = torch.stack(found.sums["truth"]["consistency"]).sum(0)
+    assert CONSISTENCY[0].value(sums) < 0.1
+
+
+def test_a_channel_that_is_silent_in_the_first_photographs_does_not_decide():
+    class Silent(MeanColour):
+        def features(self, image):
+            colours = super().features(image)
+            return torch.cat([colours, (colours[:, :1] - 3).relu()], 1)
+
+    dark = [F.interpolate(torch.rand(1, 3, 12, 12), (64, 64)) for _ in range(4)]
+    bright = [F.interpolate(6 * torch.rand(1, 3, 12, 12), (64, 64)) for _ in range(2)]
+    variation = [
+        sum(
+            float(sums["consistency"][1])
+            for _, sums in consistency_sums(dark, bright, net, [candidate("bilinear")])
+        )
+        for net in (MeanColour(), Silent())
+    ]
+    # It weighs as a channel of a hundredth of the others' deviation would, not as one of none.
+    assert variation[1] < 1e5 * variation[0]
 
 
 def test_features_that_know_nothing_explain_nothing():
