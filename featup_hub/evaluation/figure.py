@@ -72,9 +72,12 @@ def draw(scored: Sequence[Row], path: Path) -> None:
 
 
 def _rightwards(row: Row, reference: str) -> tuple[float, float, float]:
-    """Returns a difference, turned so that better is more, and its reach to either side."""
+    """Returns a difference, turned so that better is more, and its reach to either side.
+
+    A percentile interval need not hold the value: replicates of mIoU lack rare classes.
+    """
     found, (scale, _) = row.versus[reference], scale_of(row)
-    below, above = found.value - found.low, found.high - found.value
+    below, above = max(found.value - found.low, 0.0), max(found.high - found.value, 0.0)
     if not row.higher_is_better:
         return -scale * found.value, scale * above, scale * below
     return scale * found.value, scale * below, scale * above

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -165,15 +166,26 @@ def _cells(row: Row, references: Sequence[str]) -> Iterator[str]:
 
 
 def write_json(scored: Sequence[Row], config: DataclassInstance, path: Path) -> None:
-    """Writes the rows, and the configuration and versions they were measured with."""
+    """Writes the rows, and the configuration and versions; what is no number is null."""
     content = {
         "config": asdict(config),
         "versions": {"featup_hub": __version__, "torch": torch.__version__},
-        "rows": [asdict(row) for row in scored],
+        "rows": [_numbers(asdict(row)) for row in scored],
     }
     with write_atomically(path) as temporary:
-        text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
+        text = json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """Puts None in the place of scores of nothing, NaN, for which JSON has no word."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _numbers(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: known(value) for key, value in row.items()}
 
 
 def write_csv(scored: Sequence[Row], path: Path) -> None:

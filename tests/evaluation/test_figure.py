@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from featup_hub.evaluation.figure import draw
 from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.report import rows
+from featup_hub.evaluation.statistics import Estimate
 
 
 def scored(*names):
@@ -26,6 +28,17 @@ def test_a_picture_is_written(tmp_path):
     draw(scored("bilinear", "ours", "theirs"), tmp_path / "f.png")
     with Image.open(tmp_path / "f.png") as picture:
         assert min(picture.size) > 100
+
+
+def test_an_interval_that_does_not_hold_the_value_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    outside = Estimate(value=0.1, low=0.12, high=0.2)
+    drawn = [
+        replace(row, versus=dict.fromkeys(row.versus, outside))
+        for row in scored("bilinear", "ours")
+    ]
+    draw(drawn, tmp_path / "f.png")
+    assert (tmp_path / "f.png").is_file()
 
 
 def test_without_a_reference_there_is_nothing_to_draw(tmp_path):

@@ -78,6 +78,18 @@ def test_a_loss_is_marked_as_one(scored):
     assert "90.00  · +0.00" in shown
 
 
+def test_json_has_null_where_there_is_no_score(tmp_path):
+    found = Measurement(protocol="frozen probe", data="rooms/val", backbone="net /16")
+    for name in ("bilinear", "ours"):
+        found.add(name, {"strip": torch.tensor([0, 0])})
+    write_json(rows([found], resamples=5), Config(), tmp_path / "r.json")
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    row = json.loads(text)["rows"][1]
+    nothing = {"value": None, "low": None, "high": None}
+    assert (row["score"], row["versus"]) == (nothing, {"bilinear": nothing})
+
+
 def test_json_holds_rows_configuration_and_versions(scored, tmp_path):
     write_json(scored, Config(), tmp_path / "r.json")
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
