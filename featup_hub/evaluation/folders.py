@@ -153,6 +153,18 @@ class Folder:
                 )
         return sample.shrink(self.max_side)
 
+    def check_truth(self) -> None:
+        """Refuses images of which nothing is known.
+
+        Raises:
+            ValueError: If there are neither labels nor depth.
+        """
+        if not self.labels and not self.depth:
+            raise ValueError(
+                f"labels or depth are needed beside the images of {self.name}; there are neither; "
+                "without them consistency and cost can be measured"
+            )
+
     def spread(self, count: int) -> Folder:
         """Keeps ``count`` images, evenly spread; all where 0 or where there are fewer."""
         total = len(self)

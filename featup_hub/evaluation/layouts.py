@@ -58,7 +58,8 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Folder:
         The split.
 
     Raises:
-        ValueError: If the layout is unknown, there are no images, or truth is missing for some.
+        ValueError: If the layout is unknown, there are no images, truth is missing for some, or
+            what describes it does not hold.
     """
     layout, _, root = spec.partition(":")
     if layout not in LAYOUTS or not root:
@@ -69,6 +70,11 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Folder:
     if not found.images:
         raise ValueError(
             f"{spec!r} must hold images of the split {split!r} in {layout}'s layout; found none"
+        )
+    if found.labels and found.classes < 1:
+        raise ValueError(
+            f"labels need a number of classes, at least 1; {spec!r} gives {found.classes}; write "
+            'it into dataset.json, such as {"classes": 11}'
         )
     for path in (*found.labels, *found.depth):
         if not path.is_file():
@@ -105,12 +111,31 @@ def _folder(root: Path, split: Split) -> Files:
         raise ValueError(
             f'the plain layout needs {description}, such as {{"classes": 11, "depth_scale": 1000}}'
         )
-    values = json.loads(description.read_text(encoding="utf-8"))
-    block = int(values.get("block", 1))
-    if block < 1:
-        raise ValueError(f"block in {description} must be at least 1; got {block}")
-    plain = _plain(root, split, int(values.get("classes", 0)), float(values.get("depth_scale", 1)))
-    return plain._replace(block=block)
+    values = _description(description)
+    plain = _plain(root, split, int(values["classes"]), values["depth_scale"])
+    return plain._replace(block=int(values["block"]))
+
+
+def _description(path: Path) -> dict[str, float]:
+    """Reads the numbers of a data set, with their defaults."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON; {error}") from error
+    values = {"classes": 0, "depth_scale": 1.0, "block": 1}
+    if not isinstance(found, dict) or not set(found) <= set(values):
+        got = ", ".join(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path} must be a JSON object with {', '.join(values)}; got {got}")
+    values |= found
+    for name, least in (("classes", 0), ("block", 1)):
+        if type(values[name]) is not int or values[name] < least:
+            raise ValueError(
+                f"{name} in {path} must be a whole number, at least {least}; got {values[name]!r}"
+            )
+    scale = values["depth_scale"]
+    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
+        raise ValueError(f"depth_scale in {path} must be a number above 0; got {scale!r}")
+    return values
 
 
 def _camvid(root: Path, split: Split) -> Files:
@@ -173,7 +198,11 @@ def _nyuv2(root: Path, split: Split) -> Files:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
 
 
 LAYOUTS: dict[str, Callable[[Path, Split], Files]] = {

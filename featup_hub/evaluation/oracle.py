@@ -29,6 +29,7 @@ def measure_oracle(
     val: Folder, candidates: Sequence[Candidate], *, stride: int, reductions: Sequence[Reduction]
 ) -> list[Measurement]:
     """Runs the label oracle at one stride, one measurement for every way down."""
+    val.check_truth()
     found = {
         reduction: Measurement(
             protocol=f"{reduction} oracle", data=val.name, backbone=f"stride {stride}"
@@ -78,6 +79,10 @@ def oracle_sums(
     image = sample.normalised()
     size = (image.shape[-2], image.shape[-1])
     maps, present = _maps(sample)
+    if not len(maps) and sample.labels is not None:  # all void: nothing to be right or wrong about
+        nothing = sums_against(sample, sample.labels.clamp(min=0), None, classes)
+        yield from ((each.name, down, nothing) for each in candidates for down in reductions)
+        return
     for each in candidates:
         coarse = [reduce_map(maps, stride, reduction)[None] for reduction in reductions]
         if each.head == "before":  # then both ways down share the kernels

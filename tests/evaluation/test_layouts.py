@@ -116,9 +116,32 @@ def test_frames_of_a_clip_are_drawn_together(scenes, tmp_path):
     description = tmp_path / "dataset.json"
     description.write_text('{"block": 4}', encoding="utf-8")
     assert open_data(f"folder:{tmp_path}", "val").block == 4
-    description.write_text('{"block": 0}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"block in .* must be at least 1; got 0"):
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ('{"block": 0}', r"block in .*dataset\.json must be a whole number, at least 1; got 0"),
+        ('{"classes": 2.5}', r"classes in .* must be a whole number, at least 0; got 2\.5"),
+        ('{"depth_scale": 0}', r"depth_scale in .* must be a number above 0; got 0"),
+        ('{"classses": 2}', r"a JSON object with classes, depth_scale, block; got classses"),
+        ("[1]", r"a JSON object with classes, depth_scale, block; got list"),
+        ("{", r"dataset\.json must be JSON"),
+        ("{}", r"labels need a number of classes, at least 1; .* gives 0"),
+    ],
+)
+def test_a_description_that_does_not_hold_is_refused(tmp_path, description, message):
+    photograph(tmp_path / "val" / "images" / "a.jpg")
+    save(tmp_path / "val" / "labels" / "a.png", LABELS)
+    (tmp_path / "dataset.json").write_text(description, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
         open_data(f"folder:{tmp_path}", "val")
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    for name in ("a.jpg", "._a.jpg"):
+        photograph(tmp_path / "val" / "images" / name)
+    assert [path.name for path in open_data(f"nyu:{tmp_path}", "val").images] == ["a.jpg"]
 
 
 @pytest.mark.shared

@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
+from PIL import Image
 
 from featup_hub.backbones import Backbone
 from featup_hub.evaluation import protocol
@@ -188,3 +189,27 @@ def test_intervals_know_of_frames_that_are_alike_from_the_cache_too(scenes, tmp_
     for row in rows(found, versus=()):
         # A block of all three images on a circle is the set itself, in whatever order.
         assert row.score.low == row.score.high == pytest.approx(row.score.value)
+
+
+@pytest.mark.parametrize("stage", ["oracle", "preservation", "transfer"])
+def test_images_of_which_nothing_is_known_are_refused(scenes, stage):
+    splits = [
+        replace(open_data(f"folder:{scenes}", s), labels=(), depth=()) for s in ("train", "val")
+    ]
+    config = EvaluationConfig(protocols=(stage,), strides=(16,))
+    with pytest.raises(ValueError, match=r"labels or depth are needed beside the images of scenes"):
+        list(measure([tuple(splits)], {"colour": MeanColour()}, [candidate("nearest")], config))
+
+
+def test_an_image_that_is_all_void_counts_for_nothing(scenes, tmp_path):
+    train, val = (replace(open_data(f"folder:{scenes}", s), depth=()) for s in ("train", "val"))
+    Image.new("L", (48, 32), 255).save(tmp_path / "void.png")
+    with_void = replace(val, labels=(*val.labels[:-1], tmp_path / "void.png"))
+    config = EvaluationConfig(protocols=("oracle",), strides=(16,))
+    nearest = [candidate("nearest")]
+    found = [
+        next(measure([(train, each)], {}, nearest, config)).sums["nearest"]["confusion"]
+        for each in (val, with_void)
+    ]
+    assert [int(sums[-1].sum()) for sums in found] == [32 * 48, 0]
+    assert torch.equal(torch.stack(found[0][:-1]), torch.stack(found[1][:-1]))
