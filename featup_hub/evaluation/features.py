@@ -95,9 +95,35 @@ def _file_name(image: Path) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Digests a module's state: features of other weights are other features."""
+    """Digests all that decides what a module computes: its parts, their settings, their weights.
+
+    Weights alone do not tell: CLIP and MaskCLIP share them, as do two layers of one network.
+    """
     digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        kind = type(part)
+        told = f"{name} {kind.__module__}.{kind.__qualname__} {_settings(part)}"
+        digest.update(told.encode())
     for name, value in module.state_dict().items():
-        digest.update(name.encode())
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:8]
+
+
+def _settings(part: nn.Module) -> list[tuple[str, object]]:
+    """Lists a module's attributes that are plain values, or functions by what they do."""
+    found = []
+    for name, value in sorted(vars(part).items()):
+        code = getattr(value, "__code__", None)
+        if code is not None:  # what calls a user's network may be all that tells two layers apart
+            value = (code.co_code, code.co_names, tuple(filter(_is_plain, code.co_consts)))
+        if _is_plain(value):
+            found.append((name, value))
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    """Tells whether a value reads the same in every process."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, bytes))
