@@ -53,7 +53,11 @@ class CachedFeatures:
         return len(self.folder)
 
     def __iter__(self) -> Iterator[tuple[Sample, Tensor]]:
-        """Yields cropped samples and their features, (1, C, h, w)."""
+        """Yields cropped samples and their features, (1, C, h, w).
+
+        Raises:
+            ValueError: If features are too large for half precision.
+        """
         for index in range(len(self.folder)):
             sample = self.folder[index].crop(self.stride)
             name = _file_name(self.folder.images[index])
@@ -66,7 +70,14 @@ class CachedFeatures:
         if path is not None and path.is_file():
             return read(path)["features"].float()
         with torch.inference_mode():
-            features = self.backbone(sample.normalised()).half()
+            exact = self.backbone(sample.normalised())
+        features = exact.half()
+        if exact.isfinite().all() and not features.isfinite().all():
+            raise ValueError(
+                "features must fit half precision, in which every upsampler sees them, at most "
+                f"65504; those of {sample.name!r} reach {float(exact.abs().max()):.6g}; scale them "
+                "down in the backbone, or take normalised ones"
+            )
         if path is not None:
             write({"features": features}, path)
         return features.float()

@@ -80,3 +80,12 @@ def test_how_a_user_s_network_is_called_counts():
 
     calls = [lambda m, x: m(x), lambda m, x: 2 * m(x), lambda m, x: 3 * m(x), None]
     assert len({wrapped(call) for call in calls}) == 4
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_features_that_half_precision_cannot_hold_are_refused(scenes, tmp_path, keep):
+    cache = tmp_path if keep else None
+    message = r"must fit half precision, .* at most 65504; those of '0' reach \d+.*scale them down"
+    with pytest.raises(ValueError, match=message):
+        kept(scenes, Times(1e6), cache)
+    assert not list(tmp_path.rglob("*.safetensors"))
