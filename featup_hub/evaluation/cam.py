@@ -30,13 +30,14 @@ from featup_hub.backbones.timm import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.folders import Folder
+from featup_hub.evaluation.layouts import IMAGE_SUFFIXES
 from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.statistics import Metric
 from featup_hub.image import preprocess, read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD, card
 from featup_hub.weights import load
 
-__all__ = ["CAM", "Classifier", "measure_cam", "open_classifier"]
+__all__ = ["CAM", "Classifier", "measure_cam", "open_classifier", "open_photos"]
 
 MIN_TERM = 1e-6
 
@@ -47,20 +48,38 @@ def measure_cam(config: EvaluationConfig, candidates: Sequence[Candidate]) -> li
     Raises:
         ValueError: If there are none.
     """
-    if config.photos is None or not config.photos.is_dir():
-        raise ValueError(
-            f"class activation maps need photos, a folder of photographs; got {config.photos}"
-        )
-    photos = tuple(sorted(path for path in config.photos.iterdir() if path.is_file()))
+    photos = open_photos(config)
     classifier = open_classifier(config.classifier)
     found = Measurement(
-        protocol="class activation maps", data=config.photos.name, backbone=config.classifier
+        protocol="class activation maps", data=photos.name, backbone=config.classifier
     )
-    for path in Folder(name="", images=photos).spread(config.photo_images).images:
+    for path in photos.images:
         image = read_photo(path)
         for each in candidates:
             found.add(each.name, cam_sums(image, classifier, each))
     return [found]
+
+
+def open_photos(config: EvaluationConfig) -> Folder:
+    """Lists the photographs that are asked for; other files may lie beside them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    place = config.photos
+    if place is None or not place.is_dir():
+        raise ValueError(f"class activation maps need photos, a folder of photographs; got {place}")
+    photos = tuple(
+        path
+        for path in sorted(place.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+    if not photos:
+        raise ValueError(
+            f"class activation maps need photographs, {', '.join(sorted(IMAGE_SUFFIXES))}; "
+            f"{place} has none; name the folder in which they lie"
+        )
+    return Folder(name=place.name, images=photos).spread(config.photo_images)
 
 
 class Classifier(NamedTuple):

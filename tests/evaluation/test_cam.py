@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from featup_hub.evaluation.cam import CAM, Classifier, cam_sums, measure_cam, open_classifier
+from featup_hub.evaluation import cam
+from featup_hub.evaluation.cam import (
+    CAM,
+    Classifier,
+    cam_sums,
+    measure_cam,
+    open_classifier,
+    open_photos,
+)
 from featup_hub.evaluation.candidates import candidate
 from featup_hub.evaluation.config import EvaluationConfig
 
@@ -73,6 +81,24 @@ def test_the_shipped_classifier_knows_a_cat(root):
 def test_photographs_are_needed(tmp_path):
     with pytest.raises(ValueError, match="need photos, a folder of photographs; got None"):
         measure_cam(EvaluationConfig(), [candidate("nearest")])
+
+
+def test_a_folder_without_photographs_is_refused(tmp_path):
+    (tmp_path / "README.txt").write_text("none yet", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"need photographs, .jpeg, .jpg, .png; .* has none"):
+        measure_cam(EvaluationConfig(photos=tmp_path), [candidate("nearest")])
+
+
+def test_what_lies_beside_photographs_is_left_alone(classifier, monkeypatch, tmp_path):
+    monkeypatch.setattr(cam, "open_classifier", lambda name: classifier)
+    for name in ("a.png", "b.JPG"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    for name in ("README.txt", "._0.png", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"no photograph")
+    config = EvaluationConfig(photos=tmp_path)
+    assert [path.name for path in open_photos(config).images] == ["a.png", "b.JPG"]
+    (found,) = measure_cam(config, [candidate("nearest")])
+    assert len(found.sums["nearest"]["cam"]) == 2
 
 
 def test_a_model_without_such_a_classifier_is_refused():
