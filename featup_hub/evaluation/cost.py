@@ -7,6 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,10 +23,18 @@ MIB = 2**20
 
 
 def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
-    """Takes turns on a few images, after one that is not counted."""
+    """Takes turns on a few images, after one that is not counted, the same where it is the only.
+
+    Raises:
+        ValueError: If no image is to be counted.
+    """
     found = bench.measurement("cost")
     folder = bench.val.spread(bench.config.cost_images + 1)
-    for index, (sample, source) in enumerate(bench.features(folder)):
+    if not len(folder):
+        raise ValueError(f"time and memory need at least one image; {bench.val.name} has none")
+    features = bench.features(folder)
+    turns = chain(features, features) if len(folder) == 1 else features
+    for index, (sample, source) in enumerate(turns):
         for each in candidates:
             sums = cost_sums(source, sample.normalised(), each)
             if index:

@@ -53,6 +53,9 @@ def run_stage(
 
     Returns:
         Measurements with all upsamplers, in the order given.
+
+    Raises:
+        ValueError: If the stage left nothing to score.
     """
     places = {each.name: _place(cache, stage.settings, each) for each in candidates}
     known = {
@@ -60,6 +63,8 @@ def run_stage(
     }
     new = [each for each in candidates if each.name not in known]
     fresh = stage.run(new) if new else []
+    if any(each.name not in found.sums for found in fresh for each in new):
+        raise ValueError(f"at least one image is needed to score; got none for {stage.title}")
     for each in new:
         known[each.name] = [found.only(each.name) for found in fresh]
         place = places[each.name]

@@ -79,3 +79,12 @@ def test_a_stage_without_settings_is_never_kept(counter, tmp_path):
     for _ in range(2):
         run_stage(Stage("time", None, counter), [upsampler("a")], tmp_path)
     assert counter.measured == ["a", "a"]
+
+
+def test_a_stage_that_measured_nothing_is_refused_in_words(tmp_path):
+    def nothing(candidates):
+        return [Measurement(protocol="one", data="d/val", backbone="b /16")]
+
+    with pytest.raises(ValueError, match=r"at least one image is needed.*none for oracle on d/val"):
+        run_stage(Stage("oracle on d/val", {"seed": 0}, nothing), [upsampler("a")], tmp_path)
+    assert list(tmp_path.iterdir()) == []
