@@ -29,6 +29,7 @@ from torch import Tensor
 from featup_hub.backbones.timm import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.features import fingerprint
 from featup_hub.evaluation.folders import Folder
 from featup_hub.evaluation.layouts import IMAGE_SUFFIXES
 from featup_hub.evaluation.measurement import Measurement
@@ -89,11 +90,13 @@ class Classifier(NamedTuple):
         features: Normalised image (B, 3, H, W) -> (B, C, h, w).
         weight: Of the linear layer, (classes, C).
         bias: Of the linear layer, (classes,).
+        identity: Digest of what it computes; measurements of another one are other measurements.
     """
 
     features: Callable[[Tensor], Tensor]
     weight: Tensor
     bias: Tensor
+    identity: str = ""
 
     def confidence(self, features: Tensor) -> Tensor:
         """Returns the softmax over classes, (B, C, h, w) -> (B, classes)."""
@@ -120,7 +123,8 @@ def open_classifier(name: str) -> Classifier:
         )
     network, _ = create(row.backbone, load(row.backbone_file))
     network.eval().requires_grad_(False)
-    return Classifier(network.forward_features, network.classifier.weight, network.classifier.bias)
+    layer = network.classifier
+    return Classifier(network.forward_features, layer.weight, layer.bias, fingerprint(network))
 
 
 def read_photo(path: Path, side: int = 224) -> Tensor:

@@ -18,7 +18,7 @@ from featup_hub.evaluation.folders import Folder, Sample
 from featup_hub.model import load_backbone
 from featup_hub.weights import read, write
 
-__all__ = ["CachedFeatures", "fingerprint", "open_backbone"]
+__all__ = ["CachedFeatures", "fingerprint", "open_backbone", "stamp"]
 
 
 class CachedFeatures:
@@ -99,9 +99,15 @@ def open_backbone(spec: str) -> tuple[str, Backbone]:
     return label or name, backbone.requires_grad_(False)
 
 
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Tells a file from all others and from what it was before: its place, size and time."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
 def _file_name(image: Path) -> str:
     """Names an image's features; images of one name may lie in several folders."""
-    place = hashlib.sha256(str(image.resolve()).encode()).hexdigest()[:8]
+    place = hashlib.sha256(repr(stamp(image)).encode()).hexdigest()[:8]
     return f"{image.stem}-{place}.safetensors"
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from featup_hub.backbones import Backbone
-from featup_hub.evaluation.cam import measure_cam
+from featup_hub.evaluation.cam import measure_cam, open_classifier, open_photos
 from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.consistency import measure_consistency
 from featup_hub.evaluation.cost import measure_cost
-from featup_hub.evaluation.features import fingerprint, open_backbone
+from featup_hub.evaluation.features import fingerprint, open_backbone, stamp
 from featup_hub.evaluation.folders import Folder
 from featup_hub.evaluation.layouts import open_data
 from featup_hub.evaluation.ledger import Stage, run_stage
@@ -96,7 +97,8 @@ def measure(
     Yields:
         One measurement per protocol, data set and backbone or stride.
     """
-    for stage in _stages(data, backbones, config):
+    # Planned as a whole, so that what is missing for the last stage is said before the first.
+    for stage in list(_stages(data, backbones, config)):
         progress(stage.title)
         yield from run_stage(stage, candidates, config.cache)
 
@@ -131,14 +133,21 @@ def _stages(
                         val.block,
                     )
     if "cam" in config.protocols:
-        named = {key: getattr(config, key) for key in ("photos", "photo_images", "classifier")}
         yield Stage(
             f"class activation maps of {config.classifier}",
-            {"cam": config.classifier, **named},
+            {
+                "cam": config.classifier,
+                "classifier": open_classifier(config.classifier).identity,
+                "photos": _digest(open_photos(config)),
+            },
             partial(measure_cam, config),
         )
 
 
 def _digest(folder: Folder) -> str:
-    paths = "\n".join(str(path.resolve()) for path in folder.images)
-    return hashlib.sha256(paths.encode()).hexdigest()
+    """Digests all of a split that decides sums: its files as they are now, and how they are read.
+
+    Intervals are drawn anew in every run, so ``block`` decides none.
+    """
+    content = json.dumps(asdict(replace(folder, block=1)), sort_keys=True, default=stamp)
+    return hashlib.sha256(content.encode()).hexdigest()

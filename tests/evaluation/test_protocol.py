@@ -213,3 +213,11 @@ def test_an_image_that_is_all_void_counts_for_nothing(scenes, tmp_path):
     ]
     assert [int(sums[-1].sum()) for sums in found] == [32 * 48, 0]
     assert torch.equal(torch.stack(found[0][:-1]), torch.stack(found[1][:-1]))
+
+
+def test_missing_photographs_are_said_before_other_stages_begin(scenes):
+    lines = []
+    config = EvaluationConfig(data=(f"folder:{scenes}",), protocols=("oracle", "cam"))
+    with pytest.raises(ValueError, match="need photos, a folder of photographs; got None"):
+        list(evaluate(config, progress=lines.append))
+    assert lines == []
