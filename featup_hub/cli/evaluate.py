@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from featup_hub.cli.flags import add_flags, from_flags
 from featup_hub.cli.outputs import make_folder
 from featup_hub.cli.terminal import UsageError
-from featup_hub.evaluation.candidates import candidate
+from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.figure import draw
-from featup_hub.evaluation.protocol import evaluate
+from featup_hub.evaluation.protocol import check_names, evaluate
 from featup_hub.evaluation.report import Row, table, write_csv, write_json
 
 __all__ = ["add_parser"]
@@ -37,9 +39,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = from_flags(EvaluationConfig, args)
-    for spec in config.upsamplers:
-        _try_import(spec)
+    with _in_terms_of_flags():
+        config = from_flags(EvaluationConfig, args)
+    candidates = [_open(spec) for spec in config.upsamplers]
+    with _in_terms_of_flags():
+        check_names(config, candidates)
     if args.out:
         make_folder(args.out)
     start = time.monotonic()
@@ -61,12 +65,24 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _try_import(spec: str) -> None:
-    """Refuses a plug-in that Python does not find, in terms of what was typed."""
+@contextmanager
+def _in_terms_of_flags() -> Iterator[None]:
+    """Turns refusals that begin with the name of a field into those of the flag."""
     try:
-        candidate(spec)
+        yield
+    except ValueError as error:
+        field, _, refusal = str(error).partition(" ")
+        raise UsageError(f"--{field.replace('_', '-')} {refusal}") from error
+
+
+def _open(spec: str) -> Candidate:
+    """Finds an upsampler; a plug-in that cannot be one is refused in terms of what was typed."""
+    try:
+        return candidate(spec)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"--upsamplers needs a plug-in module:callable that can be imported; got {spec!r} "
             f"({error}); check its name, and that PYTHONPATH has its folder"
         ) from error
+    except TypeError as error:
+        raise UsageError(f"--upsamplers: {error}") from error

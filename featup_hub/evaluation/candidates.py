@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -83,6 +84,7 @@ def candidate(spec: str) -> Candidate:
 
     Raises:
         ValueError: If nothing is known by that name.
+        TypeError: If a plug-in cannot be called as an upsampler.
 
     Example:
         >>> candidate("plain=bilinear").name
@@ -104,6 +106,7 @@ def candidate(spec: str) -> Candidate:
         function = getattr(importlib.import_module(module), attribute)
         default = part = attribute
         head = getattr(function, "head", "after")
+        _check_call(function, head, spec)
         source = Path(getattr(sys.modules[module], "__file__", None) or "")
     else:
         raise ValueError(
@@ -113,6 +116,22 @@ def candidate(spec: str) -> Candidate:
         )
     identity = f"{digest(source)} {part}" if source.is_file() else None
     return Candidate(name=name or default, function=function, head=head, identity=identity)
+
+
+def _check_call(function: Callable[..., Tensor], head: Head, spec: str) -> None:
+    """Refuses a plug-in whose parameters do not fit, before anything is measured."""
+    options = ("head",) if head == "inside" else ()
+    needed = f"a plug-in must be a function of ({', '.join(('source', 'image', 'size', *options))})"
+    if not callable(function):
+        raise TypeError(f"{needed}; {spec!r} is of type {type(function).__name__}")
+    try:
+        parameters = inspect.signature(function)
+    except ValueError:  # some functions written in C do not tell
+        return
+    try:
+        parameters.bind("source", "image", "size", **dict.fromkeys(options))
+    except TypeError as error:
+        raise TypeError(f"{needed}; {spec!r} takes {parameters} ({error}); wrap it") from error
 
 
 def _stack(path: Path, *, unit_sum: bool) -> Callable[[Tensor, Tensor, tuple[int, int]], Tensor]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = ["EvaluationConfig", "Protocol", "Reduction"]
 
 Reduction = Literal["point", "area"]
 Protocol = Literal["oracle", "preservation", "transfer", "consistency", "cost", "cam"]
+
+_AT_LEAST: Mapping[int, tuple[str, ...]] = {
+    0: ("train_images", "transfer_images", "val_images", "photo_images", "max_side"),
+    1: ("cost_images", "probe_steps", "pixels", "resamples"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,7 @@ class EvaluationConfig:
             class activation maps (cam).
         strides: Cells of the label oracle, pixels.
         reductions: Ways down of the label oracle.
-        versus: Upsamplers to give paired differences from.
+        versus: Upsamplers to give paired differences from; the default's may be missing.
         train_images: Images a frozen probe is fitted on, evenly spread; 0 for all.
         transfer_images: Images a transfer probe is fitted on, evenly spread; 0 for all.
         val_images: Images scored, evenly spread; 0 for all.
@@ -43,6 +49,9 @@ class EvaluationConfig:
         cache: Folder in which features are kept; without one they are computed every time.
         resamples: Bootstrap replicates over images.
         seed: Decides all that is random.
+
+    Raises:
+        ValueError: If a number is out of its range, or a protocol or reduction unknown.
     """
 
     data: tuple[str, ...] = ()
@@ -65,3 +74,17 @@ class EvaluationConfig:
     cache: Path | None = None
     resamples: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if not all(stride >= 1 for stride in self.strides):
+            got = ", ".join(map(str, self.strides))
+            raise ValueError(f"strides must be at least 1 pixel each; got {got}")
+        for name, hint in (("protocols", Protocol), ("reductions", Reduction)):
+            values, choices = getattr(self, name), get_args(hint)
+            if not values or not set(values) <= set(choices):
+                got = ", ".join(map(str, values)) or "none"
+                raise ValueError(f"{name} must be of {', '.join(choices)}; got {got}")

@@ -23,7 +23,7 @@ from featup_hub.evaluation.oracle import measure_oracle
 from featup_hub.evaluation.probing import measure_preservation, measure_transfer
 from featup_hub.evaluation.report import Row, rows
 
-__all__ = ["evaluate", "measure"]
+__all__ = ["check_names", "evaluate", "measure"]
 
 ON_FEATURES = {
     "preservation": measure_preservation,
@@ -52,13 +52,10 @@ def evaluate(
 
     Raises:
         ValueError: If something named does not exist, or data that a protocol needs is missing.
+        TypeError: If a plug-in cannot be called as an upsampler.
     """
     candidates = [candidate(spec) for spec in config.upsamplers]
-    names = [each.name for each in candidates]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"every upsampler needs a name of its own; got {', '.join(names)}; write NAME=FILE"
-        )
+    check_names(config, candidates)
     on_data = [name for name in config.protocols if name != "cam"]
     if on_data and not config.data:
         raise ValueError(
@@ -75,6 +72,28 @@ def evaluate(
     ]
     for found in measure(splits, backbones, candidates, config, progress=progress):
         yield rows([found], versus=config.versus, resamples=config.resamples)
+
+
+def check_names(config: EvaluationConfig, candidates: Sequence[Candidate]) -> None:
+    """Refuses upsamplers that cannot be told apart, and references that do not take part.
+
+    Args:
+        config: What to measure; its default ``versus`` need not take part.
+        candidates: Its upsamplers.
+
+    Raises:
+        ValueError: If there are such; the message begins with the field's name.
+    """
+    names = [each.name for each in candidates]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"upsamplers must each have a name of its own; got {', '.join(names)}; write NAME=FILE"
+        )
+    if config.versus != EvaluationConfig.versus and not set(config.versus) <= set(names):
+        raise ValueError(
+            f"versus must name upsamplers that take part, {', '.join(names)}; "
+            f"got {', '.join(config.versus)}"
+        )
 
 
 def measure(

@@ -72,6 +72,27 @@ def test_a_plug_in_is_imported_and_taken_as_it_is(monkeypatch, inputs):
     torch.testing.assert_close(found.project(*inputs, SIZE, weight), expected)
 
 
+def plug_in(monkeypatch, function, head="after"):
+    module = types.ModuleType("somebodys_upsampler")
+    module.function = function
+    if head != "after":
+        function.head = head
+    monkeypatch.setitem(sys.modules, "somebodys_upsampler", module)
+    return candidate("somebodys_upsampler:function")
+
+
+def test_a_plug_in_must_take_what_it_is_called_with(monkeypatch):
+    with pytest.raises(TypeError, match=r"of \(source, image, size\); .* takes \(x\).*; wrap it"):
+        plug_in(monkeypatch, lambda x: x)
+    with pytest.raises(TypeError, match=r"of \(source, image, size, head\); .* takes \(a, b, c\)"):
+        plug_in(monkeypatch, lambda a, b, c: a, head="inside")
+    with pytest.raises(TypeError, match=r"of \(source, image, size\); .* is of type int"):
+        plug_in(monkeypatch, 3)
+    for fits in (lambda *inputs: inputs[0], lambda a, b, c, d=0: a, min):
+        assert plug_in(monkeypatch, fits).function is fits
+    assert plug_in(monkeypatch, lambda a, b, c, head: a, head="inside").head == "inside"
+
+
 def test_a_head_before_inside_and_after_are_one(file, inputs):
     weight = torch.randn(3, 5)
     before = candidate(str(file))
