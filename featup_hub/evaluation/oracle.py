@@ -79,10 +79,6 @@ def oracle_sums(
     image = sample.normalised()
     size = (image.shape[-2], image.shape[-1])
     maps, present = _maps(sample)
-    if not len(maps) and sample.labels is not None:  # all void: nothing to be right or wrong about
-        nothing = sums_against(sample, sample.labels.clamp(min=0), None, classes)
-        yield from ((each.name, down, nothing) for each in candidates for down in reductions)
-        return
     for each in candidates:
         coarse = [reduce_map(maps, stride, reduction)[None] for reduction in reductions]
         if each.head == "before":  # then both ways down share the kernels
@@ -99,6 +95,8 @@ def _maps(sample: Sample) -> tuple[Tensor, Tensor]:
     maps, present = [], torch.zeros(0, dtype=torch.long)
     if sample.labels is not None:
         present = sample.labels[sample.labels >= 0].unique()
+        if not len(present):  # all void: any class will do, for nothing is compared
+            present = torch.zeros(1, dtype=torch.long)
         maps.append((sample.labels == present[:, None, None]).float())
     if sample.depth is not None:
         missing = sample.depth <= 0  # filled, lest holes spill over their borders

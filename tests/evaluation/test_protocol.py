@@ -201,18 +201,25 @@ def test_images_of_which_nothing_is_known_are_refused(scenes, stage):
         list(measure([tuple(splits)], {"colour": MeanColour()}, [candidate("nearest")], config))
 
 
-def test_an_image_that_is_all_void_counts_for_nothing(scenes, tmp_path):
-    train, val = (replace(open_data(f"folder:{scenes}", s), depth=()) for s in ("train", "val"))
+@pytest.mark.parametrize("depth", [False, True])
+def test_an_image_that_is_all_void_counts_for_nothing(scenes, tmp_path, depth):
+    train, val = (open_data(f"folder:{scenes}", split) for split in ("train", "val"))
+    if not depth:
+        val = replace(val, depth=())
     Image.new("L", (48, 32), 255).save(tmp_path / "void.png")
     with_void = replace(val, labels=(*val.labels[:-1], tmp_path / "void.png"))
     config = EvaluationConfig(protocols=("oracle",), strides=(16,))
-    nearest = [candidate("nearest")]
     found = [
-        next(measure([(train, each)], {}, nearest, config)).sums["nearest"]["confusion"]
+        next(measure([(train, each)], {}, [candidate("nearest")], config)).sums["nearest"]
         for each in (val, with_void)
     ]
-    assert [int(sums[-1].sum()) for sums in found] == [32 * 48, 0]
-    assert torch.equal(torch.stack(found[0][:-1]), torch.stack(found[1][:-1]))
+    known, void = (torch.stack(sums["confusion"]) for sums in found)
+    assert [len(known), len(void)] == [3, 3]
+    assert [int(known[-1].sum()), int(void[-1].sum())] == [32 * 48, 0]
+    assert torch.equal(known[:-1], void[:-1])
+    assert int(found[1]["strip"][-1].sum()) == 0
+    if depth:  # which is known where labels are void
+        assert torch.equal(found[0]["depth"][-1], found[1]["depth"][-1])
 
 
 def test_missing_photographs_are_said_before_other_stages_begin(scenes):
