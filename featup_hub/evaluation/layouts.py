@@ -166,7 +166,7 @@ def _ade20k(root: Path, split: Split) -> Files:
 
 
 def _cityscapes(root: Path, split: Split) -> Files:
-    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    images = sorted((root / "leftImg8bit" / split).glob("[!.]*/[!.]*_leftImg8bit.png"))
     labels = [
         root
         / "gtFine"

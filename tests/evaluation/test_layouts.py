@@ -144,6 +144,14 @@ def test_hidden_files_are_no_images(tmp_path):
     assert [path.name for path in open_data(f"nyu:{tmp_path}", "val").images] == ["a.jpg"]
 
 
+def test_hidden_files_of_cityscapes_are_no_images(tmp_path):
+    cityscapes(tmp_path)
+    photograph(tmp_path / "leftImg8bit" / "val" / "ulm" / "._ulm_1_leftImg8bit.png")
+    photograph(tmp_path / "leftImg8bit" / "val" / ".ulm" / "ulm_1_leftImg8bit.png")
+    (image,) = open_data(f"cityscapes:{tmp_path}", "val").images
+    assert (image.parent.name, image.name) == ("ulm", "ulm_1_leftImg8bit.png")
+
+
 @pytest.mark.shared
 def test_the_shared_sets_open_with_every_image(shared):
     counts = {
