@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
 from featup_hub.evaluation.folders import Folder, Sample
-from featup_hub.model import load_backbone
+from featup_hub.model import find_card, load_backbone
 from featup_hub.weights import read, write
+from featup_hub.weights.files import existing
 
-__all__ = ["CachedFeatures", "fingerprint", "open_backbone", "stamp"]
+__all__ = ["CachedFeatures", "check_backbone", "fingerprint", "open_backbone", "stamp"]
 
 
 class CachedFeatures:
@@ -93,10 +95,34 @@ def open_backbone(spec: str) -> tuple[str, Backbone]:
     Returns:
         Its name in tables, and the backbone, frozen.
     """
+    label, name, file = _parts(spec)
+    backbone = load_backbone(name, weights=file)
+    return label, backbone.requires_grad_(False)
+
+
+def check_backbone(spec: str) -> None:
+    """Refuses what :func:`open_backbone` could not open, whatever the files hold.
+
+    Raises:
+        ValueError: If there is no such model or file, or the model has no backbone.
+    """
+    _, name, file = _parts(spec)
+    if find_card(name).backbone is None:
+        raise ValueError(
+            f"a model with a backbone is needed; got {name!r}, an upsampler alone; name another"
+        )
+    if file is not None:
+        try:
+            existing(file)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from error
+
+
+def _parts(spec: str) -> tuple[str, str, str | None]:
+    """Splits ``LABEL=NAME@FILE``; the label is the name where there is none."""
     label, _, rest = spec.rpartition("=")
     name, _, file = rest.partition("@")
-    backbone = load_backbone(name, weights=file or None)
-    return label or name, backbone.requires_grad_(False)
+    return label or name, name, file or None
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
@@ -131,12 +157,19 @@ def _settings(part: nn.Module) -> list[tuple[str, object]]:
     """Lists a module's attributes that are plain values, or functions by what they do."""
     found = []
     for name, value in sorted(vars(part).items()):
-        code = getattr(value, "__code__", None)
-        if code is not None:  # what calls a user's network may be all that tells two layers apart
-            value = (code.co_code, code.co_names, tuple(filter(_is_plain, code.co_consts)))
-        if _is_plain(value):
-            found.append((name, value))
+        # What calls a user's network may be all that tells two layers apart.
+        function = getattr(value, "__func__", value)
+        told = _told(function) if isinstance(function, FunctionType) else value
+        if _is_plain(told):
+            found.append((name, told))
     return found
+
+
+def _told(function: FunctionType) -> tuple[object, ...]:
+    """Says what a function does: its code, and the plain values that came with it."""
+    code, cells = function.__code__, function.__closure__ or ()
+    values = (*code.co_consts, *(function.__defaults__ or ()), *(c.cell_contents for c in cells))
+    return (code.co_code, code.co_names, tuple(filter(_is_plain, values)))
 
 
 def _is_plain(value: object) -> bool:

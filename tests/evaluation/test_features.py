@@ -72,6 +72,10 @@ def test_layer_and_norm_count_and_the_same_backbone_twice_is_the_same():
     assert fingerprint(again) == fingerprint(backbone)
 
 
+def times(number):
+    return lambda m, x: number * m(x)
+
+
 def test_how_a_user_s_network_is_called_counts():
     convolution = nn.Conv2d(3, 4, 16, stride=16)
 
@@ -79,7 +83,10 @@ def test_how_a_user_s_network_is_called_counts():
         return fingerprint(ModuleBackbone(convolution, feat_dim=4, patch_size=16, call=call))
 
     calls = [lambda m, x: m(x), lambda m, x: 2 * m(x), lambda m, x: 3 * m(x), None]
-    assert len({wrapped(call) for call in calls}) == 4
+    calls += [lambda m, x, n=n: n * m(x) for n in (2, 3)]
+    calls += [times(n) for n in (2, 3)]
+    assert len({wrapped(call) for call in calls}) == 8
+    assert wrapped(times(2)) == wrapped(times(2))
 
 
 @pytest.mark.parametrize("keep", [True, False])
