@@ -12,10 +12,10 @@ from pathlib import Path
 from featup_hub.cli.flags import add_flags, from_flags
 from featup_hub.cli.outputs import make_folder
 from featup_hub.cli.terminal import UsageError
-from featup_hub.evaluation.candidates import Candidate, candidate
+from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.figure import draw
-from featup_hub.evaluation.protocol import check_names, evaluate
+from featup_hub.evaluation.protocol import check, evaluate
 from featup_hub.evaluation.report import Row, table, write_csv, write_json
 
 __all__ = ["add_parser"]
@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
         config = from_flags(EvaluationConfig, args)
     candidates = [_open(spec) for spec in config.upsamplers]
     with _in_terms_of_flags():
-        check_names(config, candidates)
+        check(config, candidates)
     if args.out:
         make_folder(args.out)
     start = time.monotonic()
@@ -76,7 +76,7 @@ def _in_terms_of_flags() -> Iterator[None]:
 
 
 def _open(spec: str) -> Candidate:
-    """Finds an upsampler; a plug-in that cannot be one is refused in terms of what was typed."""
+    """Finds an upsampler; what cannot be one is refused in terms of what was typed."""
     try:
         return candidate(spec)
     except (ImportError, AttributeError) as error:
@@ -84,5 +84,5 @@ def _open(spec: str) -> Candidate:
             f"--upsamplers needs a plug-in module:callable that can be imported; got {spec!r} "
             f"({error}); check its name, and that PYTHONPATH has its folder"
         ) from error
-    except TypeError as error:
+    except (TypeError, UnknownUpsamplerError) as error:
         raise UsageError(f"--upsamplers: {error}") from error

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,23 @@ from torch import Tensor
 from featup_hub.backbones.timm import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
-from featup_hub.evaluation.features import fingerprint
 from featup_hub.evaluation.folders import Folder
 from featup_hub.evaluation.layouts import IMAGE_SUFFIXES
 from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.statistics import Metric
 from featup_hub.image import preprocess, read_image
-from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD, card
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD, WeightFile, card
 from featup_hub.weights import load
 
-__all__ = ["CAM", "Classifier", "measure_cam", "open_classifier", "open_photos"]
+__all__ = [
+    "CAM",
+    "Classifier",
+    "find_classifier",
+    "measure_cam",
+    "open_classifier",
+    "open_network",
+    "open_photos",
+]
 
 MIN_TERM = 1e-6
 
@@ -90,13 +97,11 @@ class Classifier(NamedTuple):
         features: Normalised image (B, 3, H, W) -> (B, C, h, w).
         weight: Of the linear layer, (classes, C).
         bias: Of the linear layer, (classes,).
-        identity: Digest of what it computes; measurements of another one are other measurements.
     """
 
     features: Callable[[Tensor], Tensor]
     weight: Tensor
     bias: Tensor
-    identity: str = ""
 
     def confidence(self, features: Tensor) -> Tensor:
         """Returns the softmax over classes, (B, C, h, w) -> (B, classes)."""
@@ -104,16 +109,35 @@ class Classifier(NamedTuple):
 
 
 def open_classifier(name: str) -> Classifier:
+    """Loads a classifier, see :func:`open_network`."""
+    network = open_network(name)
+    layer = network.classifier
+    return Classifier(network.forward_features, layer.weight, layer.bias)
+
+
+def open_network(name: str) -> Any:
     """Loads a model of the table with its classifier.
 
     Args:
         name: A model's name, such as ``efficientnet_lite0``.
 
     Returns:
-        The classifier.
+        The network, one of timm's.
 
     Raises:
         ValueError: If the model's file holds no classifier behind an average of features.
+    """
+    architecture, file = find_classifier(name)
+    network, _ = create(architecture, load(file))
+    return network.eval().requires_grad_(False)
+
+
+def find_classifier(name: str) -> tuple[str, WeightFile]:
+    """Returns what a classifier is called in timm, and what it is loaded from.
+
+    Raises:
+        ValueError: If there is no such model, or its file holds no classifier behind an average
+            of features.
     """
     row = card(name)
     if row.backbone is None or row.backbone_file is None or not row.backbone.startswith("tf_eff"):
@@ -121,10 +145,7 @@ def open_classifier(name: str) -> Classifier:
             "a map of class activations needs a CNN with its classifier, such as "
             f"efficientnet_lite0; got {name!r}"
         )
-    network, _ = create(row.backbone, load(row.backbone_file))
-    network.eval().requires_grad_(False)
-    layer = network.classifier
-    return Classifier(network.forward_features, layer.weight, layer.bias, fingerprint(network))
+    return row.backbone, row.backbone_file
 
 
 def read_photo(path: Path, side: int = 224) -> Tensor:

@@ -26,11 +26,15 @@ from featup_hub.registry import JBU_UNIVERSAL, UPSAMPLERS
 from featup_hub.upsamplers import JBUStack, baselines
 from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
-__all__ = ["Candidate", "candidate"]
+__all__ = ["Candidate", "UnknownUpsamplerError", "candidate"]
 
 Head = Literal["before", "inside", "after"]
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral")
 MIN_SUM = 0.05
+
+
+class UnknownUpsamplerError(ValueError):
+    """Nothing is known by a name, whatever the files hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,8 @@ def candidate(spec: str) -> Candidate:
         The upsampler.
 
     Raises:
-        ValueError: If nothing is known by that name.
+        UnknownUpsamplerError: If nothing is known by that name.
+        ValueError: If a file does not hold an upsampler.
         TypeError: If a plug-in cannot be called as an upsampler.
 
     Example:
@@ -102,14 +107,14 @@ def candidate(spec: str) -> Candidate:
         source = resolve(JBU_UNIVERSAL, path=file)
         function = _stack(source, unit_sum=option == "unit")
         default, part = source.stem + (f"@{option}" if option else ""), option
-    elif attribute:
+    elif attribute and all(part.isidentifier() for part in module.split(".")):
         function = getattr(importlib.import_module(module), attribute)
         default = part = attribute
         head = getattr(function, "head", "after")
         _check_call(function, head, spec)
         source = Path(getattr(sys.modules[module], "__file__", None) or "")
     else:
-        raise ValueError(
+        raise UnknownUpsamplerError(
             f"an upsampler is one of {', '.join((*BASELINES, *UPSAMPLERS))}, a weights file "
             "(FILE or FILE@unit) "
             f"or a plug-in module:callable; got {spec!r}"

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from featup_hub.evaluation.folders import Folder
 
-__all__ = ["LAYOUTS", "open_data"]
+__all__ = ["LAYOUTS", "layout_and_root", "open_data"]
 
 Split = Literal["train", "val"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -61,11 +61,7 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Folder:
         ValueError: If the layout is unknown, there are no images, truth is missing for some, or
             what describes it does not hold.
     """
-    layout, _, root = spec.partition(":")
-    if layout not in LAYOUTS or not root:
-        raise ValueError(
-            f"data must be LAYOUT:FOLDER with one of the layouts {', '.join(LAYOUTS)}; got {spec!r}"
-        )
+    layout, root = layout_and_root(spec)
     found = LAYOUTS[layout](Path(root), split)
     if not found.images:
         raise ValueError(
@@ -94,6 +90,20 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Folder:
         max_side=max_side,
         block=found.block,
     )
+
+
+def layout_and_root(spec: str) -> tuple[str, str]:
+    """Splits ``LAYOUT:FOLDER``.
+
+    Raises:
+        ValueError: If it is something else, or the layout is unknown.
+    """
+    layout, _, root = spec.partition(":")
+    if layout not in LAYOUTS or not root:
+        raise ValueError(
+            f"data must be LAYOUT:FOLDER with one of the layouts {', '.join(LAYOUTS)}; got {spec!r}"
+        )
+    return layout, root
 
 
 def _plain(root: Path, split: Split, classes: int, depth_scale: float) -> Files:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 
 from featup_hub.backbones import Backbone
-from featup_hub.evaluation.cam import measure_cam, open_classifier, open_photos
+from featup_hub.evaluation.cam import find_classifier, measure_cam, open_network, open_photos
 from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.consistency import measure_consistency
 from featup_hub.evaluation.cost import measure_cost
-from featup_hub.evaluation.features import fingerprint, open_backbone, stamp
+from featup_hub.evaluation.features import check_backbone, fingerprint, open_backbone, stamp
 from featup_hub.evaluation.folders import Folder
-from featup_hub.evaluation.layouts import open_data
+from featup_hub.evaluation.layouts import layout_and_root, open_data
 from featup_hub.evaluation.ledger import Stage, run_stage
 from featup_hub.evaluation.measurement import Bench, Measurement
 from featup_hub.evaluation.oracle import measure_oracle
 from featup_hub.evaluation.probing import measure_preservation, measure_transfer
 from featup_hub.evaluation.report import Row, rows
 
-__all__ = ["check_names", "evaluate", "measure"]
+__all__ = ["check", "evaluate", "measure"]
 
 ON_FEATURES = {
     "preservation": measure_preservation,
@@ -55,14 +56,8 @@ def evaluate(
         TypeError: If a plug-in cannot be called as an upsampler.
     """
     candidates = [candidate(spec) for spec in config.upsamplers]
-    check_names(config, candidates)
-    on_data = [name for name in config.protocols if name != "cam"]
-    if on_data and not config.data:
-        raise ValueError(
-            f"{', '.join(on_data)} need labelled data; got none; name it as LAYOUT:FOLDER"
-        )
-    looked_at = any(name in ON_FEATURES for name in config.protocols)
-    backbones = dict(map(open_backbone, config.backbones)) if looked_at else {}
+    check(config, candidates)
+    backbones = dict(map(open_backbone, config.backbones)) if _looks(config) else {}
     splits = [
         (
             open_data(spec, "train", max_side=config.max_side),
@@ -74,8 +69,8 @@ def evaluate(
         yield rows([found], versus=config.versus, resamples=config.resamples)
 
 
-def check_names(config: EvaluationConfig, candidates: Sequence[Candidate]) -> None:
-    """Refuses upsamplers that cannot be told apart, and references that do not take part.
+def check(config: EvaluationConfig, candidates: Sequence[Candidate]) -> None:
+    """Refuses names that cannot be told apart or stand for nothing, and data that is not given.
 
     Args:
         config: What to measure; its default ``versus`` need not take part.
@@ -94,6 +89,35 @@ def check_names(config: EvaluationConfig, candidates: Sequence[Candidate]) -> No
             f"versus must name upsamplers that take part, {', '.join(names)}; "
             f"got {', '.join(config.versus)}"
         )
+    on_data = [name for name in config.protocols if name != "cam"]
+    if on_data and not config.data:
+        raise ValueError(
+            f"data must be given, as LAYOUT:FOLDER, for {', '.join(on_data)}; got none"
+        )
+    for spec in config.data:
+        layout_and_root(spec)
+    for spec in config.backbones if _looks(config) else ():
+        with _about("backbones"):
+            check_backbone(spec)
+    if "cam" in config.protocols:
+        if config.photos is None:
+            raise ValueError("photos must be given, a folder of photographs, for cam; got none")
+        with _about("classifier"):
+            find_classifier(config.classifier)
+
+
+def _looks(config: EvaluationConfig) -> bool:
+    """Tells whether any backbone is looked through."""
+    return any(name in ON_FEATURES for name in config.protocols)
+
+
+@contextmanager
+def _about(field: str) -> Iterator[None]:
+    """Puts a field's name before what is refused about it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
 def measure(
@@ -128,11 +152,15 @@ def _stages(
     config: EvaluationConfig,
 ) -> Iterator[Stage]:
     """Plans a run: the oracle, then everything on features, data set by data set."""
+    keeps = config.cache is not None  # else digests are not needed, and take no time
+    prints = {name: fingerprint(backbone) for name, backbone in backbones.items() if keeps}
     common = {key: value for key, value in asdict(config).items() if key not in IRRELEVANT}
     for train, every in data:
         val = every.spread(config.val_images)
         where = f"on {val.name}, {len(val)} images"
-        common |= {"train": _digest(train), "val": _digest(val)}
+        _check_truth(train, val, config)
+        if keeps:
+            common |= {"train": _digest(train), "val": _digest(val)}
         for stride in config.strides if "oracle" in config.protocols else ():
             yield Stage(
                 f"oracle {where}, stride {stride}",
@@ -144,7 +172,7 @@ def _stages(
             bench = Bench(name, backbone, train, val, config)
             for protocol, run in ON_FEATURES.items():
                 if protocol in config.protocols:
-                    settings = {**common, protocol: name, "backbone": fingerprint(backbone)}
+                    settings = {**common, protocol: name, "backbone": prints.get(name)}
                     yield Stage(
                         f"{protocol} {where}, {name}",
                         None if protocol == "cost" else settings,
@@ -152,15 +180,22 @@ def _stages(
                         val.block,
                     )
     if "cam" in config.protocols:
-        yield Stage(
-            f"class activation maps of {config.classifier}",
-            {
-                "cam": config.classifier,
-                "classifier": open_classifier(config.classifier).identity,
-                "photos": _digest(open_photos(config)),
-            },
-            partial(measure_cam, config),
-        )
+        photos = open_photos(config)
+        settings = {"cam": config.classifier}
+        if keeps:
+            network = open_network(config.classifier)
+            settings |= {"classifier": fingerprint(network), "photos": _digest(photos)}
+        title = f"class activation maps of {config.classifier}"
+        yield Stage(title, settings, partial(measure_cam, config))
+
+
+def _check_truth(train: Folder, val: Folder, config: EvaluationConfig) -> None:
+    """Refuses images of which nothing is known where a protocol is about to ask."""
+    probes = {"preservation", "transfer"}.intersection(config.protocols)
+    if probes:
+        train.check_truth()
+    if probes or "oracle" in config.protocols:
+        val.check_truth()
 
 
 def _digest(folder: Folder) -> str:

@@ -35,6 +35,37 @@ def test_a_lone_upsampler_needs_no_figure(scenes, tmp_path, capsys):
     assert not (tmp_path / "results.png").exists()
 
 
-def test_a_mistake_is_one_line(capsys):
-    assert main(["evaluate", "--data", "nowhere"]) == 1
-    assert "data must be LAYOUT:FOLDER" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("", "--data must be given, as LAYOUT:FOLDER, for oracle, preservation; got none"),
+        ("--data nowhere", "--data must be LAYOUT:FOLDER with one of the layouts folder, "),
+        ("--upsamplers lanczos", "--upsamplers: an upsampler is one of nearest, "),
+        ("--upsamplers :x", "--upsamplers: an upsampler is one of nearest, "),
+        ("--upsamplers .a:x", "--upsamplers: an upsampler is one of nearest, "),
+        ("--data nyu:x --backbones nope", "--backbones: a model must be one of "),
+        ("--data nyu:x --backbones jbu", "--backbones: a model with a backbone is needed; got"),
+        ("--data nyu:x --backbones dinov2@no.file", "--backbones: no weights file no.file; check"),
+        ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got none"),
+        ("--protocols cam --photos x --classifier no", "--classifier: a model must be one of "),
+        ("--protocols cam --photos x --classifier jbu", "--classifier: a map of class activations"),
+    ],
+)
+def test_what_was_typed_and_cannot_work_is_exit_code_2(typed, message, capsys):
+    assert main(["evaluate", *typed.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("missing", ["data", "file"])
+def test_what_files_do_not_hold_is_one_line_and_exit_code_1(missing, tmp_path, capsys):
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"nothing")
+    upsampler = str(damaged) if missing == "file" else "bilinear"
+    typed = ["--data", f"camvid:{tmp_path}", "--protocols", "oracle", "--upsamplers", upsampler]
+    assert main(["evaluate", *typed]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_backbones_are_no_matter_where_nothing_looks_through_them(scenes):
+    typed = "--protocols oracle --strides 16 --upsamplers nearest --resamples 2 --backbones nope"
+    assert main(["evaluate", "--data", f"folder:{scenes}", *typed.split()]) == 0

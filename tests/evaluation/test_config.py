@@ -9,7 +9,7 @@ import pytest
 from featup_hub.cli import main
 from featup_hub.evaluation.candidates import candidate
 from featup_hub.evaluation.config import EvaluationConfig
-from featup_hub.evaluation.protocol import check_names, evaluate
+from featup_hub.evaluation.protocol import check, evaluate
 
 REFUSED = [
     ("strides", (16, 0), "must be at least 1 pixel each; got 16, 0"),
@@ -68,13 +68,14 @@ def test_a_reference_that_does_not_take_part_is_refused(scenes, capsys):
 
 
 def test_the_references_of_the_default_may_be_absent():
-    check_names(EvaluationConfig(), [candidate("nearest")])
+    check(EvaluationConfig(data=("nyu:x",)), [candidate("nearest")])
 
 
 def test_a_name_given_in_front_is_that_of_the_reference():
-    check_names(EvaluationConfig(versus=("plain",)), [candidate("plain=bilinear")])
+    plain = [candidate("plain=bilinear")]
+    check(EvaluationConfig(data=("nyu:x",), versus=("plain",)), plain)
     with pytest.raises(ValueError, match="take part, plain; got bilinear"):
-        check_names(EvaluationConfig(versus=("bilinear",)), [candidate("plain=bilinear")])
+        check(EvaluationConfig(data=("nyu:x",), versus=("bilinear",)), plain)
 
 
 @pytest.mark.parametrize("typed", ["json:dumps", "x=math:pi"])

@@ -168,7 +168,7 @@ def test_every_protocol_on_features_leaves_its_scores(scenes, tmp_path):
 
 
 def test_protocols_without_their_data_are_refused():
-    with pytest.raises(ValueError, match=r"oracle need labelled data; got none"):
+    with pytest.raises(ValueError, match=r"data must be given, .* for oracle; got none"):
         list(evaluate(EvaluationConfig(protocols=("oracle",))))
 
 
@@ -201,6 +201,24 @@ def test_images_of_which_nothing_is_known_are_refused(scenes, stage):
         list(measure([tuple(splits)], {"colour": MeanColour()}, [candidate("nearest")], config))
 
 
+def test_missing_truth_is_said_before_other_data_sets_are_measured(scenes):
+    lines, splits = [], [open_data(f"folder:{scenes}", split) for split in ("train", "val")]
+    unknown = [replace(split, labels=(), depth=()) for split in splits]
+    config = EvaluationConfig(protocols=("preservation",))
+    for missing in ((splits[0], unknown[1]), (unknown[0], splits[1])):
+        with pytest.raises(ValueError, match="labels or depth are needed"):
+            list(
+                measure(
+                    [tuple(splits), missing],
+                    {"colour": MeanColour()},
+                    [candidate("nearest")],
+                    config,
+                    progress=lines.append,
+                )
+            )
+    assert lines == []
+
+
 @pytest.mark.parametrize("depth", [False, True])
 def test_an_image_that_is_all_void_counts_for_nothing(scenes, tmp_path, depth):
     train, val = (open_data(f"folder:{scenes}", split) for split in ("train", "val"))
@@ -222,9 +240,10 @@ def test_an_image_that_is_all_void_counts_for_nothing(scenes, tmp_path, depth):
         assert torch.equal(found[0]["depth"][-1], found[1]["depth"][-1])
 
 
-def test_missing_photographs_are_said_before_other_stages_begin(scenes):
+def test_missing_photographs_are_said_before_other_stages_begin(scenes, tmp_path):
     lines = []
-    config = EvaluationConfig(data=(f"folder:{scenes}",), protocols=("oracle", "cam"))
-    with pytest.raises(ValueError, match="need photos, a folder of photographs; got None"):
+    data = (f"folder:{scenes}",)
+    config = EvaluationConfig(data=data, protocols=("oracle", "cam"), photos=tmp_path)
+    with pytest.raises(ValueError, match=r"need photographs, .* has none"):
         list(evaluate(config, progress=lines.append))
     assert lines == []

@@ -89,12 +89,11 @@ def test_other_photographs_or_another_classifier_are_measured_again(tmp_path, mo
         features=lambda image: torch.nn.functional.avg_pool2d(image[:, :1], 16),
         weight=torch.tensor([[1.0], [-1.0]]),
         bias=torch.zeros(2),
-        identity="one",
     )
+    monkeypatch.setattr(cam, "open_classifier", lambda name: classifier)
 
-    def run(classifier):
-        for module in (cam, protocol):
-            monkeypatch.setattr(module, "open_classifier", lambda name: classifier)
+    def run(network):
+        monkeypatch.setattr(protocol, "open_network", lambda name: network)
         photos = tmp_path / "photos"
         config = EvaluationConfig(protocols=("cam",), photos=photos, cache=tmp_path / "cache")
         list(measure([], {}, [candidate("nearest")], config))
@@ -102,17 +101,27 @@ def test_other_photographs_or_another_classifier_are_measured_again(tmp_path, mo
 
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "photos" / "a.png")
-    assert run(classifier) == 1
-    assert run(classifier) == 1
+    network = nn.Linear(1, 2)
+    assert run(network) == 1
+    assert run(network) == 1
     if change == "photo":
         Image.new("RGB", (64, 64), "blue").save(tmp_path / "photos" / "a.png")
     elif change == "list":
         Image.new("RGB", (32, 32), "blue").save(tmp_path / "photos" / "b.png")
     else:
-        classifier = classifier._replace(identity="two")
-    assert run(classifier) == 2
+        network = nn.Linear(1, 2)  # of other weights
+    assert run(network) == 2
 
 
-def test_the_shipped_classifier_has_an_identity_of_its_weights():
-    first, again = (cam.open_classifier("efficientnet_lite0") for _ in range(2))
-    assert first.identity == again.identity != ""
+@pytest.mark.parametrize("name", ["oracle", "preservation", "cam"])
+def test_without_a_cache_no_time_goes_into_digests(scenes, tmp_path, monkeypatch, name):
+    def refuse(*_):
+        raise AssertionError("a digest was made")
+
+    for function in ("fingerprint", "stamp", "_digest", "open_network"):
+        monkeypatch.setattr(protocol, function, refuse)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    config = EvaluationConfig(protocols=(name,), strides=(16,), probe_steps=5, photos=tmp_path)
+    backbone = ModuleBackbone(nn.AvgPool2d(16), feat_dim=3, patch_size=16)
+    data = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
+    assert list(measure(data, {"colour": backbone}, [candidate("nearest")], config))
