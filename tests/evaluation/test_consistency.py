@@ -57,7 +57,7 @@ def test_any_stride_is_measured(stride, tmp_path):
     truth = Candidate(name="truth", function=lambda source, image, size: image)
     [found] = measure_consistency(bench, [truth])
     sums = torch.stack(found.sums["truth"]["consistency"]).sum(0)
-    assert CONSISTENCY[0].value(sums) < 0.1
+    assert CONSISTENCY[0].value(sums) < 1e-3
 
 
 def test_a_channel_that_is_silent_in_the_first_photographs_does_not_decide():
