@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from featup_hub.cli.flags import add_flags, from_flags
+from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.cli.outputs import make_folder
 from featup_hub.cli.terminal import UsageError
 from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
@@ -39,10 +37,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    with _in_terms_of_flags():
+    with in_terms_of_flags():
         config = from_flags(EvaluationConfig, args)
     candidates = [_open(spec) for spec in config.upsamplers]
-    with _in_terms_of_flags():
+    with in_terms_of_flags():
         check(config, candidates)
     if args.out:
         make_folder(args.out)
@@ -63,16 +61,6 @@ def _run(args: argparse.Namespace) -> int:
             draw(scored, args.out / "results.png")
         print(f"wrote results to {args.out}")
     return 0
-
-
-@contextmanager
-def _in_terms_of_flags() -> Iterator[None]:
-    """Turns refusals that begin with the name of a field into those of the flag."""
-    try:
-        yield
-    except ValueError as error:
-        field, _, refusal = str(error).partition(" ")
-        raise UsageError(f"--{field.replace('_', '-')} {refusal}") from error
 
 
 def _open(spec: str) -> Candidate:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from featup_hub.cli.terminal import UsageError
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["add_flags", "from_flags"]
+__all__ = ["add_flags", "from_flags", "in_terms_of_flags"]
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -86,6 +89,20 @@ def from_flags(config: type[T], args: argparse.Namespace) -> T:
     given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return config(**values)
+
+
+@contextmanager
+def in_terms_of_flags() -> Iterator[None]:
+    """Turns refusals that begin with the name of a field into those of its flag.
+
+    Raises:
+        UsageError: In place of a ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        field, _, refusal = str(error).partition(" ")
+        raise UsageError(f"--{field.replace('_', '-')} {refusal}") from error
 
 
 def _options(hint: Any, name: str) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from featup_hub.cli.devices import open_device
-from featup_hub.cli.flags import add_flags, from_flags
+from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.cli.outputs import make_folder
-from featup_hub.cli.terminal import UsageError
 from featup_hub.training.jbu import JBUTrainingConfig, train
 
 __all__ = ["add_parser"]
@@ -34,12 +33,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
+    with in_terms_of_flags():
         config = from_flags(JBUTrainingConfig, args)
-    except ValueError as error:
-        # A refusal begins with the name of the field, which is that of the flag.
-        field, _, refusal = str(error).partition(" ")
-        raise UsageError(f"--{field.replace('_', '-')} {refusal}") from error
     open_device(config.device)
     make_folder(args.out)
     print(f"wrote {train(args.photos, args.out, config)}")

@@ -30,7 +30,7 @@ from featup_hub.backbones.timm import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.folders import Folder
-from featup_hub.evaluation.layouts import IMAGE_SUFFIXES
+from featup_hub.evaluation.layouts import IMAGE_SUFFIXES, images_of
 from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.statistics import Metric
 from featup_hub.image import preprocess, read_image
@@ -77,11 +77,7 @@ def open_photos(config: EvaluationConfig) -> Folder:
     place = config.photos
     if place is None or not place.is_dir():
         raise ValueError(f"class activation maps need photos, a folder of photographs; got {place}")
-    photos = tuple(
-        path
-        for path in sorted(place.iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
+    photos = tuple(images_of(place))
     if not photos:
         raise ValueError(
             f"class activation maps need photographs, {', '.join(sorted(IMAGE_SUFFIXES))}; "

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from featup_hub.evaluation.folders import Folder
 
-__all__ = ["LAYOUTS", "layout_and_root", "open_data"]
+__all__ = ["LAYOUTS", "images_of", "layout_and_root", "open_data"]
 
 Split = Literal["train", "val"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -107,7 +107,7 @@ def layout_and_root(spec: str) -> tuple[str, str]:
 
 
 def _plain(root: Path, split: Split, classes: int, depth_scale: float) -> Files:
-    images = _images(root / split / "images")
+    images = images_of(root / split / "images")
     labels, depth = (
         [folder / f"{image.stem}.png" for image in images] if folder.is_dir() else []
         for folder in (root / split / "labels", root / split / "depth")
@@ -170,7 +170,7 @@ def _voc(root: Path, split: Split) -> Files:
 
 def _ade20k(root: Path, split: Split) -> Files:
     part = {"train": "training", "val": "validation"}[split]
-    images = _images(root / "images" / part)
+    images = images_of(root / "images" / part)
     labels = [root / "annotations" / part / f"{image.stem}.png" for image in images]
     return Files(images, labels, classes=150, label_map=(-1, *range(150)))
 
@@ -190,7 +190,7 @@ def _cityscapes(root: Path, split: Split) -> Files:
 
 
 def _coco_stuff(root: Path, split: Split) -> Files:
-    images = _images(root / "images" / f"{split}2017")
+    images = images_of(root / "images" / f"{split}2017")
     labels = [root / "annotations" / f"{split}2017" / f"{image.stem}.png" for image in images]
     return Files(images, labels, classes=182)
 
@@ -205,7 +205,8 @@ def _nyuv2(root: Path, split: Split) -> Files:
     return Files(images, depth=depth, depth_scale=1000)
 
 
-def _images(folder: Path) -> list[Path]:
+def images_of(folder: Path) -> list[Path]:
+    """Lists the images in a folder, hidden files left out; none where there is no folder."""
     if not folder.is_dir():
         return []
     return sorted(

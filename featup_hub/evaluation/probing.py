@@ -23,7 +23,6 @@ __all__ = ["measure_preservation", "measure_transfer"]
 
 def measure_preservation(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
     """Fits a probe on low-resolution cells and applies it, frozen, to upsampled features."""
-    bench.train.check_truth()
     train = bench.features(bench.train.spread(bench.config.train_images))
     classes = bench.train.classes
     probe = fit_probe(
@@ -34,7 +33,6 @@ def measure_preservation(bench: Bench, candidates: Sequence[Candidate]) -> list[
 
 def measure_transfer(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
     """Fits a probe on each upsampler's own features; every second training image is mirrored."""
-    bench.train.check_truth()
     train = bench.features(bench.train.spread(bench.config.transfer_images), mirror=True)
     probed = []
     for each in candidates:
