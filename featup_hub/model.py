@@ -193,7 +193,7 @@ def load(
         pretrained: Whether to load the files that the model's card names.
         use_norm: Whether every position's vector is normalised before upsampling.
         weights: A file of your own for the upsampler, read in any case; or the name of one that
-            is shipped: ``jbu_universal``, the default, or ``jbu_sharp``, which does not
+            is shipped: ``jbu_denoise``, the default, or ``jbu_faithful``, which does not
             average cells that look alike.
         backbone_weights: A file of your own for the backbone, laid out as timm's.
 

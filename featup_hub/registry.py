@@ -21,9 +21,11 @@ __all__ = [
     "JBU_UNIVERSAL",
     "MODELS",
     "UPSAMPLERS",
+    "UPSAMPLER_ALIASES",
     "ModelCard",
     "WeightFile",
     "card",
+    "shipped_upsampler",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -116,9 +118,20 @@ JBU_SHARP = WeightFile(
 )
 
 UPSAMPLERS: Mapping[str, WeightFile] = MappingProxyType(
-    {"jbu_universal": JBU_UNIVERSAL, "jbu_sharp": JBU_SHARP}
+    {"jbu_denoise": JBU_UNIVERSAL, "jbu_faithful": JBU_SHARP}
 )
-"""Shipped upsamplers by the names that ``weights`` takes in place of a file."""
+"""Shipped upsamplers: the first averages cells that look alike, the second keeps every cell."""
+
+UPSAMPLER_ALIASES: Mapping[str, str] = MappingProxyType(
+    {"jbu_universal": "jbu_denoise", "jbu_sharp": "jbu_faithful"}
+)
+"""Former names, which are still accepted."""
+
+
+def shipped_upsampler(name: str) -> WeightFile | None:
+    """Returns the file of a shipped upsampler by its name, or None if there is none."""
+    return UPSAMPLERS.get(UPSAMPLER_ALIASES.get(name, name))
+
 
 EFFICIENTNET_LITE0 = WeightFile(
     name="EfficientNet-Lite0",

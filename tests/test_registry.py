@@ -16,6 +16,7 @@ from featup_hub.registry import (
     ModelCard,
     WeightFile,
     card,
+    shipped_upsampler,
 )
 from featup_hub.weights import digest, shipped_folder
 
@@ -46,6 +47,12 @@ def test_files_on_the_hub_and_licences_are_those_timm_names(name: str) -> None:
     assert row.backbone_file.repo_id == config.hf_hub_id
     assert row.backbone_file.filename == (config.hf_hub_filename or "model.safetensors")
     assert row.licence.lower().replace(" ", "-") == config.license
+
+
+def test_shipped_upsamplers_are_found_by_their_former_names_too() -> None:
+    assert shipped_upsampler("jbu_universal") is UPSAMPLERS["jbu_denoise"]
+    assert shipped_upsampler("jbu_sharp") is UPSAMPLERS["jbu_faithful"]
+    assert shipped_upsampler("bilinear") is None
 
 
 @pytest.mark.parametrize("file", [EFFICIENTNET_LITE0, *UPSAMPLERS.values()])

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("out", type=Path, metavar="OUT", help="file to write")
     add("--format", choices=tuple(_WRITERS), help="default: what the name of OUT ends in")
     add("--model", default="efficientnet_lite0", help="its name (default: %(default)s)")
-    add("--weights", type=Path, metavar="FILE", help="an upsampler of your own, or jbu_sharp")
+    add("--weights", type=Path, metavar="FILE", help="an upsampler of your own, or jbu_faithful")
     add("--backbone-weights", type=Path, metavar="FILE", help="weights of your own, as timm's")
     add("--no-norm", action="store_true", help="do not normalise features before upsampling")
     add("--static", metavar="HxW", help="one image of this size only, such as 224x224")

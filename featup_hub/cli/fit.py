@@ -55,8 +55,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--start",
         metavar="FILE",
-        help="weights of JBU stages whose features to start from, or a shipped one: jbu_universal, "
-        "jbu_sharp",
+        help="weights of JBU stages whose features to start from, or a shipped one: jbu_denoise, "
+        "jbu_faithful",
     )
     add("--no-picture", action="store_true", help="make no picture")
     add("--overwrite", action="store_true", help="replace files that are of no earlier fit")

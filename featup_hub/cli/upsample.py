@@ -56,7 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="an image, or a folder of images")
     add("--model", default="efficientnet_lite0", help="its name (default: %(default)s)")
-    add("--weights", type=Path, metavar="FILE", help="an upsampler of your own, or jbu_sharp")
+    add("--weights", type=Path, metavar="FILE", help="an upsampler of your own, or jbu_faithful")
     add("--backbone-weights", type=Path, metavar="FILE", help="weights of your own, as timm's")
     add("--no-norm", action="store_true", help="do not normalise features before upsampling")
     add(

@@ -1,7 +1,7 @@
 """Upsamplers that take part in an evaluation, by name, by file or by plug-in.
 
 * ``nearest``, ``bilinear``, ``bicubic``, ``joint_bilateral`` – the package's baselines;
-* ``jbu_universal``, ``jbu_sharp`` – the upsamplers that are shipped;
+* ``jbu_denoise``, ``jbu_faithful`` – the upsamplers that are shipped;
 * ``FILE`` – the stages of a JBU weights file (safetensors, or upstream's checkpoint);
 * ``FILE@unit`` – the same with every kernel divided by its sum;
 * ``module:callable`` – anything ``f(source (B,C,h,w), image (B,3,H,W) normalised, size)``.
@@ -22,7 +22,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.registry import JBU_UNIVERSAL, UPSAMPLERS
+from featup_hub.registry import JBU_UNIVERSAL, UPSAMPLERS, shipped_upsampler
 from featup_hub.upsamplers import JBUStack, baselines
 from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
@@ -103,10 +103,11 @@ def candidate(spec: str) -> Candidate:
     if rest in BASELINES:
         function, default, part = getattr(baselines, rest), rest, rest
         source = Path(baselines.__file__)
-    elif (file in UPSAMPLERS or Path(file).is_file()) and option in ("", "unit"):
+    elif (shipped_upsampler(file) or Path(file).is_file()) and option in ("", "unit"):
         source = resolve(JBU_UNIVERSAL, path=file)
         function = _stack(source, unit_sum=option == "unit")
-        default, part = source.stem + (f"@{option}" if option else ""), option
+        stem = file if shipped_upsampler(file) else source.stem
+        default, part = stem + (f"@{option}" if option else ""), option
     elif attribute and all(part.isidentifier() for part in module.split(".")):
         function = getattr(importlib.import_module(module), attribute)
         default = part = attribute

@@ -90,7 +90,7 @@ class JBUTrainingConfig:
         kernel_taps: Research only: the taps whose gradient counts; empty means all, and
             0 1 4 9 16 25 36 repeats the fault of upstream's CUDA code.
         start: Weights of stages to start from, with their joint bilateral stage where they hold
-            one: a file, or the name of shipped ones, ``jbu_universal`` or ``jbu_sharp``; empty
+            one: a file, or the name of shipped ones, ``jbu_denoise`` or ``jbu_faithful``; empty
             starts afresh, with learned stages alone.
         seed: Decides all that is random.
         checkpoint_minutes: Longest time between checkpoints.

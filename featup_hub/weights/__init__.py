@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from featup_hub.registry import UPSAMPLERS, WeightFile
+from featup_hub.registry import WeightFile, shipped_upsampler
 from featup_hub.weights.files import digest, existing, load_into, metadata, read, write
 from featup_hub.weights.hub import cached_digest, check_name, download
 from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream, split_norm
@@ -88,7 +88,7 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
 
 def _named(file: WeightFile, path: str | Path | None) -> tuple[WeightFile, str | Path | None]:
     """Returns the row and the path to take, where ``path`` may be a name of the registry."""
-    shipped = UPSAMPLERS.get(str(path))
+    shipped = shipped_upsampler(str(path))
     return (file, path) if shipped is None else (shipped, None)
 
 

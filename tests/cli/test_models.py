@@ -26,7 +26,7 @@ def test_models_are_listed_with_where_their_weights_are(
     row = next(line.split() for line in lines if line.startswith("dinov2 "))
     assert row == ["dinov2", "384", "14", "Hub", "Apache-2.0", "vit_small_patch14_dinov2.lvd142m"]
     assert "Hub: downloaded from the Hugging Face Hub at first use" in lines
-    assert "name of a shipped upsampler: jbu_universal, jbu_sharp" in "\n".join(lines)
+    assert "name of a shipped upsampler: jbu_denoise, jbu_faithful" in "\n".join(lines)
     notes = [line for line in lines if line.startswith("dinov3_vits16, dinov3_vitb16: ")]
     assert "The DINOv3 License" in notes[0]
     assert main(["models", "--json"]) == 0

@@ -107,7 +107,7 @@ def test_a_head_before_inside_and_after_are_one(file, inputs):
     assert torch.equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("name", ["jbu_universal", "jbu_sharp", "jbu_sharp@unit"])
+@pytest.mark.parametrize("name", ["jbu_denoise", "jbu_faithful", "jbu_sharp@unit"])
 def test_shipped_upsamplers_are_found_by_their_names(name, inputs):
     found = candidate(name)
     assert (found.name, found.head) == (name, "before")
