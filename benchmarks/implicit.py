@@ -29,7 +29,8 @@ from torch import Tensor
 
 from featup_hub import load_upsampler
 from featup_hub.backbones import Backbone
-from featup_hub.image import preprocess, read_image, resize, write_atomically
+from featup_hub.files import write_atomically
+from featup_hub.image import preprocess, read_image, resize
 from featup_hub.training.images import seeded
 from featup_hub.training.implicit import PRESETS, fit
 from featup_hub.training.projection import random_projection

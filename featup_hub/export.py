@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from featup_hub.image import write_atomically
+from featup_hub.files import write_atomically
 
 __all__ = ["check_onnx", "trace", "write_onnx", "write_pt2"]
 

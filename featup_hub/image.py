@@ -1,4 +1,4 @@
-"""From a file to the tensor a backbone takes; and files that are written whole or not at all.
+"""From a file to the tensor that a backbone takes.
 
 What is on disk is read as a person sees it: rotated as EXIF says, 16-bit grayscale scaled to 8
 bits, transparency laid over white, CMYK and palettes converted to RGB. Of an animation or a
@@ -8,12 +8,8 @@ decoded to its end is an error, never half a picture.
 
 from __future__ import annotations
 
-import glob
-import os
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -23,7 +19,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_size", "preprocess", "read_image", "resize", "write_atomically"]
+__all__ = ["IMAGE_SUFFIXES", "check_size", "list_images", "preprocess", "read_image", "resize"]
+
+IMAGE_SUFFIXES = {
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
+"""What the names of images end in, in lower case. Some builds of Pillow cannot read AVIF."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -156,43 +158,45 @@ def preprocess(
     return ((values - _per_channel(mean)) / _per_channel(std))[None]
 
 
-@contextmanager
-def write_atomically(path: str | Path) -> Iterator[Path]:
-    """Yields a path to write to, which takes the name of ``path`` when all went well.
+def list_images(folder: str | Path) -> list[Path]:
+    """Lists the images in a folder and its subfolders, sorted by path.
 
-    So a file of that name is always complete, whenever the process is killed. What killed
-    processes of this machine left of the same file is removed.
+    Links to folders are followed, and loops of links end. Hidden files (``.name``) are left out.
 
     Args:
-        path: The file wanted; one that exists is replaced.
+        folder: Where to look.
 
-    Yields:
-        A temporary file's path in the same folder, removed where an exception is raised.
+    Returns:
+        Files whose suffix is one of ``IMAGE_SUFFIXES``, in upper or lower case.
+
+    Raises:
+        OSError: If the folder does not exist or cannot be read.
     """
-    path = Path(path)
-    own = f".{path.name}.{socket.gethostname()}."
-    partial = path.with_name(f"{own}{os.getpid()}.partial")
-    for left in path.parent.glob(f"{glob.escape(own)}*.partial"):
-        if not _is_running(left.name.removeprefix(own).removesuffix(".partial")):
-            left.unlink(missing_ok=True)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return sorted(_walk(Path(folder), ()))
 
 
-def _is_running(pid: str) -> bool:
-    """Tells whether a process runs; where that cannot be told without harm, it is taken to."""
-    if os.name != "posix" or not pid.isdecimal():
-        return True
+def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """Yields the images below a folder; ``parents`` are the folders on the way to it."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in parents:
+        return
     try:
-        os.kill(int(pid), 0)  # asks only
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+        entries = list(folder.iterdir())
+    except PermissionError:
+        if not parents:
+            raise
+        warnings.warn(f"{folder} may not be read; its images are left out", stacklevel=2)
+        return
+    for path in entries:
+        if path.is_dir():
+            yield from _walk(path, (*parents, here))
+        elif (
+            path.suffix.lower() in IMAGE_SUFFIXES
+            and not path.name.startswith(".")
+            and path.is_file()  # no broken link
+        ):
+            yield path
 
 
 def _decode(file: BinaryIO, path: Path) -> Image.Image:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import socket
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -16,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featup_hub.image import preprocess, read_image, resize, write_atomically
+from featup_hub.image import list_images, preprocess, read_image, resize
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -245,40 +241,22 @@ def test_preprocess_wants_rgb() -> None:
         preprocess(Image.new("L", (4, 4)), mean=(0,), std=(1,))
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "out.bin"
-    path.write_bytes(b"old")
-
-    def half() -> None:
-        with write_atomically(path) as partial:
-            partial.write_bytes(b"half")
-            raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        half()
-    assert path.read_bytes() == b"old"
-    with write_atomically(path) as partial:
-        partial.write_bytes(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_folder_lists_images_as_cameras_and_browsers_name_them(tmp_path: Path) -> None:
+    named = ["a.JPG", "b.jfif", "c.jpe", "d.WebP", "e.tif", "f.avif", "more/g.png"]
+    (tmp_path / "more").mkdir()
+    for name in [*named, "notes.txt", "._a.JPG", "labels.json"]:
+        (tmp_path / name).touch()
+    assert list_images(tmp_path) == [tmp_path / name for name in named]
 
 
-def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_kept(
-    tmp_path: Path,
-) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    path, host = tmp_path / "out[1].bin", socket.gethostname()
-    dead = tmp_path / f".out[1].bin.{host}.{gone.pid}.partial"
-    kept = [
-        tmp_path / f".out[1].bin.{host}.{os.getppid()}.partial",  # runs
-        tmp_path / f".out[1].bin.elsewhere.{gone.pid}.partial",  # of a machine nobody can ask
-        tmp_path / f".other.bin.{host}.{gone.pid}.partial",  # of another file
-    ]
-    for file in (dead, *kept):
-        file.write_bytes(b"half")
-    with write_atomically(path) as partial:
-        partial.write_bytes(b"whole")
-    assert path.read_bytes() == b"whole"
-    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
+def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path: Path) -> None:
+    real, data = tmp_path / "real", tmp_path / "data"
+    for folder in (real, data / "a"):
+        folder.mkdir(parents=True)
+        (folder / "x.jpg").touch()
+    (data / "linked").symlink_to("../real")
+    (data / "again.png").symlink_to("a/x.jpg")
+    (data / "a" / "loop").symlink_to(data)
+    (data / "gone.png").symlink_to("missing.png")
+    found = [path.relative_to(data).as_posix() for path in list_images(data)]
+    assert found == ["a/x.jpg", "again.png", "linked/x.jpg"]

@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = [
     {"ops"},
-    {"registry", "image", "visualize"},
+    {"registry", "image", "visualize", "files"},
     {"weights"},
     {"upsamplers", "backbones"},
     {"model"},

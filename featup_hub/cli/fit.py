@@ -12,7 +12,8 @@ from featup_hub.cli.devices import open_device
 from featup_hub.cli.flags import add_flags
 from featup_hub.cli.outputs import check_output
 from featup_hub.cli.terminal import UsageError
-from featup_hub.image import preprocess, read_image, resize, write_atomically
+from featup_hub.files import write_atomically
+from featup_hub.image import preprocess, read_image, resize
 from featup_hub.model import load_upsampler
 from featup_hub.training.implicit import PRESETS, ImplicitConfig, fit
 from featup_hub.training.sources import open_backbones

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from featup_hub import __version__
 from featup_hub.cli.terminal import UsageError, explain
-from featup_hub.image import write_atomically
+from featup_hub.files import write_atomically
+from featup_hub.image import IMAGE_SUFFIXES, list_images
 
 __all__ = ["FORMATS", "Job", "check_output", "is_finished", "make_folder", "plan", "write_features"]
 
 FORMATS = ("safetensors", "npy")
 """Of features, by the suffix of their file."""
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +86,12 @@ def _images(path: Path, out: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    found = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
-    ]
+    found = list_images(path)
     if path.resolve() in out.resolve().parents:  # pictures of an earlier run are no images
         found = [file for file in found if out.resolve() not in file.resolve().parents]
     if not found:
         raise UsageError(
-            f"a folder of images ({' '.join(sorted(_SUFFIXES))}) is needed; {path} holds none"
+            f"a folder of images ({' '.join(sorted(IMAGE_SUFFIXES))}) is needed; {path} holds none"
         )
     yield from found
 

@@ -14,7 +14,8 @@ from featup_hub.cli.ahead import ahead
 from featup_hub.cli.devices import open_device
 from featup_hub.cli.outputs import FORMATS, Job, is_finished, make_folder, plan, write_features
 from featup_hub.cli.terminal import Progress, UsageError, explain
-from featup_hub.image import check_size, preprocess, read_image, resize, write_atomically
+from featup_hub.files import write_atomically
+from featup_hub.image import check_size, preprocess, read_image, resize
 from featup_hub.model import UpsampledBackbone, find_card, load
 from featup_hub.ops import Implementation
 from featup_hub.registry import ModelCard

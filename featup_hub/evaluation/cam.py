@@ -30,10 +30,10 @@ from featup_hub.backbones.timm import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.folders import Folder
-from featup_hub.evaluation.layouts import IMAGE_SUFFIXES, images_of
+from featup_hub.evaluation.layouts import images_of
 from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.statistics import Metric
-from featup_hub.image import preprocess, read_image
+from featup_hub.image import IMAGE_SUFFIXES, preprocess, read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD, WeightFile, card
 from featup_hub.weights import load
 

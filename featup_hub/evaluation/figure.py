@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from featup_hub.evaluation.report import Row, scale_of
-from featup_hub.image import write_atomically
+from featup_hub.files import write_atomically
 
 __all__ = ["draw"]
 

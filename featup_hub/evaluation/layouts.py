@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from featup_hub.evaluation.folders import Folder
+from featup_hub.image import list_images
 
 __all__ = ["LAYOUTS", "images_of", "layout_and_root", "open_data"]
 
 Split = Literal["train", "val"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 # Stored identifier -> one of the 19 classes that are evaluated; the others are void.
 CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -206,14 +206,8 @@ def _nyuv2(root: Path, split: Split) -> Files:
 
 
 def images_of(folder: Path) -> list[Path]:
-    """Lists the images in a folder, hidden files left out; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
+    """Lists the images in a folder, see :func:`list_images`; none where there is no folder."""
+    return list_images(folder) if folder.is_dir() else []
 
 
 LAYOUTS: dict[str, Callable[[Path, Split], Files]] = {

@@ -21,7 +21,7 @@ from featup_hub.evaluation.depth import DEPTH
 from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.segmentation import SEGMENTATION
 from featup_hub.evaluation.statistics import Estimate, Metric, compare, estimate
-from featup_hub.image import write_atomically
+from featup_hub.files import write_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

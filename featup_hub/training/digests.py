@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-__all__ = ["digest", "digest_of_files"]
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the sha256 of tensors and their names, in hexadecimal."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()
+__all__ = ["digest_of_files"]
 
 
 def digest_of_files(paths: Sequence[Path], folder: Path) -> str:

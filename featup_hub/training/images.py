@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from featup_hub.image import read_image
+from featup_hub.image import IMAGE_SUFFIXES, list_images, read_image
 from featup_hub.training.digests import digest_of_files
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["PhotoStream", "seeded"]
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -60,15 +58,10 @@ class PhotoStream:
             raise FileNotFoundError(
                 f"training needs a folder of photographs; {folder} is not a folder"
             )
-        # Hidden files are of other programs, such as macOS's notes on a photograph, "._0.png".
-        self.paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        self.paths = list_images(folder)
         if not self.paths:
             raise ValueError(
-                f"training needs photographs ({', '.join(sorted(SUFFIXES))}); "
+                f"training needs photographs ({', '.join(sorted(IMAGE_SUFFIXES))}); "
                 f"{folder} and its subfolders hold none"
             )
         self.folder = folder

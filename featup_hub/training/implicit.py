@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
-from featup_hub.training.digests import digest
+from featup_hub.files import sha256_of_tensors
 from featup_hub.training.implicit_config import PRESETS, ImplicitConfig
 from featup_hub.training.implicit_objective import Objective, Sample, draw, seeded_modules
 from featup_hub.training.implicit_views import look
@@ -132,8 +132,8 @@ class Run:
                 "featup_hub.image.preprocess, or use image.float() if it is normalised"
             )
         self.config, self.image = config, image
-        self.digest = digest(backbone.state_dict())
-        self.start = "" if start is None else digest(start.state_dict())
+        self.digest = sha256_of_tensors(backbone.state_dict())
+        self.start = "" if start is None else sha256_of_tensors(start.state_dict())
         self.pca, self.views, self.unseen = look(image, backbone, config)
         own = self.views.features[:1].float()
         base = own if config.base == "source" else None
@@ -254,7 +254,7 @@ class Run:
         return self.checked
 
     def _identity(self) -> dict[str, object]:
-        image = digest({"image": self.image})
+        image = sha256_of_tensors({"image": self.image})
         seen = {"image": image, "backbone": self.digest, "start": self.start}
         return {**asdict(self.config), **seen}
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
+from featup_hub.files import sha256_of_tensors
 from featup_hub.registry import JBU_UNIVERSAL
 from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
 from featup_hub.training.consistency import consistency_loss
-from featup_hub.training.digests import digest
 from featup_hub.training.images import PhotoStream, seeded
 from featup_hub.training.processes import Team, joined
 from featup_hub.training.projection import make_unit_sum
@@ -166,9 +166,9 @@ class _Run:
         # Two runs of one config may differ in what its names stand for.
         self.seen = {"photographs": stream.digest}
         if config.start:
-            self.seen[f"weights of {config.start}"] = digest(start)
+            self.seen[f"weights of {config.start}"] = sha256_of_tensors(start)
         for name, backbone in backbones.items():
-            self.seen[f"weights of {name}"] = digest(backbone.state_dict())
+            self.seen[f"weights of {name}"] = sha256_of_tensors(backbone.state_dict())
         self.stack.train().to(config.device)
         self.sources.train().to(config.device)
         self.mean = {name: p.detach().clone() for name, p in self.stack.state_dict().items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from featup_hub.image import write_atomically
+from featup_hub.files import write_atomically
 
 __all__ = ["Metrics", "Progress", "load_checkpoint", "restoring", "save_checkpoint"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from featup_hub.image import write_atomically
+from featup_hub.files import write_atomically
 from featup_hub.weights import cached_digest, download, load_into, read, write
 
 if TYPE_CHECKING:

@@ -6,16 +6,15 @@ where no digest is pinned, too. The same tensors and metadata always make the sa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from featup_hub.image import write_atomically
+from featup_hub.files import sha256_of_file as digest
+from featup_hub.files import sha256_of_tensors, write_atomically
 
 __all__ = ["digest", "load_into", "metadata", "read", "write"]
 
@@ -43,7 +42,7 @@ def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     if sha256 is not None and (found := digest(path)) != sha256.lower():
         raise _damaged(path, f"a file with sha256 {sha256}", kind(path) or f"sha256 {found}")
     tensors, notes = _open(path)
-    if sha256 is None and notes.get(_CONTENT, found := _content(tensors)) != found:
+    if sha256 is None and notes.get(_CONTENT, found := sha256_of_tensors(tensors)) != found:
         raise _damaged(path, f"tensors with sha256 {notes[_CONTENT]}", f"sha256 {found}")
     return tensors
 
@@ -88,7 +87,7 @@ def write(
         if not isinstance(note, str):
             raise TypeError(f"metadata must be strings; got {key}={note!r}; use str(...)")
     whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    notes = {"format": "pt", **(metadata or {}), _CONTENT: _content(whole)}
+    notes = {"format": "pt", **(metadata or {}), _CONTENT: sha256_of_tensors(whole)}
     data = memoryview(save(whole))
     end = 8 + int.from_bytes(data[:8], "little")
     # The library keeps metadata in a hash map: written by it, two runs would differ in bytes.
@@ -140,15 +139,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str |
     if meta := any(tensor.is_meta for tensor in own.values()):
         tensors = {name: tensors[name].to(tensor.dtype, copy=True) for name, tensor in own.items()}
     module.load_state_dict(tensors, assign=meta)
-
-
-def digest(path: str | Path) -> str:
-    """Returns a file's sha256 in 64 hexadecimal digits."""
-    total = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def existing(path: str | Path) -> Path:
@@ -226,14 +216,6 @@ def kind(path: Path) -> str | None:
     if size < 8 or (head[8:9] == b"{" and size < 8 + length):
         return f"a file cut off after {size} bytes"
     return None
-
-
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def _form(tensor: Tensor) -> str:

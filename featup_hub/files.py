@@ -1,0 +1,89 @@
+"""Files: written whole or not at all, and told apart by their digests."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["sha256_of_file", "sha256_of_tensors", "write_atomically"]
+
+_LONGEST_PREFIX = 32  # characters; file systems allow 255 bytes, and a character has up to four
+
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path to write to, and renames it to ``path`` if no error is raised.
+
+    A file named ``path`` is therefore always complete, even if the process is killed. Temporary
+    files of the same target that killed processes of this machine left behind are removed.
+
+    Args:
+        path: The file to make or replace. A link is replaced, not followed.
+
+    Yields:
+        A path in the same folder. It is removed if an exception is raised.
+    """
+    path = Path(path)
+    own = f".{_prefix(path.name)}.{socket.gethostname()}."
+    partial = path.with_name(f"{own}{os.getpid()}.partial")
+    for left in path.parent.glob(f"{glob.escape(own)}*.partial"):
+        if not _is_running(left.name.removeprefix(own).removesuffix(".partial")):
+            left.unlink(missing_ok=True)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Returns the SHA-256 of a file, 64 hexadecimal digits."""
+    total = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 of tensors with their names, types and shapes, 64 hexadecimal digits.
+
+    Example:
+        >>> a, b = {"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 2)}
+        >>> sha256_of_tensors(a) == sha256_of_tensors(b)
+        False
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _prefix(name: str) -> str:
+    """Shortens a name that would be too long with what is added to it."""
+    if len(name) <= _LONGEST_PREFIX:
+        return name
+    return f"{name[:_LONGEST_PREFIX]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+
+
+def _is_running(pid: str) -> bool:
+    """Tells whether a process runs. Where we cannot know, we assume that it does."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)  # signal 0 only checks that the process exists
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

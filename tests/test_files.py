@@ -1,0 +1,64 @@
+"""Files appear whole or not at all, under any name; digests tell them apart."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featup_hub.files import write_atomically
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+
+    def half() -> None:
+        with write_atomically(path) as partial:
+            partial.write_bytes(b"half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        half()
+    assert path.read_bytes() == b"old"
+    with write_atomically(path) as partial:
+        partial.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_kept(
+    tmp_path: Path,
+) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    path, host = tmp_path / "out[1].bin", socket.gethostname()
+    dead = tmp_path / f".out[1].bin.{host}.{gone.pid}.partial"
+    kept = [
+        tmp_path / f".out[1].bin.{host}.{os.getppid()}.partial",  # runs
+        tmp_path / f".out[1].bin.elsewhere.{gone.pid}.partial",  # of a machine nobody can ask
+        tmp_path / f".other.bin.{host}.{gone.pid}.partial",  # of another file
+    ]
+    for file in (dead, *kept):
+        file.write_bytes(b"half")
+    with write_atomically(path) as partial:
+        partial.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
+
+
+@pytest.mark.parametrize(
+    "name", [f"{'x' * 231}.bin", f"{'é' * 120}.bin", os.fsdecode(b"caf\xe9.bin")]
+)
+def test_a_name_as_long_as_the_file_system_allows_or_in_another_encoding_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    for _ in range(2):
+        with write_atomically(tmp_path / name) as partial:
+            partial.write_bytes(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
