@@ -12,7 +12,7 @@ setup(
     package_dir={"featup_hub.weights_data": "weights"},
     package_data={
         "featup_hub": ["py.typed"],
-        "featup_hub.ops": ["*.cu", "*.cuh"],
+        "featup_hub.ops.cuda": ["csrc/*.cu", "csrc/*.cuh"],
         "featup_hub.weights_data": ["*.safetensors", "*.md", "*.json"],
     },
 )

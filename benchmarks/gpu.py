@@ -32,7 +32,8 @@ from benchmarks.gpu_checks import CHECKS, CUDA_CHECKS
 from benchmarks.gpu_report import markdown
 from benchmarks.gpu_session import ROOT, Session
 from benchmarks.gpu_timings import DRY, FIRST, GRID, Case, bandwidth, time_case, time_operations
-from featup_hub.ops import cuda, implementations
+from featup_hub.ops import implementations
+from featup_hub.ops.cuda import backend
 
 Results = dict[str, Any]
 
@@ -214,7 +215,7 @@ def _sanitizer(tool: str, session: Session, results: Results) -> None:
     if not session.dry and not Path(program).is_file():
         session.notes.append(f"{tool}: compute-sanitizer is not installed")
         return
-    names = {name for program in cuda.usual_programs() for name in program.kernels}
+    names = {name for program in backend.usual_programs() for name in program.kernels}
     command = [program, "--tool", tool, "--error-exitcode", "77"]
     # torch's own kernels are not ours to judge, nor what it asks of the driver.
     filters = [word for name in sorted(names) for word in ("--kernel-name", f"kns={name}")]

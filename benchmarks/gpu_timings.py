@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_session import DTYPES, Session, measure
-from featup_hub.ops import Implementation, cuda_apply, jbu_apply, jbu_kernel
-from featup_hub.ops.fused import Program
+from featup_hub.ops import Implementation, jbu_apply, jbu_kernel
+from featup_hub.ops.cuda import backend
+from featup_hub.ops.cuda.programs import Program
 from featup_hub.upsamplers import JBUStack, stage_sizes
 
 Row = dict[str, Any]
@@ -199,7 +200,7 @@ class PlainProgram(Program):
         return text, headers, (*options, "-DJBU_TENSOR_CORES=0")
 
 
-APPLY_PROGRAM = cuda_apply.apply_program  # the package's own, whatever stands in its place
+APPLY_PROGRAM = backend.apply_program  # the package's own, whatever stands in its place
 
 
 def plain_program(dtype: torch.dtype) -> PlainProgram:
@@ -210,7 +211,7 @@ def plain_program(dtype: torch.dtype) -> PlainProgram:
 
 def _plainly(call: Callable[[], object]) -> Callable[[], object]:
     def plain() -> object:
-        with mock.patch.object(cuda_apply, "apply_program", plain_program):
+        with mock.patch.object(backend, "apply_program", plain_program):
             return call()
 
     return plain

@@ -10,8 +10,8 @@ import re
 import time
 from dataclasses import dataclass
 
-from featup_hub.ops import cuda, nvrtc
-from featup_hub.ops.fused import Program
+from featup_hub.ops.cuda import backend, nvrtc
+from featup_hub.ops.cuda.programs import Program
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
 
@@ -78,7 +78,7 @@ def main() -> None:
     print("| architecture | program | kernel | registers | spilled | stack | shared | s |")
     print("|---|---|---|---|---|---|---|---|")
     for architecture in arguments.architectures or compiler.architectures:
-        for program in cuda.usual_programs():
+        for program in backend.usual_programs():
             start = time.process_time()
             uses = usage(compiler, program, architecture)
             seconds = time.process_time() - start

@@ -14,8 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from featup_hub.ops import cuda, fused
-from featup_hub.ops.fused import Program
+from featup_hub.ops.cuda import backend, programs
+from featup_hub.ops.cuda.programs import Program
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Of a multiprocessor: threads, and shared memory in KiB (one of which each block loses from
@@ -74,9 +74,9 @@ def resources(program: Program, architecture: int, compiler: str = "nvcc") -> li
     Raises:
         RuntimeError: If nvcc rejects it, or warns.
     """
-    source = Path(fused.__file__).with_name(program.source)
+    source = Path(programs.__file__).parent / "csrc" / program.source
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, f"-arch=sm_{architecture}", f"-D{program.define}", *fused.OPTIONS]
+        command = [compiler, f"-arch=sm_{architecture}", f"-D{program.define}", *programs.OPTIONS]
         command += ["-Xptxas", "-v", "-cubin", "-o", f"{folder}/out.cubin", str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode or "warning" in result.stderr:
@@ -104,7 +104,7 @@ def main(architectures: list[int]) -> None:
         + " |"
     )
     print("|---" * (4 + len(architectures)) + "|")
-    for program in cuda.usual_programs():
+    for program in backend.usual_programs():
         columns = [resources(program, architecture) for architecture in architectures]
         kind = {"JBU_TYPE=0": "f32", "JBU_TYPE=1": "f16", "JBU_TYPE=2": "bf16"}
         for row in zip(*columns, strict=True):

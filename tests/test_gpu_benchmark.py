@@ -15,7 +15,8 @@ import torch
 from benchmarks import gpu, gpu_checks, gpu_report, gpu_session, gpu_timings, gpu_worker
 from benchmarks.gpu_session import Session
 from benchmarks.gpu_timings import Case
-from featup_hub.ops import cuda_apply, torch_path
+from featup_hub.ops import torch_path
+from featup_hub.ops.cuda import backend
 
 SHAPES = {"source": 2, "output": 8, "channels": 4}
 
@@ -151,7 +152,7 @@ def test_half_precision_is_timed_with_and_without_tensor_cores(session: Session)
     names = {row["operation"] for row in gpu_timings.time_operations(case, session, 1e9)}
     assert {"apply", "apply, no tensor cores"} <= names
     usual, plain = (
-        cuda_apply.apply_program(torch.bfloat16),
+        backend.apply_program(torch.bfloat16),
         gpu_timings.plain_program(torch.bfloat16),
     )
     assert plain.contents()[2] == (*usual.contents()[2], "-DJBU_TENSOR_CORES=0")

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from featup_hub.ops import cuda, fused, torch_path
+from featup_hub.ops import torch_path
+from featup_hub.ops.cuda import backend as cuda
+from featup_hub.ops.cuda.programs import UnavailableError, prepare
 
 __all__ = ["ImplementationStatus", "choose", "implementations"]
 
@@ -64,8 +66,8 @@ def _status(device: torch.device) -> ImplementationStatus:
     if device.type == "cuda":
         name += f" ({torch.cuda.get_device_name(device)})"
     try:
-        programs = [fused.prepare(program, device) for program in cuda.usual_programs()]
-    except fused.UnavailableError as error:
+        programs = [prepare(program, device) for program in cuda.usual_programs()]
+    except UnavailableError as error:
         return ImplementationStatus(device=name, impl="torch", reason=str(error))
     return ImplementationStatus(
         device=name,

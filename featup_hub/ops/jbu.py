@@ -20,8 +20,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from featup_hub.ops import cuda, reference, transforms
+from featup_hub.ops import reference, torch_path, transforms
 from featup_hub.ops.choice import choose
+from featup_hub.ops.cuda import backend as cuda
 from featup_hub.ops.reference import StageWeights
 
 __all__ = ["Implementation", "jbu_apply", "jbu_kernel"]
@@ -155,24 +156,24 @@ def _kernel(guidance: Tensor, *args: Any) -> Tensor:
         got = tuple(guidance.shape)
         raise ValueError(f"guidance must hold at least one image; got {got}; skip empty batches")
     weights, impl = StageWeights(*args[:-1]), args[-1]
-    return choose(impl, cuda.kernel_obstacle, guidance, weights).kernel(guidance, weights)
+    return choose(impl, cuda.kernel_unsupported_reason, guidance, weights).kernel(guidance, weights)
 
 
 def _kernel_backward(grad: Tensor, guidance: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weights, impl = StageWeights(*args[:-1]), args[-1]
-    backend = choose(impl, cuda.kernel_obstacle, guidance, weights)
-    grad_guidance, gradients = backend.kernel_backward(grad, guidance, weights)
+    # On every device: nearly all of it is matrix products.
+    weights = StageWeights(*args[:-1])
+    grad_guidance, gradients = torch_path.kernel_backward(grad, guidance, weights)
     return grad_guidance, *gradients
 
 
 def _apply(source: Tensor, kernel: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    return choose(impl, cuda.apply_obstacle, source, kernel).apply(source, kernel, bias)
+    return choose(impl, cuda.apply_unsupported_reason, source, kernel).apply(source, kernel, bias)
 
 
 def _apply_backward(
     grad: Tensor, source: Tensor, kernel: Tensor, need_source: bool, need_kernel: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    backend = choose(impl, cuda.apply_obstacle, source, kernel)
+    backend = choose(impl, cuda.apply_unsupported_reason, source, kernel)
     return backend.apply_backward(grad, source, kernel, need_source, need_kernel)
 
 

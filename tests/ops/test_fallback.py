@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from featup_hub import ops
-from featup_hub.ops import cache, choice, cuda, fused, nvrtc, torch_path
-from featup_hub.ops.driver import CudaDriverError
+from featup_hub.ops import choice, torch_path
+from featup_hub.ops.cuda import backend, cache, nvrtc, programs
+from featup_hub.ops.cuda.driver import CudaDriverError
 from featup_hub.upsamplers import JBUStage
 
 CUDA = torch.device("cuda", 0)
@@ -33,7 +34,7 @@ SOURCE, KERNEL = Tensor(1, 8, 4, 4), Tensor(1, 49, 8, 8)
 
 
 def choose(impl: str, source: Any = SOURCE, kernel: Any = KERNEL) -> Any:
-    return choice.choose(impl, cuda.apply_obstacle, source, kernel)
+    return choice.choose(impl, backend.apply_unsupported_reason, source, kernel)
 
 
 class Driver:
@@ -55,7 +56,7 @@ class Compiler:
 
 
 def forget() -> None:
-    for remembered in (fused._prepare, choice._warn_once, cache._warn_once):
+    for remembered in (programs._prepare, choice._warn_once, cache._warn_once):
         remembered.cache_clear()
 
 
@@ -70,7 +71,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(nvrtc, "load", Compiler)
-    monkeypatch.setattr(fused, "open_driver", Driver)
+    monkeypatch.setattr(programs, "open_driver", Driver)
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path))
     yield
     forget()
@@ -110,7 +111,7 @@ def no_driver(patch: pytest.MonkeyPatch) -> None:
     def load() -> None:
         raise CudaDriverError("the CUDA driver's library could not be loaded; install a driver")
 
-    patch.setattr(fused, "open_driver", load)
+    patch.setattr(programs, "open_driver", load)
 
 
 def rejected_image(patch: pytest.MonkeyPatch) -> None:
@@ -136,8 +137,8 @@ faults = pytest.mark.parametrize(
 
 
 def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word() -> None:
-    assert choose("auto") is cuda
-    assert choose("cuda") is cuda
+    assert choose("auto") is backend
+    assert choose("cuda") is backend
     assert choose("torch") is torch_path
 
 
@@ -180,13 +181,13 @@ def test_what_went_wrong_is_found_out_once_per_device(monkeypatch: pytest.Monkey
         raise nvrtc.NvrtcError("missing")
 
     monkeypatch.setattr(nvrtc, "load", load)
-    assert [cuda.apply_obstacle(SOURCE, KERNEL) for _ in range(3)] == ["missing"] * 3
+    assert [backend.apply_unsupported_reason(SOURCE, KERNEL) for _ in range(3)] == ["missing"] * 3
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("device", "code"), [(90, 90), (89, 80), (121, 120)])
 def test_a_newer_minor_version_runs_code_for_an_older_one(device: int, code: int) -> None:
-    path = fused.compile_program(cuda.usual_programs()[0], device)[0].path
+    path = programs.compile_program(backend.usual_programs()[0], device)[0].path
     assert path is not None
     assert f"-sm_{code}-" in path.name
 
@@ -220,7 +221,7 @@ def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_path(case: str)
 def test_stages_of_another_make_are_left_to_the_torch_path(stage: JBUStage) -> None:
     guidance = Tensor(1, stage.range_proj[0].in_channels, 8, 8)
     with pytest.warns(UserWarning, match="made for 7×7 taps, 32 key channels and at most 14"):
-        chosen = choice.choose("auto", cuda.kernel_obstacle, guidance, stage.weights())
+        chosen = choice.choose("auto", backend.kernel_unsupported_reason, guidance, stage.weights())
     assert chosen is torch_path
 
 
@@ -230,7 +231,7 @@ def test_an_unwritable_cache_is_no_obstacle(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="set FEATUP_HUB_CACHE to a writable folder") as caught:
-        assert [choose("auto") for _ in range(3)] == [cuda] * 3
+        assert [choose("auto") for _ in range(3)] == [backend] * 3
     assert len(caught) == 1
     assert "kept in memory only" in str(ops.implementations()[1])
 
@@ -238,13 +239,13 @@ def test_an_unwritable_cache_is_no_obstacle(
 def test_a_damaged_cubin_is_replaced_before_it_reaches_the_driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    program = cuda.usual_programs()[0]
-    path = fused.compile_program(program, 90)[0].path
+    program = backend.usual_programs()[0]
+    path = programs.compile_program(program, 90)[0].path
     assert path is not None
     path.write_bytes(path.read_bytes()[:-40] + bytes(40))
     images = []
     monkeypatch.setattr(Driver, "load", lambda self, device, image, kernels: images.append(image))
-    fused.prepare(program, CUDA)
+    programs.prepare(program, CUDA)
     assert images == [cache.fetch(path.name, lambda: b"never").image]
     assert images[0].startswith(b"\x7fELF")
 
@@ -254,7 +255,7 @@ def test_the_status_names_device_compiler_and_cubin(tmp_path: Path) -> None:
     assert (cpu.device, cpu.impl) == ("cpu", "torch")
     assert (card.device, card.impl, card.reason) == ("cuda:0 (Some Card)", "cuda", None)
     assert {path.parent for path in card.cubins} == {tmp_path}
-    assert len(card.cubins) == len(set(card.cubins)) == len(cuda.usual_programs())
+    assert len(card.cubins) == len(set(card.cubins)) == len(backend.usual_programs())
     assert str(card) == (
         f"cuda:0 (Some Card): cuda, compiled by NVRTC 13.0 (libnvrtc.so.13), kept in {tmp_path}"
     )

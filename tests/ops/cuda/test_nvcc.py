@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from benchmarks.resources import ARCHITECTURES, resources
-from featup_hub.ops import cuda
-from featup_hub.ops.fused import Program
+from featup_hub.ops.cuda import backend
+from featup_hub.ops.cuda.programs import Program
 
 OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a != 90]
 MOST_SHARED_BYTES = 48 * 1024  # what any device grants without asking
@@ -16,7 +16,7 @@ MOST_SHARED_BYTES = 48 * 1024  # what any device grants without asking
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("architecture", [90, *OTHERS])
-@pytest.mark.parametrize("program", cuda.usual_programs(), ids=str)
+@pytest.mark.parametrize("program", backend.usual_programs(), ids=str)
 def test_no_kernel_spills_or_asks_for_more_than_48_kilobytes(
     program: Program, architecture: int
 ) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from featup_hub.ops import cuda_apply, reference
-from tests.ops.emulator import COMPILER, Emulator
-from tests.ops.fused_results import (
+from featup_hub.ops import reference
+from featup_hub.ops.cuda import backend
+from tests.ops.cuda.emulator import COMPILER, Emulator
+from tests.ops.cuda.fused_results import (
     TOLERANCE,
     Emulate,
     draw_maps,
@@ -17,8 +18,7 @@ from tests.ops.fused_results import (
     error,
     everything,
     halves,
-    kernel_and_gradients,
-    kernel_errors,
+    kernel_pair,
     output_and_gradients,
 )
 
@@ -42,19 +42,17 @@ SOURCE_SIZES = [
 
 
 @pytest.mark.parametrize(("height", "width", "batch"), GUIDANCE_SIZES)
-def test_kernels_and_all_their_gradients_match_the_definition(
+def test_kernels_match_the_definition(
     emulate: Emulate, height: int, width: int, batch: int
 ) -> None:
     guidance = torch.randn(batch, 3, height, width, dtype=torch.float64)
-    errors = kernel_errors(guidance, draw_weights())
-    assert max(errors.values()) <= TOLERANCE, errors
+    assert error(*kernel_pair(guidance, draw_weights())) <= TOLERANCE
 
 
 @pytest.mark.parametrize("channels", [1, 14])
 def test_guidance_may_have_any_small_number_of_channels(emulate: Emulate, channels: int) -> None:
     guidance = torch.randn(1, channels, 6, 35, dtype=torch.float64) / channels**0.5
-    errors = kernel_errors(guidance, draw_weights(channels))
-    assert max(errors.values()) <= TOLERANCE, errors
+    assert error(*kernel_pair(guidance, draw_weights(channels))) <= TOLERANCE
 
 
 def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate: Emulate) -> None:
@@ -66,16 +64,8 @@ def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate:
     )
     sums = reference.jbu_kernel(guidance, uncorrected).sum(1)
     assert ((sums > 0.01) & (sums < 0.99)).any(), "nothing is clamped here"
-    errors = kernel_errors(guidance, weights)
     # Exponents of a hundred are known to 1e-5 in float32, and their exponentials no better.
-    assert max(errors.values()) <= 1e-4, errors
-
-
-def test_a_clamped_temperature_has_no_gradient(emulate: Emulate) -> None:
-    guidance = torch.randn(1, 3, 4, 5, dtype=torch.float64)
-    actual, expected = kernel_and_gradients(guidance, draw_weights(temperature=-12.0))
-    assert expected["range_temp"] == actual["range_temp"] == 0
-    assert error(actual["guidance"], expected["guidance"]) <= TOLERANCE
+    assert error(*kernel_pair(guidance, weights)) <= 1e-4
 
 
 @pytest.mark.parametrize(("h", "w", "channels", "batch"), SOURCE_SIZES)
@@ -108,10 +98,6 @@ def test_every_tap_gets_its_gradient(emulate: Emulate) -> None:
     taps = actual["kernel"].abs().amax((0, 2, 3))
     assert error(taps, expected["kernel"].abs().amax((0, 2, 3))) <= TOLERANCE
     assert (taps > 0).all()
-    guidance = torch.randn(1, 3, 5, 6, dtype=torch.float64)
-    actual, _ = kernel_and_gradients(guidance, draw_weights())
-    assert (actual["fixup_w1"].abs().amax(1) > 0).all()
-    assert (actual["fixup_b1"].abs() > 0).all()
 
 
 # Channels in eights go to tensor cores where the device, sm_80 or newer, has any.
@@ -152,7 +138,7 @@ def test_rounding_is_torchs_to_the_last_bit(emulate: Emulate) -> None:
         source = torch.cat([torch.randn(500), torch.tensor([60000.0, 1e-7, 1e-39, float("nan")])])
         source = source.to(dtype).view(1, -1, 1, 1)
         bias = torch.cat([torch.randn(500) * 0.01, torch.tensor([9000.0, 1e-9, 1e-39, 0.0])])
-        output = cuda_apply.apply(source, centre, bias)
+        output = backend.apply(source, centre, bias)
         expected = (source.float() + bias.view(-1, 1, 1)).to(dtype)
         assert torch.equal(output.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -174,10 +160,10 @@ def test_results_depend_neither_on_alignment_nor_on_how_channels_are_shared_out(
 
 def test_any_memory_format_is_taken(emulate: Emulate) -> None:
     source, kernel, bias = (x.float() for x in draw_maps(4, 5, 8))
-    first = cuda_apply.apply(source, kernel, bias)
+    first = backend.apply(source, kernel, bias)
     sliced = torch.stack([source, source], -1)[..., 1]
     for layout in (source.to(memory_format=torch.channels_last), sliced):
-        assert torch.equal(cuda_apply.apply(layout, kernel, bias), first)
+        assert torch.equal(backend.apply(layout, kernel, bias), first)
     assert first.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -185,7 +171,7 @@ def test_offsets_go_beyond_two_to_the_31(folder: Path) -> None:
     """Runs the last block of maps that are too large to fill: untouched memory costs nothing."""
     h, channels, size = 3328, 64, 6656
     emulator = Emulator(folder)
-    kernels = emulator.prepare(cuda_apply.apply_program(torch.bfloat16), torch.device("cpu"))
+    kernels = emulator.prepare(backend.apply_program(torch.bfloat16), torch.device("cpu"))
     source = torch.empty(h, h, channels, dtype=torch.bfloat16)
     kernel = torch.empty(size, size, 49)
     output = torch.empty(size, size, channels, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from featup_hub.ops.driver import CudaDriver, CudaDriverError, Signature
+from featup_hub.ops.cuda.driver import CudaDriver, CudaDriverError, Signature
 
 
 class RecordingLibrary:

@@ -1,7 +1,7 @@
-"""Launches ``jbu_apply.cu`` and ``jbu_apply_backward.cu``: a source filtered, and the adjoints.
+"""The ``cuda`` implementation: launches the fused kernels on torch's current stream.
 
-The comments that open the ``.cu`` files are the contract kept here: layouts, grids, what is
-written.
+Nothing here waits for the device. The comments that open the ``.cu`` files define layouts, grids
+and what is written; this file follows them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.ops.fused import FusedKernels, Kernel, Program, blocks, obstacle, prepare
+from featup_hub.ops.cuda.programs import (
+    FusedKernels,
+    Kernel,
+    Program,
+    UnavailableError,
+    blocks,
+    prepare,
+)
+from featup_hub.ops.reference import StageWeights
 from featup_hub.ops.tables import bicubic_matrix
 
 __all__ = [
     "apply",
     "apply_backward",
-    "apply_backward_program",
-    "apply_obstacle",
-    "apply_program",
+    "apply_unsupported_reason",
+    "kernel",
+    "kernel_unsupported_reason",
+    "usual_programs",
 ]
 
-DIAMETER, TAPS = 7, 49
+DIAMETER, TAPS, KEYS = 7, 49, 32
+MOST_GUIDANCE_CHANNELS = 14
+MOST_SAMPLES = 65535  # samples are an axis of the grid
 CHANNEL_TILE = 128
 BLOCKS_PER_MULTIPROCESSOR = 4
 FEATURE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@functools.cache
+def kernel_program(channels: int) -> Program:
+    """Returns the program that predicts kernels from ``channels`` guidance channels."""
+    kernels = {
+        "range_forward": Kernel("PPPPPPi", 128),
+        "kernel_forward": Kernel("PPPPPPPPPii", 112, 528 * (TAPS + channels)),
+    }
+    return Program("jbu_kernel.cu", f"JBU_GUIDANCE={channels}", kernels)
 
 
 @functools.cache
@@ -53,14 +74,68 @@ def apply_backward_program(dtype: torch.dtype) -> Program:
     return Program("jbu_apply_backward.cu", f"JBU_TYPE={FEATURE_TYPES[dtype]}", kernels)
 
 
-def apply_obstacle(source: Tensor, kernel: Tensor) -> str | None:
-    """Says why the fused kernels cannot compute this :func:`apply`, and what would help."""
+def usual_programs() -> list[Program]:
+    """Returns what an RGB image and features of any type need, forward and backward."""
+    filters = [make(t) for make in (apply_program, apply_backward_program) for t in FEATURE_TYPES]
+    return [kernel_program(3), *filters]
+
+
+def kernel_unsupported_reason(guidance: Tensor, weights: StageWeights) -> str | None:
+    """Says why :func:`kernel` cannot run with these tensors, and what would help."""
+    shape = (weights.diameter, weights.range_b0.shape[0])
+    if shape != (DIAMETER, KEYS) or guidance.shape[1] > MOST_GUIDANCE_CHANNELS:
+        return (
+            f"the fused kernels are made for {DIAMETER}×{DIAMETER} taps, {KEYS} key "
+            f"channels and at most {MOST_GUIDANCE_CHANNELS} guidance channels; got "
+            f"{shape[0]}×{shape[0]}, {shape[1]} and {guidance.shape[1]}; use impl='torch'"
+        )
+    return _unsupported_reason(kernel_program(guidance.shape[1]), guidance, weights.range_w0)
+
+
+def apply_unsupported_reason(source: Tensor, kernel: Tensor) -> str | None:
+    """Says why :func:`apply` cannot run with these tensors, and what would help."""
     if kernel.shape[1] != TAPS or source.dtype not in FEATURE_TYPES:
         return (
             f"the fused kernels are made for {TAPS} taps and float32, float16 or bfloat16 "
             f"features; got {kernel.shape[1]} and {source.dtype}; use impl='torch'"
         )
-    return obstacle(apply_program(source.dtype), source, kernel)
+    return _unsupported_reason(apply_program(source.dtype), source, kernel)
+
+
+def _unsupported_reason(program: Program, maps: Tensor, parameters: Tensor) -> str | None:
+    if parameters.dtype != torch.float32:
+        return (
+            "the fused kernels sum in float32; got "
+            f"{parameters.dtype}; convert to float32, or use impl='torch'"
+        )
+    if maps.shape[0] > MOST_SAMPLES:
+        return (
+            f"the fused kernels take at most {MOST_SAMPLES} samples; got {maps.shape[0]}; "
+            "split the batch, or use impl='torch'"
+        )
+    try:
+        prepare(program, maps.device)
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
+    """See :func:`featup_hub.ops.reference.jbu_kernel`."""
+    batch, channels, height, width = guidance.shape
+    guidance, w = guidance.contiguous(), StageWeights(*(t.contiguous() for t in weights))
+    output = guidance.new_empty(batch, height, width, TAPS)
+    if output.numel():
+        fused = prepare(kernel_program(channels), guidance.device)
+        projection = guidance.new_empty(batch, KEYS, height, width)
+        grid = (blocks(height * width, 512), batch, 1)
+        layers = (w.range_w0, w.range_b0, w.range_w1, w.range_b1)
+        fused.launch("range_forward", grid, guidance, *layers, projection, height * width)
+        grid = (blocks(width, 32), blocks(height, 4), batch)
+        layers = (w.fixup_w0, w.fixup_b0, w.fixup_w1, w.fixup_b1)
+        maps = (guidance, projection, w.range_temp, w.sigma_spatial, *layers, output)
+        fused.launch("kernel_forward", grid, *maps, height, width)
+    return output.permute(0, 3, 1, 2)
 
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:

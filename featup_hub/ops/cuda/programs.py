@@ -1,8 +1,6 @@
-"""Makes the fused CUDA kernels ready on a device, or says why they cannot be.
+"""Compiles and loads the fused CUDA kernels, or says why they cannot run on a device.
 
-Getting ready means compiling a program for the device's architecture, or finding it compiled,
-and loading it. That happens once per program, device and process; the outcome, good or bad, is
-kept.
+A program is compiled, or found compiled, and loaded once per device and process.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featup_hub.ops import cache, nvrtc
-from featup_hub.ops.driver import CudaDriverError, Function, Launcher, open_driver
+from featup_hub.ops.cuda import cache, nvrtc
+from featup_hub.ops.cuda.driver import CudaDriverError, Function, Launcher, open_driver
 
 __all__ = [
     "FusedKernels",
@@ -26,13 +24,11 @@ __all__ = [
     "UnavailableError",
     "blocks",
     "compile_program",
-    "obstacle",
     "prepare",
 ]
 
 OPTIONS = ("--std=c++17",)
 OLDEST_ARCHITECTURE = 70
-MOST_SAMPLES = 65535  # samples are an axis of the grid
 
 
 class UnavailableError(RuntimeError):
@@ -43,7 +39,7 @@ class Kernel(NamedTuple):
     """What launching a kernel takes, apart from the grid.
 
     Attributes:
-        parameters: In the letters of :class:`featup_hub.ops.driver.Signature`.
+        parameters: In the letters of :class:`featup_hub.ops.cuda.driver.Signature`.
         threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
     """
@@ -55,7 +51,7 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A CUDA source beside this file, and how to compile it.
+    """A CUDA source in ``csrc``, and how to compile it.
 
     Attributes:
         source: Name of the file; it may include every ``.cuh`` there.
@@ -75,7 +71,7 @@ class Program:
 
     def contents(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
         """Returns the source's text, the headers by name, and the compiler's options."""
-        folder = Path(__file__).parent
+        folder = Path(__file__).with_name("csrc")
         headers = {
             path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.cuh"))
         }
@@ -168,34 +164,6 @@ def prepare(program: Program, device: torch.device) -> FusedKernels:
     if isinstance(outcome, str):
         raise UnavailableError(outcome)
     return outcome
-
-
-def obstacle(program: Program, maps: Tensor, parameters: Tensor) -> str | None:
-    """Says why a program's kernels cannot take these tensors, and what would help.
-
-    Args:
-        program: Which.
-        maps: What the program works on, (B, C, H, W).
-        parameters: What it works with.
-
-    Returns:
-        The reason, or None where they can.
-    """
-    if parameters.dtype != torch.float32:
-        return (
-            "the fused kernels sum in float32; got "
-            f"{parameters.dtype}; convert to float32, or use impl='torch'"
-        )
-    if maps.shape[0] > MOST_SAMPLES:
-        return (
-            f"the fused kernels take at most {MOST_SAMPLES} samples; got {maps.shape[0]}; "
-            "split the batch, or use impl='torch'"
-        )
-    try:
-        prepare(program, maps.device)
-    except UnavailableError as error:
-        return str(error)
-    return None
 
 
 def blocks(count: int, size: int) -> int:

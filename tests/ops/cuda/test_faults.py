@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from featup_hub.ops import cuda_kernel
-from tests.ops.emulator import COMPILER, SOURCES, Barrier, Edit, EmulationError
-from tests.ops.fused_results import Emulate, draw_weights, everything, halves, single
+from featup_hub.ops.cuda import backend
+from tests.ops.cuda.emulator import COMPILER, SOURCES, Barrier, Edit, EmulationError
+from tests.ops.cuda.fused_results import Emulate, draw_weights, everything, halves, single
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernels with")
 
@@ -53,11 +53,6 @@ FAULTS: dict[str, Edit] = {
         "row[clamp(first + i, source_size) - start]",
         "row[min(max(first + i - start, 0), 6)]",
     ),
-    "half of the pairs": (
-        "jbu_range_backward.cu",
-        "grad_logits[(TAPS - 1 - t) * plane",
-        "grad_logits[t * plane",
-    ),
     "a lane's column": ("mma.cuh", "- RADIUS + pair + 1, w)", "- RADIUS + pair, w)"),
     "a row of a product": ("mma.cuh", "u = 2 * step + r / 2 - ky", "u = 2 * step + r % 2 - ky"),
     "half of a weight": (
@@ -88,7 +83,7 @@ def test_the_emulator_finds_what_a_device_would_not_forgive(
 ) -> None:
     emulate(edit=("jbu_kernel.cu", text, instead + (text if "barriers" in words else "")))
     with pytest.raises(EmulationError, match=words):
-        cuda_kernel.kernel(torch.randn(1, 3, 5, 9), single(draw_weights()))
+        backend.kernel(torch.randn(1, 3, 5, 9), single(draw_weights()))
 
 
 def test_a_product_that_lanes_are_missing_from_is_found(emulate: Emulate) -> None:

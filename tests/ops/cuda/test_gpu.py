@@ -18,9 +18,8 @@ import torch
 from benchmarks.gpu_checks import CHECKS, CUDA_CHECKS
 from benchmarks.gpu_session import Session
 from featup_hub import ops
-from featup_hub.ops import cuda as fused_path
-from featup_hub.ops import fused
-from featup_hub.ops.driver import CudaDriverError, open_driver
+from featup_hub.ops.cuda import backend, programs
+from featup_hub.ops.cuda.driver import CudaDriverError, open_driver
 from featup_hub.upsamplers import JBUStack
 
 pytestmark = pytest.mark.gpu
@@ -78,15 +77,15 @@ def test_a_damaged_cubin_is_compiled_anew(
     cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path))
-    program = fused_path.usual_programs()[0]
-    fused._prepare.cache_clear()
-    path = fused.prepare(program, cuda).cubin.path
+    program = backend.usual_programs()[0]
+    programs._prepare.cache_clear()
+    path = programs.prepare(program, cuda).cubin.path
     assert path is not None
     path.write_bytes(path.read_bytes()[:-100] + bytes(100))
-    fused._prepare.cache_clear()
-    assert not fused.prepare(program, cuda).cubin.hit
-    fused._prepare.cache_clear()
-    assert fused.prepare(program, cuda).cubin.hit
+    programs._prepare.cache_clear()
+    assert not programs.prepare(program, cuda).cubin.hit
+    programs._prepare.cache_clear()
+    assert programs.prepare(program, cuda).cubin.hit
 
 
 def test_an_image_that_is_no_cubin_is_refused_in_words(cuda: torch.device) -> None:
@@ -95,7 +94,7 @@ def test_an_image_that_is_no_cubin_is_refused_in_words(cuda: torch.device) -> No
 
 
 def test_a_launch_the_device_cannot_do_is_refused_in_words(cuda: torch.device) -> None:
-    kernels = fused.prepare(fused_path.usual_programs()[0], cuda)
+    kernels = programs.prepare(backend.usual_programs()[0], cuda)
     function = kernels.functions["range_forward"]
     with pytest.raises(CudaDriverError, match=r"CUDA driver error .* in range_forward"):
         open_driver().launch(function, (1, 1, 1), (2048, 1, 1), 0, 0, [0] * 7)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import nvrtc_archs
-from featup_hub.ops import cuda, cuda_apply, nvrtc
+from featup_hub.ops.cuda import backend, nvrtc
 
 KERNEL = """
 #include "value.cuh"
@@ -81,11 +81,11 @@ def ends(compiler: nvrtc.Nvrtc, index: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", range(9), ids=lambda i: str(cuda.usual_programs()[i]))
+@pytest.mark.parametrize("index", range(7), ids=lambda i: str(backend.usual_programs()[i]))
 def test_the_packages_own_kernels_compile_without_spilling_a_register(
     compiler: nvrtc.Nvrtc, index: int
 ) -> None:
-    program, architecture = cuda.usual_programs()[index], ends(compiler, index)
+    program, architecture = backend.usual_programs()[index], ends(compiler, index)
     usage = nvrtc_archs.usage(compiler, program, architecture)
     assert set(usage) == set(program.kernels)
     assert {kernel: (use.spilled, use.stack) for kernel, use in usage.items()} == dict.fromkeys(
@@ -98,7 +98,7 @@ def test_the_packages_own_kernels_compile_without_spilling_a_register(
 def test_half_precision_is_compiled_for_tensor_cores_where_there_are_any(
     compiler: nvrtc.Nvrtc, architecture: int
 ) -> None:
-    source, headers, options = cuda_apply.apply_program(torch.bfloat16).contents()
+    source, headers, options = backend.apply_program(torch.bfloat16).contents()
     usual, plain = (
         compiler.compile(
             source,

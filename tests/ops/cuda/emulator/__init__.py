@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featup_hub.ops import fused
-from featup_hub.ops.driver import Signature
-from featup_hub.ops.fused import Program
+from featup_hub.ops.cuda import programs
+from featup_hub.ops.cuda.driver import Signature
+from featup_hub.ops.cuda.programs import Program
 
 HERE = Path(__file__).parent
-SOURCES = Path(fused.__file__).parent
+SOURCES = Path(programs.__file__).with_name("csrc")
 COMPILER = shutil.which("g++")
 MARGIN = 64  # elements of NaN on either side of a tensor
 CHECKS = "alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift"
@@ -61,7 +61,7 @@ class Emulator:
     barrier: Barrier | None = None
 
     def prepare(self, program: Program, device: torch.device) -> EmulatedKernels:
-        """Stands in for :func:`featup_hub.ops.fused.prepare`."""
+        """Stands in for :func:`featup_hub.ops.cuda.programs.prepare`."""
         key = program.source, program.define, tuple(program.kernels), self.architecture
         edit = self.edit
         if edit is not None and edit[0] not in _files(program.source):
@@ -71,7 +71,7 @@ class Emulator:
 
 @dataclass(frozen=True)
 class EmulatedKernels:
-    """A program's kernels, launched as :class:`featup_hub.ops.fused.FusedKernels` does."""
+    """A program's kernels, launched as :class:`featup_hub.ops.cuda.programs.FusedKernels` does."""
 
     library: ctypes.CDLL
     program: Program

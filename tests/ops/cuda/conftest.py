@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from featup_hub.ops import cuda_apply, cuda_kernel
-from tests.ops.emulator import Emulator
-from tests.ops.fused_results import Emulate
+from featup_hub.ops.cuda import backend
+from tests.ops.cuda.emulator import Emulator
+from tests.ops.cuda.fused_results import Emulate
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +26,8 @@ def emulate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Emulate:
 
     def use(**options: Any) -> None:
         emulator = Emulator(folder, **options)
-        for module in (cuda_kernel, cuda_apply):
-            monkeypatch.setattr(module, "prepare", emulator.prepare)
+        monkeypatch.setattr(backend, "prepare", emulator.prepare)
 
-    # Few blocks, so that each has several tiles to add up.
-    monkeypatch.setattr(cuda_kernel, "MOST_PARTIAL_SUMS", 3)
     # Whatever a kernel does not write stays NaN.
     monkeypatch.setattr(torch.Tensor, "new_empty", _new_nan)
     monkeypatch.setattr(torch, "empty_like", lambda x: x.new_full(x.shape, float("nan")))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from featup_hub.ops import cache
+from featup_hub.ops.cuda import cache
 
 NAME = cache.cubin_name("jbu", 90, "source", ("-O3",), (13, 0))
 IMAGE = b"\x7fELF" + bytes(range(256))
