@@ -31,10 +31,9 @@ from featup_hub import load_upsampler
 from featup_hub.backbones import Backbone
 from featup_hub.files import write_atomically
 from featup_hub.image import preprocess, read_image, resize
-from featup_hub.training.images import seeded
 from featup_hub.training.implicit import PRESETS, fit
-from featup_hub.training.projection import random_projection
-from featup_hub.training.sources import open_backbones
+from featup_hub.training.seeds import seeded
+from featup_hub.training.training_source import open_backbones, random_projection
 from featup_hub.training.views import apply_jitter, sample_jitter
 from featup_hub.visualize import contact_sheet, fit_pca, pca_rgb
 

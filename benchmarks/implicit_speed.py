@@ -21,7 +21,7 @@ import torch
 from featup_hub import fit
 from featup_hub.image import preprocess, read_image, resize
 from featup_hub.training.implicit import PRESETS, Run
-from featup_hub.training.sources import open_backbones
+from featup_hub.training.training_source import open_backbones
 
 WAYS = ("float32", "bfloat16", "compiled")
 WARMING = 5  # steps that the median leaves out

@@ -16,7 +16,7 @@ from featup_hub.files import write_atomically
 from featup_hub.image import preprocess, read_image, resize
 from featup_hub.model import load_upsampler
 from featup_hub.training.implicit import PRESETS, ImplicitConfig, fit
-from featup_hub.training.sources import open_backbones
+from featup_hub.training.training_source import open_backbones
 from featup_hub.visualize import comparison
 from featup_hub.weights import metadata
 

@@ -73,7 +73,7 @@ class JBUTrainingConfig:
         crf_samples: Pixels it draws.
         tv_weight: Weight of the total variation of magnitudes.
         region_weight: Weight of restoring piecewise constant regions, see
-            :mod:`featup_hub.training.regions` (ours).
+            :mod:`featup_hub.training.synthetic_regions` (ours).
         region_field: Greatest share of smooth random fields in the regions' variance; drawn
             evenly from zero up to it for every batch (ours).
         region_noise: Greatest deviation of the noise on the regions' cells, whose own deviation is

@@ -1,11 +1,10 @@
-r"""How a backbone is modelled to have made its coarse features: learned downsamplers.
+r"""Learned downsamplers: models of how a backbone reduces high-resolution features to its grid.
 
-Both look at one window per output cell and return a weighted mean of it. The rule of geometry,
-for any input (H, W) and output (h, w): a cell is ``stride`` taps high and wide, so the map is
-first resampled bilinearly to (h·stride, w·stride), unless it has that size already; cell (i, j)
-is seen through ``kernel`` × ``kernel`` taps around its middle, the map's border repeated where a
-window reaches beyond it. With kernel = stride = the patch size, and the image's own resolution,
-nothing is resampled and the windows tile the map.
+Both return a weighted mean of one window per output cell. A cell is ``stride`` taps high and wide:
+the map, (H, W), is first resampled bilinearly to (h·stride, w·stride), unless it has that size.
+The window of a cell is the ``kernel`` × ``kernel`` taps around its centre; the border is repeated.
+With kernel = stride = the patch size, at the image's own resolution, nothing is resampled and the
+windows tile the map.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.1.
 """
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featup_hub.training.sampling import sample_map
+from featup_hub.training.views import sample_map
 
 __all__ = ["AttentionDownsampler", "SimpleDownsampler"]
 
@@ -61,8 +60,8 @@ class AttentionDownsampler(nn.Module):
     .. math:: \sigma_\downarrow(F)_{ij} =
         \operatorname{softmax}(w \odot A(F[\Omega_{ij}]) + b) \cdot F[\Omega_{ij}]
 
-    A is a 1×1 convolution to one channel, the saliency; w and b are shared by all positions.
-    Upstream also masks windows at random, even in evaluation; this does not.
+    A is a 1×1 convolution to one channel, the saliency; all positions share w and b.
+    Upstream also masks random windows, even in evaluation mode; this does not.
 
     Args:
         feat_dim: Channels of the features the saliency is computed from.
@@ -87,8 +86,8 @@ class AttentionDownsampler(nn.Module):
         Args:
             features: High-resolution features, (B, C, H, W).
             size: Height and width wanted, (h, w).
-            saliency: A(F), (B, 1, H, W), if it is known already; ``features`` may then have any
-                number of channels, for instance projections of F.
+            saliency: A(F), (B, 1, H, W). With it, ``features`` may have any number of channels,
+                for instance those of a projection of F.
 
         Returns:
             Features, (B, C, h, w).
@@ -97,7 +96,7 @@ class AttentionDownsampler(nn.Module):
             saliency = F.conv2d(features, self.saliency[:, :, None, None]) + self.offset
         attention = self.attention(saliency, size)
         features = _fit(features, size, self.stride, self.kernel)
-        # Windows are cut into blocks of one cell: slices of the map, where an unfold would copy.
+        # Blocks of one cell are slices of the map; unfold would copy it.
         (h, w), s = size, self.stride
         total = features.new_zeros(())
         for top in range(0, self.kernel, s):
@@ -124,7 +123,7 @@ def _check(stride: int, kernel: int | None) -> tuple[int, int]:
     kernel = stride if kernel is None else kernel
     if stride < 1 or kernel < stride:
         raise ValueError(
-            "a downsampler needs stride >= 1 and kernel >= stride, so that no pixel is overlooked; "
+            "a downsampler needs stride >= 1 and kernel >= stride, so that every pixel counts; "
             f"got stride={stride}, kernel={kernel}"
         )
     return stride, kernel

@@ -34,10 +34,15 @@ from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
+from featup_hub.training.checkpoints import (
+    Progress,
+    load_checkpoint,
+    restoring,
+    save_checkpoint,
+)
 from featup_hub.training.implicit_config import PRESETS, ImplicitConfig
 from featup_hub.training.implicit_objective import Objective, Sample, draw, seeded_modules
 from featup_hub.training.implicit_views import look
-from featup_hub.training.records import Progress, load_checkpoint, restoring, save_checkpoint
 from featup_hub.upsamplers import ImplicitUpsampler, JBUStack
 
 __all__ = ["PRESETS", "ImplicitConfig", "Run", "fit"]

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from featup_hub.backbones import Backbone
+from featup_hub.training.checkpoints import Progress
 from featup_hub.training.implicit import PRESETS, ImplicitConfig, Run, converging
 from featup_hub.training.implicit_objective import seeded_modules
-from featup_hub.training.records import Progress
 from featup_hub.upsamplers import ImplicitUpsampler, JBUStack
 
 __all__ = ["fit_batch"]

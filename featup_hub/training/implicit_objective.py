@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
-from featup_hub.training.images import seeded
 from featup_hub.training.implicit_config import ImplicitConfig
 from featup_hub.training.implicit_views import points_of
 from featup_hub.training.losses import (
@@ -24,6 +23,7 @@ from featup_hub.training.losses import (
     mean_magnitude,
     reconstruction_loss,
 )
+from featup_hub.training.seeds import seeded
 from featup_hub.training.views import Jitter, apply_jitter
 from featup_hub.upsamplers import ImplicitUpsampler
 from featup_hub.upsamplers.coordinates import pixel_centres

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from featup_hub.backbones import Backbone
-from featup_hub.training.images import seeded
 from featup_hub.training.implicit_config import ImplicitConfig
 from featup_hub.training.pca import PCA, fit_pca
+from featup_hub.training.seeds import seeded
 from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
 
 __all__ = ["Views", "look", "points_of"]

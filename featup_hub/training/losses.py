@@ -1,4 +1,4 @@
-r"""What training minimises: disagreement of views, and what is expected of any feature map.
+r"""The terms of the training losses.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), eqs. 1 and 8; the constants of
 the conditional random field agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
@@ -22,7 +22,7 @@ MIN_SCALE = 1e-4
 
 
 class ScaleNet(nn.Module):
-    """Predicts how far a view's features may be missed, max(exp(conv1×1(f) + 0.1), 1e-4).
+    """Predicts the standard deviation of the error per position, max(exp(conv1×1(f) + 0.1), 1e-4).
 
     Args:
         feat_dim: Channels of the features.
@@ -31,19 +31,17 @@ class ScaleNet(nn.Module):
     def __init__(self, feat_dim: int) -> None:
         super().__init__()
         self.net = nn.Conv2d(feat_dim, 1, 1)
-        with torch.no_grad():  # close to one scale everywhere, to begin with
+        with torch.no_grad():  # start with almost the same scale everywhere
             for parameter in self.net.parameters():
                 parameter.mul_(0.1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns the scale at every position, (B, C, h, w) -> (B, 1, h, w)."""
+        """Returns the scale per position, (B, C, h, w) -> (B, 1, h, w)."""
         return torch.exp(self.net(features) + 0.1).clamp(min=MIN_SCALE)
 
 
 def reconstruction_loss(predicted: Tensor, observed: Tensor, scale: Tensor | None = None) -> Tensor:
-    r"""Returns the mean of :math:`(p - o)^2 / 2s^2 + \log s`, over everything.
-
-    Its minimum over s is at the root of the mean squared error, where it is ½ + log s.
+    r"""Returns the mean of :math:`(p - o)^2 / 2s^2 + \log s` over all entries.
 
     Args:
         predicted: Downsampled view of the high-resolution features, (B, C, h, w).
@@ -60,24 +58,24 @@ def reconstruction_loss(predicted: Tensor, observed: Tensor, scale: Tensor | Non
 
 
 def magnitude_tv(features: Tensor) -> Tensor:
-    r"""Returns the total variation of the features' lengths, mean of squared steps.
+    r"""Returns the total variation of the features' magnitudes: the mean of squared differences.
 
     Args:
         features: Features, (B, C, H, W).
 
     Returns:
-        The loss, (): mean over steps down plus mean over steps right.
+        The loss, (): the mean over vertical neighbours plus that over horizontal neighbours.
     """
-    # The length's gradient at a vanishing vector is undefined; the floor makes it zero.
+    # The magnitude has no gradient at zero; the floor makes it zero.
     length = features.square().sum(1).clamp(min=1e-12).sqrt()
     return length.diff(dim=1).square().mean() + length.diff(dim=2).square().mean()
 
 
 def blur_residual(features: Tensor) -> Tensor:
-    r"""Returns what a blur would change: mean of (F − g ∗ F)², g = [1 2 1]ᵀ[1 2 1] / 16.
+    r"""Returns the mean of (F − g ∗ F)², where g = [1 2 1]ᵀ[1 2 1] / 16 is a blur.
 
     Args:
-        features: Features, (B, C, H, W); their border is repeated.
+        features: Features, (B, C, H, W). The border is repeated.
 
     Returns:
         The loss, ().
@@ -92,7 +90,7 @@ def blur_residual(features: Tensor) -> Tensor:
 
 
 def mean_magnitude(features: Tensor) -> Tensor:
-    """Returns the mean length of the features, (B, C, H, W) -> ()."""
+    """Returns the mean magnitude of the features, (B, C, H, W) -> ()."""
     return features.square().sum(1).clamp(min=1e-12).sqrt().mean()
 
 
@@ -103,7 +101,7 @@ def sampled_crf(
     samples: int = 1000,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Returns a conditional random field's energy between random pixels of the same image.
+    r"""Returns the energy of a conditional random field between random pixels of an image.
 
     .. math::
         \operatorname{mean}_{p,q}\; \|F_p - F_q\|^2 \left(10\, e^{-\|p-q\|^2 / 0.2 -
@@ -112,9 +110,9 @@ def sampled_crf(
     Positions are in units of the longer side.
 
     Args:
-        image: Normalised RGB, (B, 3, H, W), of exactly what ``features`` show.
+        image: Normalised RGB, (B, 3, H, W), at the size of ``features``.
         features: Features, (B, C, H, W).
-        samples: Number of pixels drawn, the same ones for all samples.
+        samples: Number of pixels; all images of the batch use the same ones.
         generator: Source of randomness, on the CPU.
 
     Returns:

@@ -1,12 +1,16 @@
-"""Views of an image: the small random transforms whose features must agree with one another.
+"""Views of an image: small random transforms, and how to sample a map where a view shows it.
 
-A jitter is what upstream does to an image (reflect-pad, sometimes zoom, crop at a random offset,
-sometimes flip), written as the part of the image that the view shows. It has no resolution of its
-own, so one record moves an image and any feature map of it, whatever their strides, alike.
+A jitter is upstream's transform of an image (reflect-pad, sometimes zoom, crop at a random offset,
+sometimes flip), stored as the part of the image that the view shows. It has no resolution, so one
+jitter transforms an image and its feature maps of any stride consistently.
+
+Sampling runs along rows, then along columns, with ``index_select``. The backward passes of
+``grid_sample`` and ``interpolate`` add gradients in the order in which a GPU's threads arrive, and
+``torch.use_deterministic_algorithms`` refuses them.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3; distributions agree
-with mhamilton723/FeatUp @ 6b5a6c0 (MIT). There a map is mirrored at its outermost pixels' centres,
-here at its edge, which lies at the same place at every resolution.
+with mhamilton723/FeatUp @ 6b5a6c0 (MIT). Upstream mirrors a map at the centres of its outermost
+pixels; this mirrors at the edge, which lies at the same place at every resolution.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featup_hub.training.sampling import sample_map
+__all__ = ["Jitter", "apply_jitter", "positions", "sample_axis", "sample_jitter", "sample_map"]
 
-__all__ = ["Jitter", "apply_jitter", "sample_jitter"]
+_STEPS = 2**24  # of a pixel: rounding makes whole pixels whole again after float64 arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ def sample_jitter(
 
 
 def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
-    """Shows the part of every map that its jitter asks for, sampled bilinearly.
+    """Transforms each map by its jitter, with bilinear sampling.
 
     Args:
         x: Images or features, (B, C, H, W).
@@ -108,21 +112,68 @@ def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
     if all(jitter.is_identity for jitter in jitters):
         return x
     return torch.cat(
-        [sample_map(one, *_shown(j, one)) for one, j in zip(x.split(1), jitters, strict=True)]
+        [
+            sample_map(one, *positions(j, (x.shape[-2], x.shape[-1])))
+            for one, j in zip(x.split(1), jitters, strict=True)
+        ]
     )
 
 
-def _shown(jitter: Jitter, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where the rows and columns of a view lie in the image, mirrored back into it."""
-    rows, columns = (
-        (torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (x.shape[-2], x.shape[-1])
-    )
+def positions(jitter: Jitter, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Returns where the rows and the columns of a view lie in the image.
+
+    Args:
+        jitter: The view.
+        size: Number of rows and columns of the view, at any resolution.
+
+    Returns:
+        Positions of the rows, (H,), and of the columns, (W,), in fractions of the image, float64.
+    """
+    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in size)
     if jitter.flip:
         columns = 1 - columns
     return _mirror(jitter.top + rows / jitter.zoom), _mirror(jitter.left + columns / jitter.zoom)
 
 
 def _mirror(fractions: Tensor) -> Tensor:
-    """Brings positions into [0, 1] as mirrors at both ends would show them."""
+    """Mirrors positions at 0 and 1 into [0, 1]."""
     around = fractions.abs() % 2
     return torch.minimum(around, 2 - around)
+
+
+def sample_map(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Interpolates bilinearly where rows and columns cross.
+
+    Args:
+        x: Maps, (B, C, H, W).
+        rows: Positions in fractions of the height, (M,), see :func:`sample_axis`.
+        columns: Positions in fractions of the width, (N,).
+
+    Returns:
+        Maps, (B, C, M, N).
+    """
+    return sample_axis(sample_axis(x, rows, 2), columns, 3)
+
+
+def sample_axis(x: Tensor, fractions: Tensor, axis: int) -> Tensor:
+    """Interpolates linearly between the centres of neighbouring pixels; borders are repeated.
+
+    Args:
+        x: Any map.
+        fractions: Positions in fractions of the axis' length n, (M,), float64 on the CPU: pixel i
+            has its centre at (i + ½) / n.
+        axis: Along which.
+
+    Returns:
+        The map with M positions along the axis.
+    """
+    n = x.shape[axis]
+    position = ((fractions * n - 0.5).clamp(0, n - 1) * _STEPS).round() / _STEPS
+    first = position.floor()
+    share = (position - first).to(x)
+    below = first.long().to(x.device)
+    low = x.index_select(axis, below)
+    if not (position > first).any():
+        return low
+    high = x.index_select(axis, (below + 1).clamp(max=n - 1))
+    return torch.lerp(low, high, share.reshape(-1, *[1] * (x.dim() - 1 - axis)))

@@ -147,5 +147,5 @@ def test_the_blur_is_non_negative_and_sums_to_one():
 
 
 def test_a_window_smaller_than_a_cell_is_refused():
-    with pytest.raises(ValueError, match="no pixel is overlooked; got stride=4, kernel=3"):
+    with pytest.raises(ValueError, match="every pixel counts; got stride=4, kernel=3"):
         SimpleDownsampler(4, 3)

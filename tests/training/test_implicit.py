@@ -12,8 +12,8 @@ from torch import Tensor
 
 import featup_hub
 from featup_hub.training import implicit
-from featup_hub.training.images import seeded
 from featup_hub.training.implicit import PRESETS, fit
+from featup_hub.training.seeds import seeded
 from featup_hub.upsamplers import ImplicitUpsampler, JBUStack
 from tests.training.implicit_example import TINY, Blur, picture
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featup_hub.training.images import seeded
 from featup_hub.training.implicit_views import look, points_of
+from featup_hub.training.seeds import seeded
 from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
 from tests.training.implicit_example import TINY, Blur, picture
 

@@ -11,13 +11,13 @@ import torch
 from featup_hub import JBUStack, load_upsampler
 from featup_hub.training import jbu
 from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
-from featup_hub.training.consistency import consistency_loss
-from featup_hub.training.images import seeded
 from featup_hub.training.jbu import train
-from featup_hub.training.processes import Team
-from featup_hub.training.sources import TrainingSource, open_backbones
+from featup_hub.training.objective import consistency_loss
+from featup_hub.training.process_group import ProcessGroup
+from featup_hub.training.seeds import seeded
+from featup_hub.training.training_source import TrainingSource, open_backbones
 from featup_hub.weights import load_into, metadata, read, write
-from tests.training.jbu_example import SMALL, rows
+from tests.training.small_run import SMALL, rows
 
 
 def loss_of(stack, source, seed=9, **changes):
@@ -107,7 +107,7 @@ def test_the_projected_loss_estimates_the_full_one(stem):
 
 def test_sizes_vary_within_their_range_and_fit_the_patch(photos, stem):
     config = replace(SMALL, image_size=64, max_aspect=2.0, max_stride=1.5)
-    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem}, Team())
+    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem}, ProcessGroup())
     drawn = [run._sizes(8, seeded(n)) for n in range(200)]
     for (height, width), looked_at in drawn:
         assert height % 8 == width % 8 == looked_at[0] % 8 == looked_at[1] % 8 == 0
@@ -115,7 +115,7 @@ def test_sizes_vary_within_their_range_and_fit_the_patch(photos, stem):
         assert 0.55 < looked_at[0] / height < 1.7
     assert len({size for size, _ in drawn}) > 3
     assert any(size != looked_at for size, looked_at in drawn)
-    still = jbu._Run(SMALL, jbu.PhotoStream(photos), {"stem": stem}, Team())
+    still = jbu._Run(SMALL, jbu.PhotoStream(photos), {"stem": stem}, ProcessGroup())
     assert still._sizes(8, seeded(1)) == ((32, 32), (32, 32))
 
 
@@ -131,21 +131,21 @@ def test_odd_strides_and_shapes_and_several_backbones_train(photos, stem, tmp_pa
 def test_a_run_can_start_from_other_stages(photos, stem, tmp_path):
     first = train(photos, tmp_path / "a", SMALL, backbones={"stem": stem}, progress=False)
     config = replace(SMALL, start=str(first), seed=5)
-    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem}, Team())
+    run = jbu._Run(config, jbu.PhotoStream(photos), {"stem": stem}, ProcessGroup())
     for name, value in read(first).items():
         torch.testing.assert_close(run.stack.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
 def test_a_run_can_start_from_shipped_stages_by_their_name(photos, stem, tmp_path):
     run = jbu._Run(
-        replace(SMALL, start="jbu_sharp"), jbu.PhotoStream(photos), {"stem": stem}, Team()
+        replace(SMALL, start="jbu_sharp"), jbu.PhotoStream(photos), {"stem": stem}, ProcessGroup()
     )
     for name, value in load_upsampler(weights="jbu_sharp").state_dict().items():
         torch.testing.assert_close(run.stack.state_dict()[name], value, atol=1e-6, rtol=0)
     run.export(tmp_path / "made.safetensors", photos=1)
     assert json.loads(metadata(tmp_path / "made.safetensors")["config"])["start"] == "jbu_sharp"
     with pytest.raises(FileNotFoundError, match="no weights file jbu_blunt; check the name"):
-        jbu._Run(replace(SMALL, start="jbu_blunt"), run.stream, {"stem": stem}, Team())
+        jbu._Run(replace(SMALL, start="jbu_blunt"), run.stream, {"stem": stem}, ProcessGroup())
 
 
 def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(photos, stem, tmp_path):

@@ -13,7 +13,7 @@ from featup_hub import JBUStack
 from featup_hub.training import jbu
 from featup_hub.training.jbu import train
 from featup_hub.weights import read, write
-from tests.training.jbu_example import SMALL, rows
+from tests.training.small_run import SMALL, rows
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from featup_hub.training.images import seeded
 from featup_hub.training.losses import ScaleNet, magnitude_tv, reconstruction_loss, sampled_crf
+from featup_hub.training.seeds import seeded
 
 
 def test_reconstruction_is_the_gaussian_likelihood_summed_by_hand():

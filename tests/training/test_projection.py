@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from featup_hub import JBUStack
-from featup_hub.training.images import seeded
-from featup_hub.training.projection import Standardiser, make_unit_sum, random_projection
+from featup_hub.training.jbu import make_unit_sum
+from featup_hub.training.seeds import seeded
+from featup_hub.training.training_source import Standardiser, random_projection
 
 
 def test_a_projection_has_orthonormal_rows_and_follows_its_generator():

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from featup_hub.training.config import JBUTrainingConfig
-from featup_hub.training.consistency import consistency_loss
-from featup_hub.training.images import seeded
 from featup_hub.training.implicit import PRESETS, fit
-from featup_hub.training.sampling import sample_axis, sample_map
-from featup_hub.training.sources import TrainingSource
+from featup_hub.training.objective import consistency_loss
+from featup_hub.training.seeds import seeded
+from featup_hub.training.training_source import TrainingSource
+from featup_hub.training.views import sample_axis, sample_map
 from featup_hub.upsamplers import JBUStack
 from tests.determinism import REFUSED, Recorder
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featup_hub.training.images import seeded
+from featup_hub.training.seeds import seeded
 from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
 
 

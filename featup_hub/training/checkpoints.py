@@ -1,4 +1,4 @@
-"""What a training run leaves behind while it goes on: checkpoints, metrics, a line of progress."""
+"""The files of a run while it trains: checkpoints and metrics, and the progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Metrics", "Progress", "load_checkpoint", "restoring", "save_checkpoi
 
 
 def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
-    """Writes a checkpoint, whole or not at all."""
+    """Writes a checkpoint; an interrupted write leaves the old file."""
     with write_atomically(path) as partial:
         torch.save(dict(state), partial)
 
@@ -28,14 +28,14 @@ def load_checkpoint(
     path: Path,
     config: Mapping[str, object],
     *,
-    seen: Mapping[str, object] = MappingProxyType({}),
+    digests: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Reads a checkpoint of a run with the same config.
 
     Args:
         path: The checkpoint.
-        config: What it must tell the same of, under "config".
-        seen: Further entries there that must agree, but that old checkpoints lack.
+        config: Fields that its "config" must agree with.
+        digests: Further entries of "config" that must agree. Old checkpoints may lack them.
 
     Raises:
         ValueError: If the file is not a checkpoint, or one of another config.
@@ -45,10 +45,10 @@ def load_checkpoint(
         theirs: dict[str, object] = dict(state["config"])
         if not theirs.keys() & config.keys():
             raise KeyError("config")
-    theirs, ours = {**seen, **theirs}, {**config, **seen}
+    theirs, ours = {**digests, **theirs}, {**config, **digests}
     keys = sorted({*theirs, *ours})
     if differing := [k for k in keys if theirs.get(k) != ours.get(k)]:
-        changes = "; ".join(_change(k, theirs.get(k), ours.get(k)) for k in differing)
+        changes = "; ".join(_difference(k, theirs.get(k), ours.get(k)) for k in differing)
         raise ValueError(
             f"{path} belongs to a run of another config ({changes}); "
             "repeat its options to go on, or remove it to start again"
@@ -58,37 +58,37 @@ def load_checkpoint(
 
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Says of whatever goes wrong inside that the checkpoint is damaged or of another kind."""
+    """Turns any error inside into a ValueError that names the damaged checkpoint."""
     try:
         yield
     except Exception as error:  # unpickling damaged bytes raises anything
-        # torch's own advice is to unpickle unsafely; it is not passed on.
+        # torch's message advises unsafe unpickling, so it is not shown.
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this trainer ({type(error).__name__}); "
             "remove it to start again, or choose another place"
         ) from None
 
 
-def _change(key: str, theirs: object, ours: object) -> str:
-    """Tells a difference; of digests, that there is one."""
+def _difference(key: str, theirs: object, ours: object) -> str:
+    """Describes how an entry differs, without printing digests."""
     if all(isinstance(value, str) and len(value) == 64 for value in (theirs, ours)):
         return f"{key}: another one"
     return f"{key}: {theirs} there, {ours} here"
 
 
 class Metrics:
-    """A CSV file with a row per step, in which a resumed run writes on after its checkpoint.
+    """A CSV file with one row per step. A resumed run appends to it.
 
     Args:
         path: The file.
-        first: Step to go on with; rows from there on are of a run that was stopped later than its
-            checkpoint, and are dropped.
+        first: Step to continue with. Rows from this step on are dropped: the earlier run took
+            those steps after its last checkpoint.
     """
 
     def __init__(self, path: Path, first: int) -> None:
         kept = _complete_rows(path, first) if first and path.exists() else []
         if kept:
-            # Whole or not at all: a kill in between must not cost what was kept so far.
+            # Atomically: an interruption here must not lose the kept rows.
             with write_atomically(path) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(kept[0]))
                 writer.writeheader()
@@ -98,7 +98,7 @@ class Metrics:
         self._flushed = time.monotonic()
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Appends a row; the first one decides the columns."""
+        """Appends a row. The first row defines the columns."""
         if self._writer is None:
             self._writer = csv.DictWriter(self._file, list(row))
             self._writer.writeheader()
@@ -109,7 +109,7 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Hands all rows to the operating system."""
+        """Flushes all rows to the operating system."""
         self._file.flush()
         self._flushed = time.monotonic()
 
@@ -126,16 +126,16 @@ class Metrics:
 
 
 def _complete_rows(path: Path, end: int) -> list[dict[str, str]]:
-    """Returns the rows of steps before ``end``, without what a kill cut short.
+    """Returns the complete rows of steps before ``end``.
 
-    Of "150,0.4" it may leave "15", which is no row of step 15.
+    A killed run may leave a truncated last row: "15" of "150,0.4" is not step 15.
     """
     with path.open(newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
     return [
         row
         for row in rows
-        if None not in row  # csv's key of fields too many
+        if None not in row  # csv's key of surplus fields
         and all(row.values())  # None where fields are missing
         and row.get("step", "").isdecimal()
         and int(row["step"]) < end
@@ -143,13 +143,13 @@ def _complete_rows(path: Path, end: int) -> list[dict[str, str]]:
 
 
 class Progress:
-    """A progress bar on the standard error stream: tqdm's, or a plain line now and then.
+    """A progress bar on the standard error stream: tqdm's, or plain lines without tqdm.
 
     Args:
-        total: Steps in all.
-        first: Steps taken already.
+        total: Number of steps.
+        first: Steps already taken.
         shown: Whether to show anything.
-        seconds: Least time between plain lines.
+        seconds: Shortest time between plain lines.
     """
 
     def __init__(self, total: int, first: int, shown: bool, *, seconds: float = 10.0) -> None:

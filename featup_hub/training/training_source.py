@@ -1,4 +1,4 @@
-"""A frozen backbone and what is learnt beside it to explain its features: a training source."""
+"""A frozen backbone and the learned model of how its features come about: a training source."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from featup_hub.backbones import Backbone
 from featup_hub.model import load_backbone
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
-from featup_hub.training.projection import Standardiser
 
-__all__ = ["TrainingSource", "open_backbones"]
+__all__ = ["Standardiser", "TrainingSource", "open_backbones", "random_projection"]
 
 
 class TrainingSource(nn.Module):
-    """One backbone with its own downsampler, scale and standardisation.
+    """A frozen backbone with the learned model of its features: downsampler, scale, standardiser.
 
-    Only what is learnt or measured is in the ``state_dict``; the backbone is not.
+    The ``state_dict`` holds what is learned or measured, not the backbone.
 
     Args:
-        backbone: What to explain.
-        downsampler: How features are modelled to have come about.
+        backbone: The backbone.
+        downsampler: Model of how the backbone makes features, "attention" or "simple".
         window: Side of the downsampler's window, in cells.
     """
 
@@ -56,7 +55,7 @@ class TrainingSource(nn.Module):
         return self._backbone[0]
 
     def normalise(self, rgb: Tensor) -> Tensor:
-        """Returns what the backbone takes of RGB in [0, 1]; it is the guidance, too."""
+        """Normalises RGB in [0, 1] for the backbone; the result is also the guidance."""
         mean, std = (
             torch.tensor(values, dtype=rgb.dtype, device=rgb.device)[:, None, None]
             for values in (self.backbone.mean, self.backbone.std)
@@ -65,19 +64,19 @@ class TrainingSource(nn.Module):
 
     def measure(self, photos: Iterable[Tensor]) -> None:
         """Measures the scale of the features on photographs, each (1, 3, H, W) in [0, 1]."""
-        looks = (self.normalise(rgb) for rgb in photos)
+        images = (self.normalise(rgb) for rgb in photos)
         self.standardise.fit(
-            torch.cat([self.raw(image, (image.shape[-2], image.shape[-1])) for image in looks])
+            torch.cat([self.raw(image, (image.shape[-2], image.shape[-1])) for image in images])
         )
 
     @torch.no_grad()
     def observe(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Returns standardised features, (B, C, h, w), of images looked at in another size."""
+        """Resizes images and returns their standardised features, (B, C, h, w)."""
         return self.standardise(self.raw(images, size))
 
     @torch.no_grad()
     def raw(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Returns the backbone's features, (B, C, h, w), of images looked at in another size."""
+        """Resizes images and returns their features, (B, C, h, w)."""
         if tuple(images.shape[-2:]) != tuple(size):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         # Convolutions on a CPU are faster in this layout; a ViT does not mind.
@@ -85,16 +84,16 @@ class TrainingSource(nn.Module):
         return features.float()
 
     def project(self, features: Tensor, projection: Tensor) -> Tensor:
-        """Projects standardised features, and appends their saliency where it is needed.
+        """Projects standardised features, and appends the saliency if the downsampler needs it.
 
-        The saliency is linear in the features, so it passes an upsampler as one more channel.
+        The saliency is linear in the features, so it can be upsampled as one more channel.
 
         Args:
             features: Standardised features, (B, C, h, w).
             projection: Directions, (K, C).
 
         Returns:
-            What to upsample, (B, K, h, w) or (B, K + 1, h, w).
+            The source, (B, K, h, w) or (B, K + 1, h, w).
         """
         if isinstance(self.downsampler, AttentionDownsampler):
             projection = torch.cat([projection, self.downsampler.saliency])
@@ -103,11 +102,67 @@ class TrainingSource(nn.Module):
     def downsample(
         self, features: Tensor, saliency: Tensor | None, size: tuple[int, int]
     ) -> Tensor:
-        """Returns what the backbone is expected to see of features, (B, K, h, w)."""
+        """Downsamples features as the backbone would, to (B, K, h, w)."""
         if isinstance(self.downsampler, AttentionDownsampler):
             assert saliency is not None
             return self.downsampler(features, size, saliency=saliency + self.downsampler.offset)
         return self.downsampler(features, size)
+
+
+class Standardiser(nn.Module):
+    """Brings every channel of a backbone's features to mean 0 and deviation 1.
+
+    Scales differ by orders of magnitude between backbones, and between the channels of a ViT.
+    Standardised channels have equal weight in a loss. JBU filters all channels with the same
+    kernels, so it commutes with the scaling (and with the shift if kernels sum to one).
+
+    Args:
+        feat_dim: Channels.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, feat_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(feat_dim))
+        self.register_buffer("deviation", torch.ones(feat_dim))
+
+    def fit(self, features: Tensor) -> None:
+        """Measures mean and deviation on features, (B, C, h, w)."""
+        deviation, mean = torch.std_mean(features.transpose(0, 1).flatten(1).double(), dim=1)
+        # An almost constant channel is noise, which a division by its deviation would amplify.
+        self.deviation.copy_(deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12))
+        self.mean.copy_(mean)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardises features, (B, C, h, w)."""
+        return (features - self.mean[:, None, None]) / self.deviation[:, None, None]
+
+
+def random_projection(channels: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Draws ``dim`` random orthonormal directions.
+
+    Standardised features keep a mean variance of one, and distances scale by √(dim/channels).
+
+    Args:
+        channels: Channels of the features.
+        dim: Channels wanted, at most ``channels``.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        The projection as a matrix, (dim, channels), rows orthonormal.
+
+    Raises:
+        ValueError: If ``dim`` exceeds ``channels``.
+    """
+    if dim > channels:
+        raise ValueError(
+            f"a projection cannot have more directions than channels, {channels}; got {dim}; "
+            "lower projection_dim"
+        )
+    basis: Tensor = torch.linalg.qr(torch.randn(channels, dim, generator=generator))[0]
+    return basis.t().contiguous()
 
 
 def open_backbones(
@@ -117,7 +172,7 @@ def open_backbones(
 
     Args:
         names: Models' names, or ``TIMM_NAME=FILE`` for a timm model with weights from a file.
-        given: Backbones to take in place of loading them.
+        given: Backbones to use instead of loading them.
 
     Returns:
         Backbones by name.

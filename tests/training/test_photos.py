@@ -8,16 +8,17 @@ import warnings
 import pytest
 import torch
 
-from featup_hub.training.images import PhotoStream, seeded
+from featup_hub.training.photos import PhotoStream
+from featup_hub.training.seeds import seeded
 
 
 def test_every_photograph_comes_once_an_epoch_in_another_order(photos, monkeypatch):
     stream = PhotoStream(photos)
     opened = []
-    from featup_hub.training import images
+    from featup_hub.training import photos as module
 
-    read = images.read_image
-    monkeypatch.setattr(images, "read_image", lambda path: (opened.append(path), read(path))[1])
+    read = module.read_image
+    monkeypatch.setattr(module, "read_image", lambda path: (opened.append(path), read(path))[1])
     for step in range(6):
         stream.batch(step, 3, (16, 16))
     first, second = opened[:9], opened[9:]

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from featup_hub.training.images import seeded
-from featup_hub.training.regions import random_field, random_regions, reduce_regions
+from featup_hub.training.seeds import seeded
+from featup_hub.training.synthetic_regions import random_field, random_regions, reduce_regions
 
 pytest.importorskip("skimage", reason="scikit-image is not installed: the extra [train]")
 

@@ -1,4 +1,7 @@
-"""The multi-view consistency loss of one batch: what a step of the JBU trainer minimises."""
+"""What a step of JBU training minimises: the multi-view consistency loss of one batch.
+
+Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 and 4.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from torch import Tensor
 
 from featup_hub.training.config import JBUTrainingConfig
 from featup_hub.training.losses import magnitude_tv, reconstruction_loss, sampled_crf
-from featup_hub.training.projection import random_projection
-from featup_hub.training.regions import random_field, random_regions, reduce_regions
-from featup_hub.training.sources import TrainingSource
+from featup_hub.training.synthetic_regions import random_field, random_regions, reduce_regions
+from featup_hub.training.training_source import TrainingSource, random_projection
 from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
 from featup_hub.upsamplers import JBUStack
 
@@ -20,17 +22,23 @@ def consistency_loss(
     stack: JBUStack,
     source: TrainingSource,
     rgb: Tensor,
-    looked_at: tuple[int, int],
+    backbone_size: tuple[int, int],
     config: JBUTrainingConfig,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Computes what a batch of photographs says about a stack.
+    """Computes the loss of a stack on a batch of photographs.
+
+    The photographs and a few jittered views of them pass the backbone. The features of the
+    photographs are projected to a few random channels and upsampled (the stack is linear in the
+    source and filters all channels alike, so projecting the source equals projecting the result).
+    The upsampled features are jittered as the views were, downsampled by the learned model of the
+    backbone, and compared with the features of the views.
 
     Args:
         stack: The upsampler.
         source: Backbone, downsampler and scale.
         rgb: Photographs, (B, 3, H, W), values in [0, 1].
-        looked_at: Height and width in which the backbone looks at them.
+        backbone_size: Height and width to which images are resized for the backbone.
         config: Views, weights of the terms, size of the projection.
         generator: Source of all randomness, on the CPU.
 
@@ -40,8 +48,8 @@ def consistency_loss(
     image = source.normalise(rgb)
     jitters = [_jitters(image, config, generator) for _ in range(config.views)]
     # One pass of the backbone over the photographs and all their views.
-    looks = torch.cat([image, *(apply_jitter(image, jitter) for jitter in jitters)])
-    own, *views = source.observe(looks, looked_at).split(len(image))
+    images = torch.cat([image, *(apply_jitter(image, jitter) for jitter in jitters)])
+    own, *views = source.observe(images, backbone_size).split(len(image))
     projection = random_projection(source.feat_dim, config.projection_dim, generator).to(own)
 
     low = source.project(own, projection)
@@ -102,7 +110,7 @@ def _jitters(image: Tensor, config: JBUTrainingConfig, generator: torch.Generato
 
 
 def _upsample(stack: JBUStack, source: Tensor, image: Tensor, taps: tuple[int, ...]) -> Tensor:
-    """Upsamples; where taps are named, only their gradient reaches the kernels."""
+    """Upsamples. If taps are given, only their gradient reaches the kernels."""
     if not taps:
         return stack(source, image)
     kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]))

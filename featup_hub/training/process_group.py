@@ -1,4 +1,4 @@
-"""Several processes as one trainer, as ``torchrun`` starts them: replicas, summed gradients."""
+"""The process group of a training run: several processes, started by ``torchrun``, or one."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Team", "joined"]
+__all__ = ["ProcessGroup", "process_group"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Team:
-    """The processes that train together, and which one this is.
+class ProcessGroup:
+    """The processes that train together.
 
     Attributes:
         rank: Number of this process, from 0.
-        count: Number of processes.
+        size: Number of processes.
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """Whether this process writes and reports for all."""
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up every tensor over all processes, in place; all then hold the same bits.
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Sums each tensor over all processes, in place. All processes get the same bits.
 
         Args:
             tensors: Floating-point tensors on one device, of the same shapes in all processes.
         """
-        if self.count == 1:
+        if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
@@ -45,32 +45,32 @@ class Team:
         for tensor, total in zip(tensors, parts, strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def wait(self) -> None:
-        """Waits until all processes have come here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Team]:
-    """Joins the processes that ``torchrun`` started, or that were joined already; else is alone.
+def process_group(device: str) -> Iterator[ProcessGroup]:
+    """Gives the process group, and initialises it if ``torchrun`` started this process.
 
     Args:
-        device: Where this process computes. "cuda" is, in each process, the device of its own.
+        device: Device of this process. "cuda" is the process' own device.
 
     Yields:
-        The team.
+        The group; a group of one without ``torchrun``.
     """
     if dist.is_available() and dist.is_initialized():
-        yield Team(rank=dist.get_rank(), count=dist.get_world_size())
+        yield ProcessGroup(rank=dist.get_rank(), size=dist.get_world_size())
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         on_cuda = torch.device(device).type == "cuda"
         if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if on_cuda else "gloo")
         try:
-            yield Team(rank=dist.get_rank(), count=dist.get_world_size())
+            yield ProcessGroup(rank=dist.get_rank(), size=dist.get_world_size())
         finally:
             dist.destroy_process_group()
     else:
-        yield Team()
+        yield ProcessGroup()

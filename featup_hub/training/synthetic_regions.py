@@ -1,14 +1,14 @@
-"""Piecewise constant features of known resolution, made from photographs without labels.
+"""Synthetic features whose high-resolution truth is known, made from photographs without labels.
 
-A photograph is cut into regions of similar colour, and every region is given a random vector. Its
-cells at low resolution are then a source whose high-resolution original is known: what no
-backbone offers. Trained beside multi-view consistency, this teaches stages where edges are,
-directly and at almost no cost: the regions pass the same kernels as a few more channels.
+A photograph is segmented into regions of similar colour, and each region gets a random vector.
+Reduced to a backbone's grid, the vectors are a source whose high-resolution original is known; no
+backbone offers that. The stages learn from it where edges are. The regions pass the same kernels
+as a few extra channels, so this costs almost nothing.
 
-Real features also change inside a region. Smooth random fields mixed into the vectors teach what to
-do there: interpolate sharply, rather than blur what a constant would never show.
+Real features also vary within a region. Smooth random fields mixed into the vectors teach the
+stages to interpolate there rather than to blur.
 
-Source: regions by Felzenszwalb and Huttenlocher, "Efficient Graph-Based Image Segmentation",
+Source: segmentation by Felzenszwalb and Huttenlocher, "Efficient Graph-Based Image Segmentation",
 IJCV 2004, as scikit-image implements it.
 """
 
@@ -28,7 +28,7 @@ MIN_PIXELS, MAX_PIXELS = 30, 120
 
 
 def random_regions(rgb: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-    """Cuts photographs into regions and gives each a random vector of unit variance.
+    """Segments photographs into regions and gives each region a random vector of unit variance.
 
     Args:
         rgb: Photographs, (B, 3, H, W), values in [0, 1].
@@ -67,10 +67,10 @@ def random_field(
     count: tuple[int, int],
     generator: torch.Generator,
 ) -> Tensor:
-    """Draws smooth maps that a grid just resolves, or resolves with ease.
+    """Draws smooth random maps that the grid can resolve.
 
     Args:
-        grid: Height and width of the low resolution.
+        grid: Height and width of the backbone's grid.
         size: Height and width of the maps.
         count: Samples B and channels K.
         generator: Source of randomness, on the CPU.
@@ -78,7 +78,7 @@ def random_field(
     Returns:
         Maps of zero mean and unit variance, (B, K, *size).
     """
-    finest, coarsest = 0.75, 0.25  # nodes per cell; at one, cells could not tell the node
+    finest, coarsest = 0.75, 0.25  # nodes per cell; the grid cannot resolve one or more
     share = coarsest + (finest - coarsest) * torch.rand((), generator=generator).item()
     nodes = [max(round(cells * share), 2) for cells in grid]
     field = torch.randn(*count, nodes[0], nodes[1], generator=generator)
@@ -87,20 +87,20 @@ def random_field(
 
 
 def reduce_regions(regions: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Brings maps to a backbone's grid in one of the ways a backbone might see them.
+    """Reduces maps to a backbone's grid in one of three ways, at random.
 
     Args:
         regions: Maps, (B, K, H, W).
         size: Height and width of the grid.
-        generator: Decides between the middle of a cell, its mean, and a smooth mean that
-            reaches into its neighbours.
+        generator: Chooses between the centre of a cell, its mean, and an antialiased bicubic
+            reduction, which also weighs the neighbouring cells.
 
     Returns:
-        The maps' cells, (B, K, *size).
+        Low-resolution maps, (B, K, *size).
     """
-    way = int(torch.randint(3, (), generator=generator))
-    if way == 0:
+    method = int(torch.randint(3, (), generator=generator))
+    if method == 0:
         return F.interpolate(regions, size, mode="nearest-exact")
-    if way == 1:
+    if method == 1:
         return F.adaptive_avg_pool2d(regions, size)
     return F.interpolate(regions, size, mode="bicubic", antialias=True)

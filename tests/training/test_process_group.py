@@ -16,7 +16,7 @@ import torch
 from featup_hub.training import jbu
 from featup_hub.training.config import JBUTrainingConfig
 from featup_hub.training.jbu import train
-from featup_hub.training.processes import Team, joined
+from featup_hub.training.process_group import ProcessGroup, process_group
 from featup_hub.weights import metadata, read
 
 PARTS = JBUTrainingConfig(
@@ -105,13 +105,15 @@ def test_two_processes_stopped_and_resumed_train_what_one_does(photos, stem, tmp
 
 
 def test_parts_are_photographs_of_the_same_batch_and_their_mean_is_the_loss(photos, stem):
-    run = jbu._Run(replace(PARTS, dropout=0.0), jbu.PhotoStream(photos), {"stem": stem}, Team())
+    run = jbu._Run(
+        replace(PARTS, dropout=0.0), jbu.PhotoStream(photos), {"stem": stem}, ProcessGroup()
+    )
     run._measure(4)
     seen = []
     differentiate = run._differentiate
 
-    def watch(source, rgb, looked_at, generator):
-        terms = differentiate(source, rgb, looked_at, generator)
+    def watch(source, rgb, backbone_size, generator):
+        terms = differentiate(source, rgb, backbone_size, generator)
         seen.append((rgb, terms["loss"]))
         return terms
 
@@ -132,16 +134,16 @@ def test_a_batch_that_does_not_divide_is_refused(photos, stem, tmp_path, batch, 
 
 def test_parts_must_divide_among_the_processes():
     with pytest.raises(ValueError, match=r"parts=2 for 3 process\(es\); choose parts as a multi"):
-        jbu._check_parts(PARTS, Team(rank=1, count=3))
+        jbu._check_parts(PARTS, ProcessGroup(rank=1, size=3))
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cpu") as team:
-        assert (team, team.leads) == (Team(rank=0, count=1), True)
+    with process_group("cpu") as group:
+        assert (group, group.is_main) == (ProcessGroup(rank=0, size=1), True)
         kept = torch.ones(3)
-        team.add([kept])
-        team.wait()
+        group.all_reduce([kept])
+        group.barrier()
         assert kept.tolist() == [1, 1, 1]
     assert not torch.distributed.is_initialized()
 

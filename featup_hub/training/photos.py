@@ -1,10 +1,11 @@
-"""A stream of photographs in random order and crops, the same one whenever it is asked.
+"""The photographs that training reads: shuffled, cropped at random, reproducible.
 
-Everything about sample n follows from the seed and n, so nothing has to be stored to resume.
+The seed and n decide everything about sample n, so a resumed run needs no stored state.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from pathlib import Path
@@ -14,38 +15,21 @@ import torch
 from torch import Tensor
 
 from featup_hub.image import IMAGE_SUFFIXES, list_images, read_image
-from featup_hub.training.digests import digest_of_files
+from featup_hub.training.seeds import seeded
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PhotoStream", "seeded"]
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """Returns a CPU generator that depends on all the numbers, each below 2⁶³.
-
-    Example:
-        >>> torch.equal(*[torch.rand(3, generator=seeded(1, 2)) for _ in range(2)])
-        True
-    """
-    state = 0
-    for number in numbers:
-        # splitmix64: neighbouring seeds and steps give unrelated streams.
-        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state >> 1)
+__all__ = ["PhotoStream"]
 
 
 class PhotoStream:
-    """Endless shuffled photographs of a folder and its subfolders, in random resized crops.
+    """An endless stream of random crops of the photographs in a folder and its subfolders.
 
     Args:
-        folder: Where the photographs are.
-        seed: Order and crops depend on it.
-        min_scale: Smallest share of a photograph's area that a crop shows.
+        folder: Folder of photographs.
+        seed: Decides order and crops.
+        min_scale: Smallest share of a photograph's area in a crop.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -71,14 +55,18 @@ class PhotoStream:
 
     @property
     def digest(self) -> str:
-        """Tells this set of photographs from others, by their names and sizes in bytes."""
-        return digest_of_files(self.paths, self.folder)
+        """The sha256 of the files' names and sizes. No file is read: there may be very many."""
+        total = hashlib.sha256()
+        for path in self.paths:
+            name = path.relative_to(self.folder).as_posix()
+            total.update(f"{name!r} {path.stat().st_size};".encode())
+        return total.hexdigest()
 
     def batch(self, step: int, count: int, size: tuple[int, int]) -> Tensor:
         """Returns the photographs of a step.
 
         Args:
-            step: Number of the step; steps of one ``count`` share no sample within an epoch.
+            step: Number of the step. Within an epoch, no two steps share a photograph.
             count: Photographs per step.
             size: Height and width wanted.
 
@@ -91,7 +79,8 @@ class PhotoStream:
     def sample(self, number: int, size: tuple[int, int]) -> Tensor:
         """Returns sample ``number`` of the stream, (3, *size), RGB in [0, 1].
 
-        A photograph that cannot be read is warned of once; the epoch's next one takes its place.
+        If a photograph cannot be read, a warning names it once, and the next one of the epoch
+        takes its place.
 
         Raises:
             ValueError: If no photograph can be read.
@@ -108,7 +97,7 @@ class PhotoStream:
         return pixels.flip(2) if draws[3] < 0.5 else pixels
 
     def _read(self, number: int) -> Image.Image:
-        """Reads the photograph of a sample, or the first after it that can be read."""
+        """Reads the photograph of a sample; skips those that cannot be read."""
         count = len(self.paths)
         epoch, position = divmod(number, count)
         order = torch.randperm(count, generator=seeded(self.seed, 0, epoch))
@@ -130,7 +119,7 @@ class PhotoStream:
 def _random_box(
     photo: tuple[int, int], size: tuple[int, int], min_scale: float, draws: list[float]
 ) -> tuple[float, float, float, float]:
-    """Places a box of the wanted shape, (left, top, right, bottom), as large as the draws say."""
+    """Returns the crop (left, top, right, bottom) that the random numbers ``draws`` select."""
     width, height = photo
     fit = min(width / size[1], height / size[0])
     factor = fit * math.sqrt(min_scale + (1 - min_scale) * draws[0])

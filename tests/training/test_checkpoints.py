@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from featup_hub.training.records import (
+from featup_hub.training.checkpoints import (
     Metrics,
     Progress,
     load_checkpoint,
@@ -106,7 +106,7 @@ def test_what_only_new_checkpoints_tell_must_agree_where_it_is_told(tmp_path):
     save_checkpoint(tmp_path / "old.pt", {"config": {"lr": 1.0}})
     save_checkpoint(tmp_path / "new.pt", {"config": {"lr": 1.0, **seen}})
     for name in ("old.pt", "new.pt"):
-        assert load_checkpoint(tmp_path / name, {"lr": 1.0}, seen=seen)["config"]["lr"] == 1.0
-    assert load_checkpoint(tmp_path / "old.pt", {"lr": 1.0}, seen=other)
+        assert load_checkpoint(tmp_path / name, {"lr": 1.0}, digests=seen)["config"]["lr"] == 1.0
+    assert load_checkpoint(tmp_path / "old.pt", {"lr": 1.0}, digests=other)
     with pytest.raises(ValueError, match=r"\(photographs: another one\); repeat its options"):
-        load_checkpoint(tmp_path / "new.pt", {"lr": 1.0}, seen=other)
+        load_checkpoint(tmp_path / "new.pt", {"lr": 1.0}, digests=other)
