@@ -8,7 +8,7 @@ Importing this package needs torch only and changes nothing in the process::
 
 from typing import TYPE_CHECKING, Any
 
-from featup_hub.backbones import Backbone, ModuleBackbone, TimmBackbone
+from featup_hub.backbones import Backbone, ModuleBackbone, ShiftAndStitch, TimmBackbone
 from featup_hub.model import (
     UpsampledBackbone,
     list_models,
@@ -28,6 +28,7 @@ __all__ = [
     "JBUStack",
     "JBUStage",
     "ModuleBackbone",
+    "ShiftAndStitch",
     "TimmBackbone",
     "UpsampledBackbone",
     "__version__",

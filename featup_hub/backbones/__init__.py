@@ -3,6 +3,7 @@
 from featup_hub.backbones.clip import ClipBackbone, MaskClipBackbone
 from featup_hub.backbones.contract import Backbone, ChannelNorm
 from featup_hub.backbones.module import ModuleBackbone
+from featup_hub.backbones.stitch import ShiftAndStitch
 from featup_hub.backbones.timm import TimmBackbone, is_timm_model, timm_card
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ClipBackbone",
     "MaskClipBackbone",
     "ModuleBackbone",
+    "ShiftAndStitch",
     "TimmBackbone",
     "is_timm_model",
     "timm_card",

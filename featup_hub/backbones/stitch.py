@@ -1,0 +1,116 @@
+"""Several looks at an image, shifted by fractions of the stride, as one finer source.
+
+Source: Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation",
+CVPR 2015, section 3.2 ("shift-and-stitch").
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.backbones.contract import Backbone
+
+__all__ = ["ShiftAndStitch"]
+
+_INNER, _OUTER = 19 / 32, -3 / 32  # PyTorch's bicubic weights halfway between two pixels
+
+
+class ShiftAndStitch(Backbone):
+    r"""Runs a backbone on shifted images and interleaves the features.
+
+    With k looks per side, look (i, j) sees the image moved by :math:`((i + 1/2)/k - 1/2)\,p`
+    rows and as many columns for j, where p is the backbone's stride. Its cells are rows
+    i, i + k, ... and columns j, j + k, ... of the source, so the cells of the source lie evenly
+    over the image, the first at half of the finer stride p/k. Beyond its borders the image is
+    mirrored. No training is needed; the cost is k² passes of the backbone.
+
+    Shifts are whole or half pixels (3.5 for a stride of 14 and k = 2); half ones are bicubic.
+
+    Args:
+        backbone: The backbone.
+        looks_per_side: k. Its stride must be a multiple of k.
+        looks_at_once: How many looks are one batch. Memory grows with it; on a GPU speed does,
+            too.
+
+    Attributes:
+        looks_per_side: k.
+
+    Raises:
+        ValueError: If the stride is no multiple of ``looks_per_side``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from featup_hub.backbones import ModuleBackbone
+        >>> cells = ModuleBackbone(nn.AvgPool2d(16), feat_dim=3, patch_size=16)
+        >>> stitched, image = ShiftAndStitch(cells, 2), torch.randn(1, 3, 64, 96)
+        >>> stitched.patch_size, stitched(image).shape
+        (8, torch.Size([1, 3, 8, 12]))
+    """
+
+    def __init__(
+        self, backbone: Backbone, looks_per_side: int = 2, *, looks_at_once: int = 1
+    ) -> None:
+        if looks_per_side < 1 or backbone.patch_size % looks_per_side:
+            raise ValueError(
+                f"looks_per_side must divide the backbone's stride of {backbone.patch_size} "
+                f"pixels; got {looks_per_side}; take one of "
+                f"{', '.join(map(str, _divisors(backbone.patch_size)))}"
+            )
+        if looks_at_once < 1:
+            raise ValueError(f"looks_at_once must be at least 1; got {looks_at_once}")
+        super().__init__(
+            feat_dim=backbone.feat_dim, patch_size=backbone.patch_size // looks_per_side
+        )
+        self.backbone = backbone
+        self.looks_per_side = looks_per_side
+        self.looks_at_once = looks_at_once
+
+    def features(self, image: Tensor) -> Tensor:
+        """Computes every look and interleaves their features."""
+        fine, count = self.patch_size, self.looks_per_side
+        height, width = image.shape[-2] // fine, image.shape[-1] // fine
+        # A look covers whole strides; cells that lie beyond the image are cut off below.
+        size = [-(-cells // count) * self.backbone.patch_size for cells in (height, width)]
+        looks = [
+            _moved(_moved(image, 2, down, size[0]), 3, across, size[1])
+            for down in self._shifts()
+            for across in self._shifts()
+        ]
+        groups = [
+            self.backbone(torch.cat(looks[first : first + self.looks_at_once]))
+            for first in range(0, len(looks), self.looks_at_once)
+        ]
+        maps = torch.cat(groups).unflatten(0, (len(looks), -1))  # (k², B, C, h, w)
+        stitched = F.pixel_shuffle(maps.movedim(0, 2).flatten(1, 2), count)
+        return stitched[:, :, :height, :width]
+
+    def _shifts(self) -> list[float]:
+        """Returns the shifts of the looks on one axis, in pixels."""
+        first = (self.patch_size - self.backbone.patch_size) / 2
+        return [first + index * self.patch_size for index in range(self.looks_per_side)]
+
+
+def _moved(image: Tensor, axis: int, shift: float, length: int) -> Tensor:
+    """Shows ``length`` pixels of the image from ``shift`` on, mirrored beyond its edges."""
+    last = image.shape[axis] - 1
+    first = math.floor(shift)
+
+    def shown(start: int) -> Tensor:
+        place = torch.arange(length, device=image.device) + start
+        place = torch.where(place < 0, -1 - place, place)
+        place = torch.where(place > last, 2 * last + 1 - place, place)
+        return image.index_select(axis, place.clamp(min=0))
+
+    if first == shift:
+        return shown(first)
+    inner, outer = shown(first) + shown(first + 1), shown(first - 1) + shown(first + 2)
+    return _INNER * inner + _OUTER * outer
+
+
+def _divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from featup_hub import JBUStack, ModuleBackbone, ShiftAndStitch, TimmBackbone, UpsampledBackbone
+from featup_hub.export import trace
+
+
+def averages(stride: int) -> ModuleBackbone:
+    """A backbone whose features are the mean colours of its cells."""
+    return ModuleBackbone(nn.AvgPool2d(stride), feat_dim=3, patch_size=stride)
+
+
+def convolution(stride: int) -> ModuleBackbone:
+    return ModuleBackbone(nn.Conv2d(3, 5, stride, stride), feat_dim=5, patch_size=stride)
+
+
+@pytest.fixture(scope="module")
+def vit() -> TimmBackbone:
+    torch.manual_seed(0)
+    return TimmBackbone("vit_tiny_patch16_224").eval()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (100, 75)])
+def test_one_look_is_the_backbone_bit_by_bit(vit: TimmBackbone, size: tuple[int, int]) -> None:
+    image = torch.randn(1, 3, *size)
+    assert torch.equal(vit(image), ShiftAndStitch(vit, 1)(image))
+
+
+@pytest.mark.parametrize(("stride", "per_side"), [(16, 2), (16, 4), (9, 3)])
+def test_averages_over_cells_become_the_averages_at_evenly_spaced_places(
+    stride: int, per_side: int
+) -> None:
+    image = torch.randn(2, 3, 5 * stride, 4 * stride)
+    fine = stride // per_side
+    edge = (stride - fine) // 2  # so that the first average is centred at half a finer stride
+    mirrored = torch.cat([image[..., :edge].flip(3), image, image[..., -edge:].flip(3)], 3)
+    rows = [mirrored[:, :, :edge].flip(2), mirrored, mirrored[:, :, -edge:].flip(2)]
+    expected = F.avg_pool2d(torch.cat(rows, 2), stride, fine)
+    torch.testing.assert_close(ShiftAndStitch(averages(stride), per_side)(image), expected)
+
+
+def test_an_odd_finer_stride_loses_no_half_pixel() -> None:
+    rows = torch.arange(56.0).view(1, 1, -1, 1).expand(1, 3, -1, 28)
+    places = ShiftAndStitch(averages(14), 2)(rows)[0, 0, 1:-1, 0] + 0.5
+    torch.testing.assert_close(places, (torch.arange(1, 7) + 0.5) * 7)
+
+
+def test_an_image_moved_by_a_finer_stride_moves_the_source_by_a_cell() -> None:
+    backbone, image = ShiftAndStitch(convolution(16), 4), torch.randn(1, 3, 64, 96)
+    moved = backbone(image.roll((4, 8), (2, 3)))
+    still = backbone(image)
+    # Cells near the borders see what is mirrored or rolled in there.
+    torch.testing.assert_close(moved[:, :, 4:-4, 5:-4], still[:, :, 3:-5, 3:-6])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (56, 72), (50, 33), (16, 16), (3, 5)])
+def test_the_source_has_one_cell_per_finer_stride_at_any_size(size: tuple[int, int]) -> None:
+    source = ShiftAndStitch(averages(16), 2)(torch.randn(1, 3, *size))
+    assert source.shape[-2:] == tuple(-(-side // 8) for side in size)
+
+
+def test_a_constant_image_has_a_constant_source() -> None:
+    source = ShiftAndStitch(averages(14), 2)(torch.full((1, 3, 50, 33), 0.25))
+    torch.testing.assert_close(source, torch.full_like(source, 0.25))
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 4])
+def test_looks_give_the_same_source_however_many_are_one_batch(at_once: int) -> None:
+    backbone, image = convolution(8), torch.randn(2, 3, 40, 24)
+    one = ShiftAndStitch(backbone, 2)(image)
+    torch.testing.assert_close(ShiftAndStitch(backbone, 2, looks_at_once=at_once)(image), one)
+
+
+def test_position_embeddings_follow_images_of_any_size(vit: TimmBackbone) -> None:
+    assert ShiftAndStitch(vit, 2)(torch.randn(1, 3, 72, 104)).shape == (1, 192, 9, 13)
+
+
+def test_a_network_sees_every_look_in_its_own_normalisation() -> None:
+    module = nn.AvgPool2d(8)
+    own = ModuleBackbone(module, feat_dim=3, patch_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    image = torch.full((1, 3, 32, 32), 0.3)
+    torch.testing.assert_close(
+        ShiftAndStitch(own, 2)(image), own(image)[..., :1, :1].expand(1, 3, 8, 8)
+    )
+
+
+def test_gradients_pass_to_the_image_and_to_the_parameters() -> None:
+    backbone = ShiftAndStitch(convolution(4), 2).double()
+    image = torch.randn(1, 3, 8, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(backbone, image)
+    backbone(image).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in backbone.parameters())
+
+
+def test_a_model_with_looks_compiles_and_exports_with_any_size() -> None:
+    stack = JBUStack(num_stages=1, radius=1, key_dim=2)
+    model = UpsampledBackbone(ShiftAndStitch(convolution(4), 2), stack).eval()
+    other = torch.randn(2, 3, 24, 16)
+
+    program = trace(model, torch.randn(1, 3, 16, 20))
+
+    torch.testing.assert_close(program.module()(other), model(other))
+    compiled = torch.compile(model.backbone, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(other), model.backbone(other))
+
+
+def test_a_folded_head_equals_the_head_behind_stitched_features() -> None:
+    model = UpsampledBackbone(ShiftAndStitch(convolution(8), 2), JBUStack(joint_first=True)).eval()
+    head, image = nn.Conv2d(5, 3, 1), torch.randn(1, 3, 48, 32)
+    torch.testing.assert_close(model.fold_head(head)(image), head(model(image)))
+
+
+@pytest.mark.parametrize("per_side", [0, 3])
+def test_looks_that_do_not_divide_the_stride_are_refused(per_side: int) -> None:
+    with pytest.raises(ValueError, match=r"must divide .* of 8 .*; got .; take one of 1, 2, 4, 8"):
+        ShiftAndStitch(averages(8), per_side)
+
+
+def test_less_than_one_look_at_once_is_refused() -> None:
+    with pytest.raises(ValueError, match="looks_at_once must be at least 1; got 0"):
+        ShiftAndStitch(averages(8), 2, looks_at_once=0)
