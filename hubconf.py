@@ -6,13 +6,16 @@ Every one but ``jbu`` returns an image -> features module in evaluation mode::
     model = torch.hub.load("OWNER/featup_hub", "efficientnet_lite0", trust_repo=True)
     features = model(image)  # (B, 3, H, W) -> (B, C, H, W)
 
-Images are RGB, normalised by ``model.mean`` and ``model.std``, of any size. The arguments:
+Images are RGB, normalised by ``model.mean`` and ``model.std``, of any size. The arguments,
+of which all but the first two are handed to ``featup_hub.load``:
 
     pretrained: False draws random weights in place of loading any.
     use_norm: Whether every position's vector is normalised before upsampling.
     weights: Path of your own weights for the upsampler, or the name of shipped ones: "jbu_sharp"
         where a backbone's own features matter, cell by cell, not what is made of them.
     backbone_weights: Path of your own weights for the backbone, laid out as timm's.
+    looks: Passes of the backbone over shifted images, 1, 4, 9 and so on: more of them make
+        features sharper.
 
 Licences and training data of the weights: ``featup-hub models`` and featup_hub/registry.py.
 """
@@ -23,106 +26,94 @@ from featup_hub.model import load_upsampler as _load_upsampler
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]
 
 
-def _model(name, pretrained, use_norm, weights, backbone_weights):
-    return _load(
-        name,
-        pretrained=pretrained,
-        use_norm=use_norm,
-        weights=weights,
-        backbone_weights=backbone_weights,
-    )
-
-
-def efficientnet_lite0(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def efficientnet_lite0(pretrained=True, use_norm=True, **options):
     """EfficientNet-Lite0, stride 16: shipped, works without a network."""
-    return _model("efficientnet_lite0", pretrained, use_norm, weights, backbone_weights)
+    return _load("efficientnet_lite0", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def efficientnet_lite0_stride32(
-    pretrained=True, use_norm=True, *, weights=None, backbone_weights=None
-):
+def efficientnet_lite0_stride32(pretrained=True, use_norm=True, **options):
     """EfficientNet-Lite0, stride 32: shipped, works without a network."""
-    return _model("efficientnet_lite0_stride32", pretrained, use_norm, weights, backbone_weights)
+    return _load("efficientnet_lite0_stride32", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def vit(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def vit(pretrained=True, use_norm=True, **options):
     """ViT-S/16 trained on ImageNet labels."""
-    return _model("vit", pretrained, use_norm, weights, backbone_weights)
+    return _load("vit", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dino16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dino16(pretrained=True, use_norm=True, **options):
     """DINO ViT-S/16."""
-    return _model("dino16", pretrained, use_norm, weights, backbone_weights)
+    return _load("dino16", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-S/14."""
-    return _model("dinov2", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def clip(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def clip(pretrained=True, use_norm=True, **options):
     """CLIP ViT-B/16, patch tokens in the space of its text embeddings."""
-    return _model("clip", pretrained, use_norm, weights, backbone_weights)
+    return _load("clip", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def maskclip(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def maskclip(pretrained=True, use_norm=True, **options):
     """MaskCLIP: CLIP ViT-B/16, values of the last block in the space of text embeddings."""
-    return _model("maskclip", pretrained, use_norm, weights, backbone_weights)
+    return _load("maskclip", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def resnet50(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def resnet50(pretrained=True, use_norm=True, **options):
     """ResNet-50 trained on ImageNet labels."""
-    return _model("resnet50", pretrained, use_norm, weights, backbone_weights)
+    return _load("resnet50", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2_vitb14(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2_vitb14(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-B/14."""
-    return _model("dinov2_vitb14", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2_vitb14", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2_vitl14(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2_vitl14(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-L/14."""
-    return _model("dinov2_vitl14", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2_vitl14", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2_vitg14(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2_vitg14(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-g/14."""
-    return _model("dinov2_vitg14", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2_vitg14", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2_vits14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2_vits14_reg(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-S/14 with registers."""
-    return _model("dinov2_vits14_reg", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2_vits14_reg", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2_vitb14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2_vitb14_reg(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-B/14 with registers."""
-    return _model("dinov2_vitb14_reg", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2_vitb14_reg", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2_vitl14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2_vitl14_reg(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-L/14 with registers."""
-    return _model("dinov2_vitl14_reg", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2_vitl14_reg", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov2_vitg14_reg(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov2_vitg14_reg(pretrained=True, use_norm=True, **options):
     """DINOv2 ViT-g/14 with registers."""
-    return _model("dinov2_vitg14_reg", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov2_vitg14_reg", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov3_vits16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov3_vits16(pretrained=True, use_norm=True, **options):
     """DINOv3 ViT-S/16. Weights under the DINOv3 License, which is not open source."""
-    return _model("dinov3_vits16", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov3_vits16", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def dinov3_vitb16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def dinov3_vitb16(pretrained=True, use_norm=True, **options):
     """DINOv3 ViT-B/16. Weights under the DINOv3 License, which is not open source."""
-    return _model("dinov3_vitb16", pretrained, use_norm, weights, backbone_weights)
+    return _load("dinov3_vitb16", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def siglip2_vitb16(pretrained=True, use_norm=True, *, weights=None, backbone_weights=None):
+def siglip2_vitb16(pretrained=True, use_norm=True, **options):
     """SigLIP 2 ViT-B/16."""
-    return _model("siglip2_vitb16", pretrained, use_norm, weights, backbone_weights)
+    return _load("siglip2_vitb16", pretrained=pretrained, use_norm=use_norm, **options)
 
 
 def jbu(pretrained=True, *, weights=None):

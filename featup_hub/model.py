@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from featup_hub.backbones import (
     ChannelNorm,
     ClipBackbone,
     MaskClipBackbone,
+    ShiftAndStitch,
     TimmBackbone,
     is_timm_model,
     timm_card,
@@ -182,6 +184,7 @@ def load(
     use_norm: bool = True,
     weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
+    looks: int = 1,
 ) -> UpsampledBackbone:
     """Loads a model by its name, on the CPU, in evaluation mode.
 
@@ -196,12 +199,15 @@ def load(
             is shipped: ``jbu_denoise``, the default, or ``jbu_faithful``, which does not
             average cells that look alike.
         backbone_weights: A file of your own for the backbone, laid out as timm's.
+        looks: Passes of the backbone over shifted images, 1, 4, 9 and so on; see
+            :class:`~featup_hub.backbones.ShiftAndStitch`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If there is no such model, or a file is damaged or does not fit.
+        ValueError: If there is no such model, a file is damaged or does not fit, or ``looks`` is
+            no square number or does not fit the backbone's stride.
         FileNotFoundError: If a file of your own does not exist.
         RuntimeError: If a file is nowhere to be had: not shipped, not cached, no connection.
 
@@ -211,6 +217,9 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     row = _card_with_backbone(name)[0]
+    looks_per_side = math.isqrt(max(looks, 0))
+    if looks < 1 or looks_per_side**2 != looks:
+        raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks}")
     with _undisturbed(pretrained):
         # The small file first: what fails should fail before a large download.
         upsampler, norm = _read_upsampler(row.upsampler_file, pretrained, weights)
@@ -226,6 +235,8 @@ def load(
                 "use_norm=True; pass use_norm=False"
             )
         backbone = load_backbone(name, pretrained=pretrained, weights=backbone_weights)
+        if looks > 1:
+            backbone = ShiftAndStitch(backbone, looks_per_side)
         model = UpsampledBackbone(
             backbone, upsampler, norm=ChannelNorm(backbone.feat_dim) if use_norm else None
         )

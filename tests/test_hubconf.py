@@ -73,10 +73,10 @@ def test_entry_points_load_the_model_of_their_name(
         assert calls == [((), {"pretrained": False, "weights": "w"})]
         return
     assert list(inspect.signature(entry).parameters)[:2] == ["pretrained", "use_norm"]  # upstream's
-    entry(False, True, weights="w", backbone_weights="b")
+    entry(False, True, weights="w", looks=4)
     entry()
-    given = {"pretrained": False, "use_norm": True, "weights": "w", "backbone_weights": "b"}
-    default = {"pretrained": True, "use_norm": True, "weights": None, "backbone_weights": None}
+    given = {"pretrained": False, "use_norm": True, "weights": "w", "looks": 4}
+    default = {"pretrained": True, "use_norm": True}
     assert calls == [((name,), given), ((name,), default)]
 
 

@@ -301,7 +301,7 @@ def test_a_vit_loads_from_the_hubs_cache_without_a_network(
     shutil.copy(file, snapshot / "model.safetensors")
     code = (
         "import sys, torch, featup_hub\n"
-        "model = featup_hub.load('dinov2', weights=sys.argv[1])\n"
+        "model = load('dinov2', weights=sys.argv[1])\n"
         "torch.save(model.source(torch.linspace(-1, 1, 3 * 56 * 70).view(1, 3, 56, 70)),"
         " sys.argv[2])\n"
     )
@@ -317,3 +317,17 @@ def test_a_vit_loads_from_the_hubs_cache_without_a_network(
     source = torch.load(tmp_path / "source.pt", weights_only=True)
     with torch.no_grad():
         torch.testing.assert_close(source, expected.source(image), atol=1e-4, rtol=1e-4)
+
+
+def test_four_looks_are_a_source_of_half_the_stride() -> None:
+    model = load("efficientnet_lite0", looks=4)
+    image = torch.randn(1, 3, 64, 48)
+    assert model.patch_size == 8
+    assert model.source(image).shape == (1, 112, 8, 6)
+    assert model(image).shape == (1, 112, 64, 48)
+
+
+@pytest.mark.parametrize("looks", [0, -1, 2])
+def test_looks_that_are_no_square_number_are_refused(looks: int) -> None:
+    with pytest.raises(ValueError, match=rf"looks must be a square number, .*; got {looks}"):
+        load("efficientnet_lite0", looks=looks)
