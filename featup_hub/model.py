@@ -320,7 +320,7 @@ def _read_upsampler(
 ) -> tuple[JBUStack, dict[str, Tensor] | None]:
     """Builds an upsampler and returns it with the tensors of the norm that came with it."""
     if not pretrained and path is None:
-        return JBUStack(), None
+        return JBUStack(joint_first=True, unit_sum=True), None
     tensors, norm = split_norm(load_weights(file, path=path))
     upsampler = JBUStack.fitting(tensors)
     load_into(upsampler, tensors, origin=path or file.filename)

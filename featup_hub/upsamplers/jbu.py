@@ -9,7 +9,7 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -18,32 +18,35 @@ from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
 from featup_hub.ops.jbu import _without_autocast, check_floating
-from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
-from featup_hub.upsamplers.kernels import JBUKernels
 from featup_hub.upsamplers.pretrained import Pretrained
-from featup_hub.upsamplers.sizes import stage_sizes
-from featup_hub.upsamplers.stage import JBUStage, pass_stages
+from featup_hub.upsamplers.stage import (
+    JBUKernels,
+    JBUPlan,
+    JBUStage,
+    has_zero_mean,
+    output_size,
+    stage_sizes,
+)
 
-__all__ = ["JBUStack"]
+__all__ = ["FoldedHead", "JBUStack"]
 
-_MOST_STAGES = 16  # of any file, 65,536-fold; what names more is damaged
+_MOST_STAGES = 16  # 65,536-fold; a file that names more is damaged
 
 
 class JBUStack(Pretrained):
     """Upsamples features to the image's resolution by joint bilateral stages.
 
-    With n stages to pass (see :func:`stage_sizes`) the last is always the last of ``up1..upN``:
-    weights belong to a guidance resolution relative to the output. Where fewer are needed the
-    first ones are left out, where more are needed ``up1`` repeats.
+    With n stages to pass (see :func:`stage_sizes`) the last is always the last of ``up1..upN``,
+    because weights belong to a guidance resolution relative to the output. Where fewer are needed
+    the first ones are left out, where more are needed ``up1`` repeats.
 
-    In lower precision: under autocast the way from guidance to kernels stays in float32. Whole
-    modules can be converted, too: with random features and a photograph at 14²→224²
-    ``jbu_universal`` then errs by 0.40 % (``.bfloat16()``) and 0.05 % (``.half()``), root mean
-    square.
+    In lower precision: under autocast kernels are computed in float32. Whole modules can be
+    converted, too: with random features and a photograph at 14²→224² ``jbu_denoise`` then errs by
+    0.40 % (``.bfloat16()``) and 0.05 % (``.half()``), root mean square.
 
-    Training works under ``torch.use_deterministic_algorithms``: with plain PyTorch no operation,
-    forward or backward, is one that it refuses, save with ``impl="reference"`` on a GPU.
+    Training works under ``torch.use_deterministic_algorithms``, save with ``impl="reference"`` on
+    a GPU.
 
     Args:
         feat_dim: Channels of the features. Adds upstream's closing 1×1 convolution,
@@ -57,6 +60,8 @@ class JBUStack(Pretrained):
             channel before the closing convolution.
         joint_first: Whether the first stage passed, and ``up1`` wherever it repeats, has a
             :class:`JointBilateralStage` beside it, which compares pixels with cells.
+        unit_sum: Whether kernels sum to one, in training too, so that constant features stay as
+            they are. Upstream's do not.
 
     Example:
         >>> upsampler = JBUStack().eval()
@@ -75,6 +80,7 @@ class JBUStack(Pretrained):
         radius: int = 3,
         dropout: float = 0.1,
         joint_first: bool = False,
+        unit_sum: bool = False,
     ) -> None:
         super().__init__()
         if num_stages < 1:
@@ -86,9 +92,10 @@ class JBUStack(Pretrained):
         self.radius = radius
         self.dropout = dropout
         self.joint_first = joint_first
+        self.unit_sum = unit_sum
         self.first = JointBilateralStage(guidance_dim, radius) if joint_first else None
         for index in range(num_stages):
-            stage = JBUStage(guidance_dim, key_dim, radius, dropout=dropout)
+            stage = JBUStage(guidance_dim, key_dim, radius, dropout=dropout, unit_sum=unit_sum)
             self.add_module(f"up{index + 1}", stage)
         self.fixup_proj: nn.Sequential | None = None
         if feat_dim is not None:
@@ -97,24 +104,31 @@ class JBUStack(Pretrained):
 
     @classmethod
     def fitting(cls, tensors: Mapping[str, Tensor]) -> JBUStack:
-        """Makes a stack that tensors of a file fit: their stages, their channels.
+        """Makes a stack for the tensors of a file, which tell its stages and channels.
 
         Args:
             tensors: By the names of a ``state_dict``, such as ``up1.range_temp``.
 
         Returns:
             The stack, on the meta device: to be filled by what checks every name and shape. Four
-            stages without a closing convolution where the tensors tell of neither.
+            stages without a closing convolution where the tensors tell of neither. Its kernels sum
+            to one in training where the tensors' do.
         """
         count = 0
         while count < _MOST_STAGES and any(n.startswith(f"up{count + 1}.") for n in tensors):
             count += 1
         closing = tensors.get("fixup_proj.1.weight")
+        corrections = [
+            tensors.get(f"up{index + 1}.fixup_proj.3.{name}")
+            for index in range(count)
+            for name in ("weight", "bias")
+        ]
         with torch.device("meta"):
             return cls(
                 closing.shape[0] if closing is not None and closing.dim() == 4 else None,
                 num_stages=count or 4,
                 joint_first=any(name.startswith("first.") for name in tensors),
+                unit_sum=count > 0 and all(c is not None and has_zero_mean(c) for c in corrections),
             )
 
     def stages(self, count: int) -> list[JBUStage]:
@@ -127,45 +141,49 @@ class JBUStack(Pretrained):
         source: Tensor,
         guidance: Tensor,
         *,
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
         impl: Implementation = "auto",
+        head: nn.Module | None = None,
     ) -> Tensor:
         """Upsamples features under the guidance of their image.
 
         Args:
             source: Features, (B, C, h, w).
             guidance: The image, normalised RGB, (B, 3, H, W).
-            size: Height and width wanted; default: the guidance's own. ``(16h, 16w)`` gives
-                upstream's output.
+            size: Height and width wanted, or the length of the short side; default: the guidance's
+                own. ``(16h, 16w)`` gives upstream's output.
             impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+            head: A linear head to apply, see :meth:`fold_head`.
 
         Returns:
-            Features, (B, C, *size), in channels_last memory format where ``impl`` is fast.
+            Features, (B, C, *size), or the head's outputs; in channels_last memory format where
+            ``impl`` is fast.
 
         Raises:
             ValueError: If the shapes do not fit one another.
             TypeError: If there are integers in place of floating-point values.
         """
-        self._check(source, guidance)
-        first, plan = self._plan(_size(source), guidance, size, impl)
+        self.check(source, guidance)
+        plan = self.plan(guidance, _size(source), size=size, impl=impl)
         if impl == "reference":
-            source = self._pass_first(source, first, impl)
-            del first
-            for stage, pooled in plan:
+            source = self.pass_first(source, plan.first, impl=impl)
+            for stage, pooled in plan.stages:
                 source = stage(source, pooled, impl=impl)
-            return source if self.fixup_proj is None else source + 0.1 * self.fixup_proj(source)
-        source, bias = self._before(source)
-        source = self._pass_first(source, first, impl)
-        del first
+            if self.fixup_proj is not None:
+                source = source + 0.1 * self.fixup_proj(source)
+            return source if head is None else _linear(source, *_matrices(head))
         # A generator, so that only one stage's kernels are alive at a time.
-        return pass_stages(source, (s.kernel(g, impl=impl) for s, g in plan), len(plan), bias, impl)
+        kernels = (stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
+        source, bias = self.before(source, head)
+        source = self.pass_first(source, plan.first, impl=impl)
+        return _pass_stages(source, kernels, len(plan.stages), bias, impl)
 
     def kernels(
         self,
         guidance: Tensor,
         source_size: tuple[int, int],
         *,
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
         impl: Implementation = "auto",
     ) -> JBUKernels:
         """Computes all kernels of an image once, for many feature maps of one size.
@@ -173,15 +191,15 @@ class JBUStack(Pretrained):
         Args:
             guidance: The image, (B, 3, H, W).
             source_size: Height and width of the features to come.
-            size: Height and width wanted; default: the guidance's own.
+            size: As in :meth:`forward`.
             impl: Who computes.
 
         Returns:
             Kernels for :meth:`upsample`.
         """
-        first, plan = self._plan(source_size, guidance, size, impl)
-        kernels = tuple(stage.kernel(pooled, impl=impl) for stage, pooled in plan)
-        return JBUKernels(source_size=source_size, stages=kernels, first=first)
+        plan = self.plan(guidance, source_size, size=size, impl=impl)
+        kernels = tuple(stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
+        return JBUKernels(source_size=source_size, stages=kernels, first=plan.first)
 
     def upsample(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
@@ -201,9 +219,9 @@ class JBUStack(Pretrained):
                 another kind.
         """
         kernels.check(_size(source), joint_first=self.joint_first)
-        source, bias = self._before(source)
-        source = self._pass_first(source, kernels.first, impl)
-        return pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
+        source, bias = self.before(source)
+        source = self.pass_first(source, kernels.first, impl=impl)
+        return _pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
 
     def pyramid(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
@@ -231,7 +249,7 @@ class JBUStack(Pretrained):
             [6, 12, 24, 48, 96]
         """
         kernels.check(_size(source), joint_first=self.joint_first)
-        source, bias = self._before(source)
+        source, bias = self.before(source)
         levels = [source]
         if self.first is not None and kernels.first is not None:
             levels += self.first.levels(source, kernels.first, impl=impl)
@@ -239,64 +257,51 @@ class JBUStack(Pretrained):
             levels.append(jbu_apply(levels[-1], kernel, impl=impl))
         return levels if bias is None else [level + bias[:, None, None] for level in levels]
 
-    def fold_head(self, head: nn.Conv2d) -> FoldedHead:
+    def fold_head(self, head: nn.Module) -> FoldedHead:
         """Joins a linear head behind this upsampler, to be applied at low resolution.
 
-        The stages are linear in the features and treat every channel alike, so a 1×1
-        convolution commutes with them exactly: K classes are upsampled in place of C channels.
+        The stages are linear in the features and treat every channel alike, so a linear head
+        commutes with them exactly: K classes are upsampled in place of C channels.
 
         Args:
-            head: A 1×1 convolution from C features to K outputs.
+            head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d``, from C features to K outputs.
 
         Returns:
             A module (source, guidance) -> (B, K, H, W) that shares this module's and the
             head's parameters.
+
+        Raises:
+            ValueError: If the head is of another kind, or for another number of channels.
+
+        Example:
+            >>> segment = JBUStack().eval().fold_head(nn.Linear(5, 2))
+            >>> segment(torch.randn(1, 5, 2, 3), torch.randn(1, 3, 32, 48)).shape
+            torch.Size([1, 2, 32, 48])
         """
         return FoldedHead(self, head)
 
-    def _before(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Applies the closing convolution, x + 0.1·(Wx + b), where it is cheap: beforehand.
+    def check(self, source: Tensor, guidance: Tensor) -> None:
+        """Refuses what is not features and their image.
 
-        Returns what goes into the stages and the bias that joins behind them.
+        Args:
+            source: Features, (B, C, h, w).
+            guidance: The image, (B, G, H, W).
+
+        Raises:
+            TypeError: If one of them is no tensor.
+            ValueError: If the shapes do not fit this stack or one another.
         """
-        if self.fixup_proj is None:
-            return source, None
-        conv = cast(nn.Conv2d, self.fixup_proj[1])
-        mixed = F.conv2d(self.fixup_proj[0](source), conv.weight)
-        return source + 0.1 * mixed, 0.1 * cast(Tensor, conv.bias)
-
-    def _plan(
-        self,
-        source_size: tuple[int, int],
-        guidance: Tensor,
-        size: tuple[int, int] | None,
-        impl: Implementation,
-    ) -> tuple[JointKernels | None, list[tuple[JBUStage, Tensor]]]:
-        """Returns the kernels of the joint bilateral stage, and the stages to pass behind it.
-
-        These are paired with their guidance, pooled in float32 or better.
-        """
-        check_floating(guidance, "guidance")
-        sizes = stage_sizes(source_size, _size(guidance) if size is None else size)
-        guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
-        with _without_autocast(guidance.device):
-            pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
-            plan = list(zip(self.stages(len(sizes)), pooled, strict=True))
-            if self.first is None or not plan:
-                return None, plan
-            joint = 1 + max(len(plan) - self.num_stages, 0)
-            learned = [stage.kernel(image, impl=impl) for stage, image in plan[:joint]]
-            return self.first.kernels(guidance, source_size, learned), plan[joint:]
-
-    def _pass_first(
-        self, source: Tensor, kernels: JointKernels | None, impl: Implementation
-    ) -> Tensor:
-        """Passes the joint bilateral stage, where there is one and anything to be done."""
-        if self.first is None or kernels is None:
-            return source
-        return cast(Tensor, self.first(source, kernels, impl=impl))
-
-    def _check(self, source: Tensor, guidance: Tensor) -> None:
+        for name, given in (("source", source), ("guidance", guidance)):
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    f"{name} must be a tensor; got {type(given).__name__}; "
+                    "see featup_hub.preprocess for images"
+                )
+        if source.dim() == 3 and guidance.dim() == 4:
+            raise ValueError(
+                f"source must be features, (B, C, h, w); got tokens, {tuple(source.shape)}? Leave "
+                "out class and register tokens, then tokens.transpose(1, 2).unflatten(2, (h, w))"
+            )
         if guidance.dim() != 4 or guidance.shape[1] != self.guidance_dim:
             raise ValueError(
                 f"guidance must be an image, (B, {self.guidance_dim}, H, W); "
@@ -312,6 +317,153 @@ class JBUStack(Pretrained):
                 f"this upsampler was made for {self.feat_dim} channels; got {source.shape[1]}; "
                 "use JBUStack(feat_dim=None), whose stages fit any number"
             )
+
+    def plan(
+        self,
+        guidance: Tensor,
+        source_size: tuple[int, int],
+        *,
+        size: int | tuple[int, int] | None = None,
+        impl: Implementation = "auto",
+    ) -> JBUPlan:
+        """Decides on the stages to pass, and pools the image for each.
+
+        Args:
+            guidance: The image, (B, G, H, W).
+            source_size: Height and width of the features.
+            size: As in :meth:`forward`.
+            impl: Who computes the kernels of the joint bilateral stage.
+
+        Returns:
+            The plan; its guidance is in float32 or better.
+
+        Raises:
+            ValueError: If the output would be smaller than the features.
+            TypeError: If the image's values are integers.
+        """
+        check_floating(guidance, "guidance")
+        size = output_size(guidance, size)
+        sizes = stage_sizes(source_size, size)
+        guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
+        with _without_autocast(guidance.device):
+            pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
+            stages = list(zip(self.stages(len(sizes)), pooled, strict=True))
+            if self.first is None or not stages:
+                return JBUPlan(size=size, first=None, stages=stages)
+            joint = 1 + max(len(stages) - self.num_stages, 0)
+            learned = [stage.kernel(image, impl=impl) for stage, image in stages[:joint]]
+            first = self.first.kernels(guidance, source_size, learned)
+        return JBUPlan(size=size, first=first, stages=stages[joint:])
+
+    def before(self, source: Tensor, head: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+        """Applies the closing convolution, x + 0.1·(Wx + b), and a head where it is cheap.
+
+        Args:
+            source: Features, (B, C, h, w).
+            head: A linear head, see :meth:`fold_head`.
+
+        Returns:
+            What goes into the stages, and the bias to add behind them.
+        """
+        bias: Tensor | None = None
+        if self.fixup_proj is not None:
+            conv = cast(nn.Conv2d, self.fixup_proj[1])
+            source = source + 0.1 * F.conv2d(self.fixup_proj[0](source), conv.weight)
+            bias = 0.1 * cast(Tensor, conv.bias)
+        if head is not None:
+            weight, offset = _matrices(head)
+            source = _linear(source, weight, None)
+            bias = bias if bias is None else weight @ bias
+            bias = bias if offset is None else offset if bias is None else bias + offset
+        return source, bias
+
+    def pass_first(
+        self, source: Tensor, kernels: JointKernels | None, *, impl: Implementation = "auto"
+    ) -> Tensor:
+        """Passes the joint bilateral stage, if there is one and a stage is needed."""
+        if self.first is None or kernels is None:
+            return source
+        return cast(Tensor, self.first(source, kernels, impl=impl))
+
+
+class FoldedHead(nn.Module):
+    """An upsampler and a linear head as one, see :meth:`JBUStack.fold_head`.
+
+    Args:
+        upsampler: The upsampler.
+        head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d`` without groups, stride or padding.
+
+    Raises:
+        ValueError: If the head is of another kind, or for another number of channels.
+    """
+
+    def __init__(self, upsampler: JBUStack, head: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Linear) and not (
+            isinstance(head, nn.Conv2d)
+            and (head.kernel_size, head.groups, head.stride) == ((1, 1), 1, (1, 1))
+            and head.padding in ((0, 0), "valid", "same")
+        ):
+            raise ValueError(
+                "only a linear head commutes with the upsampler: an nn.Linear, or a 1×1 nn.Conv2d "
+                f"without groups, stride or padding; got {head}"
+            )
+        check_channels(head, upsampler.feat_dim)
+        self.upsampler = upsampler
+        self.head = head
+
+    def forward(
+        self,
+        source: Tensor,
+        guidance: Tensor,
+        *,
+        size: int | tuple[int, int] | None = None,
+        impl: Implementation = "auto",
+    ) -> Tensor:
+        """Returns the head's outputs at the size wanted, (B, K, H, W)."""
+        self.upsampler.check(source, guidance)
+        check_channels(self.head, source.shape[1])
+        return cast(Tensor, self.upsampler(source, guidance, size=size, impl=impl, head=self.head))
+
+
+def check_channels(head: nn.Module, channels: int | None) -> None:
+    """Refuses a head for another number of channels.
+
+    Args:
+        head: A linear head.
+        channels: Channels of the features; None if any number will do.
+
+    Raises:
+        ValueError: If the head takes another number.
+    """
+    taken = _matrices(head)[0].shape[1]
+    if channels not in (None, taken):
+        raise ValueError(
+            f"a head for features of {channels} channels is needed; got one that takes {taken}; "
+            f"make it with {channels} inputs"
+        )
+
+
+def _matrices(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Returns the weight, (K, C), and the bias of a linear head."""
+    return cast(Tensor, head.weight).flatten(1), cast("Tensor | None", head.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def _pass_stages(
+    source: Tensor,
+    kernels: Iterable[Tensor],
+    count: int,
+    bias: Tensor | None,
+    impl: Implementation,
+) -> Tensor:
+    """Filters features with the kernels of ``count`` stages; the bias joins in the last one."""
+    for index, kernel in enumerate(kernels, start=1):
+        source = jbu_apply(source, kernel, bias if index == count else None, impl=impl)
+    return source if count or bias is None else source + bias[:, None, None]
 
 
 def _size(x: Tensor) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def upsample_tiled(
     source: Tensor,
     guidance: Tensor,
     *,
-    size: tuple[int, int] | None = None,
+    size: int | tuple[int, int] | None = None,
     out: Tensor | None = None,
     max_bytes: int = 1 << 30,
     impl: Implementation = "auto",
@@ -61,7 +61,7 @@ def upsample_tiled(
         upsampler: The upsampler, in evaluation mode.
         source: Features, (B, C, h, w).
         guidance: The image, normalised RGB, (B, 3, H, W).
-        size: Height and width wanted; default: the guidance's own.
+        size: Height and width wanted, or the length of the short side; default: the guidance's.
         out: Where to write, (B, C, *size), such as ``torch.from_numpy`` of a memory-mapped file;
             default: new memory on the source's device.
         max_bytes: Memory to work with, besides inputs and output, and besides what the joint
@@ -85,13 +85,12 @@ def upsample_tiled(
     """
     if upsampler.training:
         raise ValueError("tiles are for inference; the upsampler is training; call eval()")
-    upsampler._check(source, guidance)
+    upsampler.check(source, guidance)
     with torch.no_grad():
-        first, plan = upsampler._plan((source.shape[2], source.shape[3]), guidance, size, impl)
-        source, bias = upsampler._before(source)
-        source = upsampler._pass_first(source, first, impl)
-        del first
-        height, width = size or (guidance.shape[2], guidance.shape[3])
+        plan = upsampler.plan(guidance, (source.shape[2], source.shape[3]), size=size, impl=impl)
+        source, bias = upsampler.before(source)
+        source = upsampler.pass_first(source, plan.first, impl=impl)
+        height, width = plan.size
         shape = (*source.shape[:2], height, width)
         if out is None:
             out = source.new_empty(shape)
@@ -99,7 +98,7 @@ def upsample_tiled(
             raise ValueError(f"out must have the output's shape, {shape}; got {tuple(out.shape)}")
         side = _side(max_bytes, source.shape[1])
         for sample in range(shape[0]):
-            pooled = [(stage, image[sample : sample + 1]) for stage, image in plan]
+            pooled = [(stage, image[sample : sample + 1]) for stage, image in plan.stages]
             low = source[sample : sample + 1]
             for rows in _slices(height, side):
                 for columns in _slices(width, side):

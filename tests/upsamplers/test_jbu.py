@@ -212,13 +212,29 @@ def test_a_folded_head_is_the_head_behind_the_upsampler(
         nn.Conv2d(4, 4, 1, stride=2),
         nn.Conv2d(4, 4, 1, groups=2),
         nn.Conv2d(4, 4, 1, padding=1),
-        nn.Linear(4, 4),
+        nn.Sequential(nn.Linear(4, 4)),
         nn.ConvTranspose2d(4, 4, 1),
     ],
 )
-def test_only_a_plain_1x1_convolution_can_be_folded(head: nn.Module) -> None:
-    with pytest.raises(ValueError, match="only a 1×1 convolution"):
+def test_only_a_linear_head_can_be_folded(head: nn.Module) -> None:
+    with pytest.raises(ValueError, match="only a linear head commutes"):
         JBUStack().fold_head(head)
+
+
+def test_a_linear_layer_is_folded_as_the_convolution_that_it_is() -> None:
+    stack, head = JBUStack().eval(), nn.Linear(4, 3)
+    source, image = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
+    expected = head(stack(source, image).movedim(1, -1)).movedim(-1, 1)
+    for impl in ("auto", "reference"):
+        torch.testing.assert_close(stack.fold_head(head)(source, image, impl=impl), expected)
+
+
+def test_a_head_for_other_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="features of 8 channels is needed; got one that takes 4"):
+        JBUStack(8).fold_head(nn.Linear(4, 3))
+    head = JBUStack().eval().fold_head(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="features of 8 channels is needed; got one that takes 4"):
+        head(torch.randn(1, 8, 2, 2), torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -243,6 +259,22 @@ def test_integers_are_refused(impl: str) -> None:
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least one image; got \(0, 3, 4, 4\)"):
         JBUStack().eval()(torch.randn(0, 4, 2, 2), torch.randn(0, 3, 32, 32))
+
+
+def test_tokens_and_what_is_no_tensor_are_told_what_to_do() -> None:
+    stack, image = JBUStack(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(
+        ValueError, match=r"\(2, 5, 384\)\? .*transpose\(1, 2\).unflatten\(2, \(h, w"
+    ):
+        stack(torch.randn(2, 5, 384), image)
+    with pytest.raises(TypeError, match=r"guidance must be a tensor; got str; see featup_hub.prep"):
+        stack(torch.randn(2, 5, 4, 4), "photo.jpg")  # type: ignore[arg-type]
+
+
+def test_one_number_is_the_short_side_of_the_output() -> None:
+    stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 3), torch.randn(1, 3, 32, 48)
+    assert stack(source, image, size=20).shape == (1, 4, 20, 30)
+    assert stack.kernels(image, (2, 3), size=20).stages[-1].shape[2:] == (20, 30)
 
 
 def test_swapped_arguments_are_named() -> None:
