@@ -15,7 +15,7 @@ LAYERS = [
     {"weights"},
     {"upsamplers", "backbones"},
     {"model"},
-    {"training", "evaluation", "export"},
+    {"training", "evaluation", "export", "demo"},
     {"cli"},
     {"__main__"},
 ]

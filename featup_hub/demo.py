@@ -1,0 +1,285 @@
+"""A page in the browser that shows which places have similar features, per patch and per pixel.
+
+Click a point of a photograph. The page colours every patch and every pixel by the cosine
+similarity of its features with those of the point, in this photograph and in a second one. The
+other view shows the three main directions of the features as colours. Needs the extra ``[demo]``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.image import preprocess, resize
+from featup_hub.model import UpsampledBackbone, load
+from featup_hub.visualize import fit_pca, pca_rgb
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError(
+        "the demo needs gradio, which is not installed; pip install 'featup_hub[demo]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PhotoFeatures", "build", "compute", "draw_colours", "draw_similarity", "similarity"]
+
+VIEWS = ("similarity", "colours (PCA)")
+UPSAMPLERS = ("jbu_universal", "jbu_sharp")
+_KEPT = 6  # photographs whose features stay in memory: about 100 MB each at 448×448
+_SHADES = {"black": "#10104a", "mid": "#e02040", "white": "#fff080"}  # unlike, between, alike
+
+
+class Point(NamedTuple):
+    """A point that was clicked: in which photograph, and where, as shares of its sides."""
+
+    photo: int
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoFeatures:
+    """A photograph and its features, scaled to length one.
+
+    Attributes:
+        image: The photograph at the size that the backbone saw, RGB.
+        patches: One vector per patch, (h, w, C).
+        pixels: One vector per pixel, (H, W, C).
+    """
+
+    image: Image.Image
+    patches: Tensor
+    pixels: Tensor
+
+
+@torch.inference_mode()
+def compute(model: UpsampledBackbone, photo: Image.Image, size: int) -> PhotoFeatures:
+    """Computes the features of a photograph.
+
+    Args:
+        model: A backbone with its upsampler.
+        photo: The photograph, RGB.
+        size: The short side that the backbone shall see, in pixels, rounded to whole patches.
+
+    Returns:
+        The features.
+    """
+    stride = model.patch_size
+    size = max(round(size / stride), 1) * stride
+    shown = resize(photo, size, multiple_of=stride)
+    image = preprocess(shown, mean=model.mean, std=model.std)
+    source = model.source(image)
+    maps = (source, model.upsampler(source, image))
+    patches, pixels = (F.normalize(m[0].permute(1, 2, 0).contiguous(), dim=-1) for m in maps)
+    return PhotoFeatures(image=shown, patches=patches, pixels=pixels)
+
+
+def similarity(
+    query: PhotoFeatures, point: tuple[float, float], other: PhotoFeatures
+) -> tuple[Tensor, Tensor]:
+    """Compares the features at a point with those at every place of a photograph.
+
+    Args:
+        query: The photograph with the point.
+        point: Its x and y as shares of the width and the height, from 0 to 1.
+        other: The photograph to search, which may be the same.
+
+    Returns:
+        Cosine similarities, from -1 to 1: of every patch with the point's patch, (h, w), and of
+        every pixel with the point's pixel, (H, W).
+    """
+
+    def compare(asked: Tensor, searched: Tensor) -> Tensor:
+        height, width = asked.shape[:2]
+        x, y = min(int(point[0] * width), width - 1), min(int(point[1] * height), height - 1)
+        return searched @ asked[y, x]
+
+    return compare(query.patches, other.patches), compare(query.pixels, other.pixels)
+
+
+def draw_similarity(
+    similarities: Tensor, low: float, image: Image.Image, strength: float
+) -> Image.Image:
+    """Draws similarities over a photograph.
+
+    Args:
+        similarities: Cosine similarities, (h, w).
+        low: The similarity that is drawn darkest; 1 is drawn brightest.
+        image: The photograph.
+        strength: Opacity of the colours, from 0 to 1.
+
+    Returns:
+        An RGB image of the photograph's size.
+    """
+    from PIL import Image, ImageOps
+
+    levels = ((similarities - low) / max(1 - low, 1e-6)).clamp(0, 1)
+    grey = Image.fromarray((levels * 255).round().byte().numpy())
+    return _overlay(ImageOps.colorize(grey, **_SHADES), image, strength)
+
+
+def draw_colours(photos: Sequence[PhotoFeatures], strength: float) -> list[Image.Image]:
+    """Draws the three main directions of the features as red, green and blue.
+
+    Args:
+        photos: Photographs. All share one basis, so equal colours mean similar features.
+        strength: Opacity of the colours, from 0 to 1.
+
+    Returns:
+        Two RGB images for each photograph: of its patches and of its pixels.
+    """
+    from PIL import Image
+
+    maps = [[m.permute(2, 0, 1)[None] for m in (p.patches, p.pixels)] for p in photos]
+    basis = fit_pca(*(patches for patches, _ in maps))
+    pictures = []
+    for photo, pair in zip(photos, maps, strict=True):
+        for features in pair:
+            colours = pca_rgb(features, basis)[0].permute(1, 2, 0)
+            picture = Image.fromarray((colours * 255).round().byte().numpy())
+            pictures.append(_overlay(picture, photo.image, strength))
+    return pictures
+
+
+def _overlay(colours: Image.Image, image: Image.Image, strength: float) -> Image.Image:
+    from PIL import Image
+
+    if colours.size != image.size:
+        colours = colours.resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image, colours, strength)
+
+
+def _draw(
+    photos: Sequence[PhotoFeatures | None], view: str, strength: float, point: Point | None
+) -> list[Image.Image | None]:
+    """Draws both pictures of both photographs; None where there is nothing to draw."""
+    from PIL import ImageDraw
+
+    present = [photo for photo in photos if photo is not None]
+    pictures: list[Image.Image | None] = []
+    if view == VIEWS[1]:
+        colours = iter(draw_colours(present, strength) if present else [])
+        for photo in photos:
+            pictures += [None, None] if photo is None else [next(colours), next(colours)]
+        return pictures
+    query = None if point is None else photos[point.photo]
+    if query is None or point is None:
+        return [p and p.image for p in photos for _ in range(2)]
+    # The average place of the photograph is drawn darkest, so that both cells are comparable.
+    lows = [float(m.mean()) for m in similarity(query, point[1:], query)]
+    for photo in photos:
+        if photo is None:
+            pictures += [None, None]
+            continue
+        for similarities, low in zip(similarity(query, point[1:], photo), lows, strict=True):
+            picture = draw_similarity(similarities, low, photo.image, strength)
+            if photo is query:
+                x, y = point.x * picture.width, point.y * picture.height
+                ImageDraw.Draw(picture).circle((x, y), 6, outline="white", width=2)
+            pictures.append(picture)
+    return pictures
+
+
+def build(
+    photos: Sequence[Image.Image],
+    *,
+    model: str,
+    upsampler: str,
+    models: Sequence[str],
+    size: int = 448,
+) -> gr.Blocks:
+    """Builds the page.
+
+    Args:
+        photos: The photographs that it shows first, at most two.
+        model: The name of the model that it uses first.
+        upsampler: The name of the upsampler that it uses first.
+        models: The names to choose from; others can be typed.
+        size: Short side of the photographs as the backbone sees them, in pixels.
+
+    Returns:
+        The page. Its method ``launch()`` serves it.
+    """
+    opened = functools.lru_cache(maxsize=2)(_open)
+
+    @functools.lru_cache(maxsize=_KEPT)
+    def computed(
+        model: str, upsampler: str, pixels: bytes, shape: tuple[int, int]
+    ) -> PhotoFeatures:
+        from PIL import Image
+
+        return compute(opened(model, upsampler), Image.frombytes("RGB", shape, pixels), size)
+
+    def show(*values: Any) -> list[Image.Image | None]:
+        first, second, view, strength, model, upsampler, point = values
+        try:
+            features = [
+                photo and computed(model, upsampler, photo.tobytes(), photo.size)
+                for photo in (first, second)
+            ]
+        except (ValueError, RuntimeError, OSError) as error:
+            raise gr.Error(str(error)) from error
+        return _draw(features, view, strength, point)
+
+    def accept(photo: Image.Image | None) -> tuple[Image.Image | None, None]:
+        """Keeps a small copy on the server, so that a click need not decode the upload again."""
+        return photo and resize(photo.convert("RGB"), size), None
+
+    def click(index: int) -> Any:
+        def clicked(photo: Any, event: gr.SelectData) -> Point:
+            x, y = event.index
+            return Point(index, (x + 0.5) / photo.width, (y + 0.5) / photo.height)
+
+        return clicked
+
+    with gr.Blocks(title="featup_hub", analytics_enabled=False) as page:
+        gr.Markdown(
+            "## featup_hub\nClick a point of a photograph. Places with similar features become "
+            "bright: patch by patch, as the backbone sees them, and pixel by pixel, upsampled."
+        )
+        with gr.Row():
+            name = gr.Dropdown(list(models), value=model, label="model", allow_custom_value=True)
+            stages = gr.Dropdown(list(UPSAMPLERS), value=upsampler, label="upsampler")
+            view = gr.Radio(list(VIEWS), value=VIEWS[0], label="view")
+            strength = gr.Slider(0, 1, 0.7, step=0.05, label="overlay strength")
+        kept, inputs, outputs = [], [], []
+        for index, title in enumerate(("photograph", "second photograph")):
+            value = photos[index] if index < len(photos) else None
+            kept.append(gr.State(accept(value)[0]))
+            with gr.Row():
+                inputs.append(
+                    gr.Image(
+                        value, type="pil", format="png", label=title, elem_id=f"photo{index + 1}"
+                    )
+                )
+                outputs += [
+                    gr.Image(
+                        format="png",
+                        label=f"each {cell}",
+                        interactive=False,
+                        elem_id=f"{cell}{index + 1}",
+                    )
+                    for cell in ("patch", "pixel")
+                ]
+        point = gr.State(None)
+        everything = [*kept, view, strength, name, stages, point]
+        for index, photo in enumerate(inputs):
+            photo.select(click(index), photo, point).then(show, everything, outputs)
+            photo.input(accept, photo, [kept[index], point]).then(show, everything, outputs)
+        for control in (view, strength, name, stages):
+            control.change(show, everything, outputs, show_progress="hidden")
+        page.load(show, everything, outputs)
+    return page
+
+
+def _open(model: str, upsampler: str) -> UpsampledBackbone:
+    return load(model, weights=upsampler)

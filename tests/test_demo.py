@@ -1,0 +1,130 @@
+"""The page that shows which places have similar features."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from featup_hub.model import load
+
+pytest.importorskip("gradio")
+from featup_hub import demo
+
+CHROMIUM = shutil.which("chromium")
+DISC = 56  # radius of the disc, pixels
+PLACES = ((130, 150), (300, 260))  # of its centre in the first and in the second photograph
+
+
+def disc_at(place: tuple[int, int]) -> Image.Image:
+    """A striped yellow disc on a blue ground: what is like the disc is the disc."""
+    image = Image.new("RGB", (448, 448), "#204080")
+    draw = ImageDraw.Draw(image)
+    for x in range(0, 448, 8):
+        draw.line((x, 0, x, 448), fill="#305090")
+    x, y = place
+    draw.ellipse((x - DISC, y - DISC, x + DISC, y + DISC), fill="#f0d020")
+    draw.ellipse((x - 20, y - 20, x + 20, y + 20), outline="#801010", width=6)
+    return image
+
+
+def on_disc(similarities: torch.Tensor, place: tuple[int, int]) -> bool:
+    """Tells whether the highest value of a map of 448×448 pixels lies on the disc."""
+    height, width = similarities.shape
+    peak = int(similarities.argmax())
+    x, y = (peak % width + 0.5) * 448 / width, (peak // width + 0.5) * 448 / height
+    return (x - place[0]) ** 2 + (y - place[1]) ** 2 <= DISC**2
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[demo.PhotoFeatures]:
+    model = load("efficientnet_lite0")
+    return [demo.compute(model, disc_at(place), 448) for place in PLACES]
+
+
+def test_the_most_similar_place_of_another_photograph_is_the_same_thing(
+    photos: list[demo.PhotoFeatures],
+) -> None:
+    point = (PLACES[0][0] / 448, PLACES[0][1] / 448)
+    patches, pixels = demo.similarity(photos[0], point, photos[1])
+    assert patches.shape == (28, 28)
+    assert pixels.shape == (448, 448)
+    assert on_disc(patches, PLACES[1])
+    assert on_disc(pixels, PLACES[1])
+
+
+def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(
+    photos: list[demo.PhotoFeatures],
+) -> None:
+    for x, y in ((0.0, 0.0), (1.0, 1.0), (0.25, 0.6)):
+        patches, pixels = demo.similarity(photos[0], (x, y), photos[0])
+        row, column = (min(int(share * 448), 447) for share in (y, x))
+        assert pixels[row, column] == pytest.approx(1, abs=1e-5)
+        assert float(patches.max()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_overlay_goes_from_the_photograph_to_the_colours() -> None:
+    photo = Image.new("RGB", (8, 4), "#336699")
+    similarities = torch.tensor([[0.2, 1.0]])
+    assert demo.draw_similarity(similarities, 0.2, photo, 0.0).tobytes() == photo.tobytes()
+    colours = demo.draw_similarity(similarities, 0.2, photo, 1.0)
+    assert colours.getpixel((0, 0)) == (16, 16, 74)
+    assert colours.getpixel((7, 3)) == (255, 240, 128)
+
+
+def test_equal_features_have_equal_colours_in_both_photographs(
+    photos: list[demo.PhotoFeatures],
+) -> None:
+    pictures = demo.draw_colours([photos[0], photos[0]], 1.0)
+    assert len(pictures) == 4
+    assert pictures[1].tobytes() == pictures[3].tobytes()
+
+
+@pytest.fixture
+def served() -> Iterator[str]:
+    page = demo.build(
+        [disc_at(place) for place in PLACES],
+        model="efficientnet_lite0",
+        upsampler="jbu_universal",
+        models=["efficientnet_lite0"],
+    )
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    yield address
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
+@pytest.mark.filterwarnings("default")
+def test_a_click_in_the_browser_lights_up_the_same_thing_in_the_second_photograph(
+    served: str,
+) -> None:
+    sync_api: Any = pytest.importorskip("playwright.sync_api")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1400, "height": 1300})
+        page.set_default_timeout(120_000)
+        page.goto(served)
+        before = page.locator("#pixel2 img").get_attribute("src")
+        page.get_by_label("number input for overlay strength").fill("1")
+        page.keyboard.press("Enter")
+        box = page.locator("#photo1 img").bounding_box()
+        x, y = (place / 448 for place in PLACES[0])
+        page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        page.wait_for_function(
+            "old => document.querySelector('#pixel2 img').src != old", arg=before
+        )
+        page.wait_for_timeout(1000)
+        after = page.locator("#pixel2 img").get_attribute("src")
+        drawn = Image.open(io.BytesIO(page.request.get(after).body())).convert("RGB")
+        browser.close()
+    assert drawn.size == (448, 448)
+    shades = torch.tensor(list(drawn.getdata())).view(448, 448, 3)
+    assert on_disc(shades[..., 1].float(), PLACES[1])  # green grows with the similarity
+    assert int(shades[..., 1].min()) < 60, "nothing is dark: the picture shows no contrast"
