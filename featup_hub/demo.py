@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["PhotoFeatures", "build", "compute", "draw_colours", "draw_similarity", "similarity"]
 
 VIEWS = ("similarity", "colours (PCA)")
-UPSAMPLERS = ("jbu_universal", "jbu_sharp")
+UPSAMPLERS = ("jbu_denoise", "jbu_faithful")
 _KEPT = 6  # photographs whose features stay in memory: about 100 MB each at 448×448
-_SHADES = {"black": "#10104a", "mid": "#e02040", "white": "#fff080"}  # unlike, between, alike
+_SHADES = ("#10104a", "#fff080", "#e02040")  # unlike, alike, between
 
 
 class Point(NamedTuple):
@@ -124,7 +124,7 @@ def draw_similarity(
 
     levels = ((similarities - low) / max(1 - low, 1e-6)).clamp(0, 1)
     grey = Image.fromarray((levels * 255).round().byte().numpy())
-    return _overlay(ImageOps.colorize(grey, **_SHADES), image, strength)
+    return _overlay(ImageOps.colorize(grey, *_SHADES), image, strength)
 
 
 def draw_colours(photos: Sequence[PhotoFeatures], strength: float) -> list[Image.Image]:
@@ -173,7 +173,7 @@ def _draw(
         return pictures
     query = None if point is None else photos[point.photo]
     if query is None or point is None:
-        return [p and p.image for p in photos for _ in range(2)]
+        return [None if p is None else p.image for p in photos for _ in range(2)]
     # The average place of the photograph is drawn darkest, so that both cells are comparable.
     lows = [float(m.mean()) for m in similarity(query, point[1:], query)]
     for photo in photos:

@@ -90,7 +90,7 @@ def served() -> Iterator[str]:
     page = demo.build(
         [disc_at(place) for place in PLACES],
         model="efficientnet_lite0",
-        upsampler="jbu_universal",
+        upsampler="jbu_denoise",
         models=["efficientnet_lite0"],
     )
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
