@@ -15,7 +15,7 @@ import torch
 from benchmarks import gpu, gpu_checks, gpu_report, gpu_session, gpu_timings, gpu_worker
 from benchmarks.gpu_session import Session
 from benchmarks.gpu_timings import Case
-from featup_hub.ops import torch_path
+from featup_hub.ops import torch_backend
 from featup_hub.ops.cuda import backend
 
 SHAPES = {"source": 2, "output": 8, "channels": 4}
@@ -94,29 +94,29 @@ def test_every_run_draws_the_same_weights(session: Session) -> None:
 def test_a_wrong_result_fails_the_parity_check(
     session: Session, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    right = getattr(torch_path, name)
-    monkeypatch.setattr(torch_path, name, lambda *args: right(*args) * (1 + 1e-4))
+    right = getattr(torch_backend, name)
+    monkeypatch.setattr(torch_backend, name, lambda *args: right(*args) * (1 + 1e-4))
     assert not all(row["ok"] for row in gpu_checks.parity(session))
 
 
 def test_an_unwritten_result_fails_the_parity_check(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = torch_path.apply
+    right = torch_backend.apply
 
     def forgets_a_pixel(*args: Any) -> torch.Tensor:
         output = right(*args)
         output[-1, -1, -1, -1] = float("nan")
         return output
 
-    monkeypatch.setattr(torch_path, "apply", forgets_a_pixel)
+    monkeypatch.setattr(torch_backend, "apply", forgets_a_pixel)
     assert not any(row["ok"] for row in gpu_checks.parity(session))
 
 
 def test_a_missing_tap_fails_the_gradient_checks(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = torch_path.apply_backward
+    right = torch_backend.apply_backward
 
     def seven_taps(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         grad_source, grad_kernel = right(*args)
@@ -124,7 +124,7 @@ def test_a_missing_tap_fails_the_gradient_checks(
         grad_kernel[:, missing] = 0
         return grad_source, grad_kernel
 
-    monkeypatch.setattr(torch_path, "apply_backward", seven_taps)
+    monkeypatch.setattr(torch_backend, "apply_backward", seven_taps)
     assert not all(row["ok"] for row in gpu_checks.gradients(session))
     assert not all(row["ok"] for row in gpu_checks.every_tap(session))
 

@@ -1,8 +1,14 @@
-"""What is computed: the joint bilateral upsampler's two operations and their implementations."""
+"""What is computed: the joint bilateral upsampler's operations and their implementations."""
 
 from featup_hub.ops.choice import implementations
-from featup_hub.ops.jbu import Implementation, jbu_apply, jbu_kernel
-from featup_hub.ops.reference import StageWeights, pool_guidance
+from featup_hub.ops.jbu import (
+    Implementation,
+    jbu_apply,
+    jbu_kernel,
+    joint_kernel,
+    pool_guidance,
+)
+from featup_hub.ops.reference import StageWeights
 
 __all__ = [
     "Implementation",
@@ -10,5 +16,6 @@ __all__ = [
     "implementations",
     "jbu_apply",
     "jbu_kernel",
+    "joint_kernel",
     "pool_guidance",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from featup_hub.ops import torch_path
+from featup_hub.ops import torch_backend
 from featup_hub.ops.cuda import backend as cuda
 from featup_hub.ops.cuda.programs import UnavailableError, prepare
 
@@ -78,7 +78,7 @@ def _status(device: torch.device) -> ImplementationStatus:
 
 
 def choose(impl: str, obstacle: Callable[..., str | None], *tensors: Any) -> ModuleType:
-    """Returns the module that computes, one with the four functions of ``torch_path``.
+    """Returns the module that computes, one with the four functions of ``torch_backend``.
 
     Args:
         impl: ``"auto"``, ``"cuda"`` or ``"torch"``.
@@ -86,7 +86,7 @@ def choose(impl: str, obstacle: Callable[..., str | None], *tensors: Any) -> Mod
         tensors: What it is given; the first decides the device.
 
     Returns:
-        The module. ``"auto"`` takes ``torch_path`` where the fused kernels cannot run, and
+        The module. ``"auto"`` takes ``torch_backend`` where the fused kernels cannot run, and
         warns once per reason if that is on a CUDA device.
 
     Raises:
@@ -94,14 +94,14 @@ def choose(impl: str, obstacle: Callable[..., str | None], *tensors: Any) -> Mod
             why.
     """
     if impl == "torch" or (impl == "auto" and tensors[0].device.type != "cuda"):
-        return torch_path
+        return torch_backend
     reason = obstacle(*tensors)
     if reason is None:
         return cuda
     if impl == "cuda":
         raise RuntimeError(f"impl='cuda' was asked for and cannot run: {reason}")
     _warn_once(reason)
-    return torch_path
+    return torch_backend
 
 
 @functools.cache

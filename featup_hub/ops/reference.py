@@ -11,13 +11,21 @@ ICLR 2024 (arXiv 2403.10516), eqs. 4-6; numbers agree with mhamilton723/FeatUp @
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["StageWeights", "jbu_apply", "jbu_kernel", "pool_guidance", "reflect_pad"]
+__all__ = [
+    "StageWeights",
+    "jbu_apply",
+    "jbu_kernel",
+    "joint_kernel",
+    "pool_guidance",
+    "reflect_pad",
+]
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 MIN_SUM = 1e-7
@@ -85,12 +93,21 @@ def reflect_pad(x: Tensor, radius: int) -> Tensor:
 
 
 def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
-    """Does what :func:`reflect_pad` does, on one axis, by indices, of which none is compared."""
+    """Does what :func:`reflect_pad` does on one axis, by indices that fit symbolic sizes."""
     last = x.shape[axis] - 1
     place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
     for _ in range(radius):  # as often as the shortest map demands
         place = last - (last - place.abs()).abs()
     return x.index_select(axis, place.abs().clamp(max=last))
+
+
+def _tap_rows(x: Tensor, radius: int) -> Iterator[Tensor]:
+    """Yields the D rows of taps: of each row the D neighbours of every pixel, (B, C, D, H, W)."""
+    height, width = x.shape[-2:]
+    padded, diameter = reflect_pad(x, radius), 2 * radius + 1
+    wide = torch.stack([padded[..., dx : dx + width] for dx in range(diameter)], dim=2)
+    for dy in range(diameter):
+        yield wide[:, :, :, dy : dy + height]
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -106,14 +123,6 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         The pooled image, (B, C, *size).
-    """
-    return image if tuple(image.shape[-2:]) == tuple(size) else pool_any_guidance(image, size)
-
-
-def pool_any_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Does what :func:`pool_guidance` does, without asking whether there is anything to do.
-
-    The question would bind a program with symbolic sizes to the answer of its example.
     """
     rows = _pooling_matrix(image.shape[-2], size[0], image)
     columns = _pooling_matrix(image.shape[-1], size[1], image)
@@ -156,23 +165,14 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
     Returns:
         Kernels, (B, D², H, W), taps row-major: t = D·dy + dx.
     """
-    height, width = guidance.shape[-2:]
-    diameter, radius = weights.diameter, weights.radius
     w = weights
 
     hidden = F.gelu(F.conv2d(guidance, w.range_w0[:, :, None, None], w.range_b0))
     projection = F.conv2d(hidden, w.range_w1[:, :, None, None], w.range_b1)
-    padded = reflect_pad(projection, radius)
-    logits = torch.stack(
-        [
-            (padded[:, :, dy : dy + height, dx : dx + width] * projection).sum(1)
-            for dy in range(diameter)
-            for dx in range(diameter)
-        ],
-        dim=1,
-    )  # (B, D², H, W)
+    neighbours = _tap_rows(projection, w.radius)
+    logits = torch.cat([(row * projection[:, :, None]).sum(1) for row in neighbours], dim=1)
     temperature = w.range_temp.exp().clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
-    spatial = spatial_logits(w.sigma_spatial, diameter).exp()
+    spatial = spatial_logits(w.sigma_spatial, w.diameter).exp()
     kernel = F.softmax(temperature * logits, dim=1) * spatial[:, None, None]
     kernel = kernel / kernel.sum(1, keepdim=True).clamp(min=MIN_SUM)
 
@@ -180,6 +180,24 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
     hidden = F.gelu(F.conv2d(features, w.fixup_w0[:, :, None, None], w.fixup_b0))
     correction = F.conv2d(hidden, w.fixup_w1[:, :, None, None], w.fixup_b1)
     return kernel + FIXUP_SCALE * correction
+
+
+def joint_kernel(query: Tensor, key: Tensor, radius: int) -> Tensor:
+    r"""Weights the neighbours of every place by how near their keys are to the place's query.
+
+    .. math:: k_t(u) = \operatorname{softmax}_t(-|q(u) - \mathrm{pad}(key)(u + t)|^2 / 2)
+
+    Args:
+        query: What a place asks for, (B, E, H, W).
+        key: What its neighbours have, (B, E, H, W), reflect-padded.
+        radius: Reach of the kernels.
+
+    Returns:
+        Kernels, (B, D², H, W), taps row-major; they sum to one.
+    """
+    rows = _tap_rows(key, radius)
+    logits = [-0.5 * (query[:, :, None] - row).square().sum(1) for row in rows]
+    return torch.cat(logits, dim=1).softmax(1)
 
 
 def jbu_apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -203,8 +221,8 @@ def jbu_apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Ten
     resized = F.interpolate(source, (height, width), mode="bicubic", align_corners=False)
     padded = reflect_pad(resized, diameter // 2)
     output = torch.zeros_like(resized)
-    for tap in range(diameter * diameter):
-        dy, dx = divmod(tap, diameter)
-        window = padded[:, :, dy : dy + height, dx : dx + width]
-        output.addcmul_(kernel[:, tap : tap + 1], window)
+    for dy, taps in enumerate(kernel.split(diameter, dim=1)):
+        rows = padded[:, :, dy : dy + height]
+        for dx, tap in enumerate(taps.split(1, dim=1)):
+            output.addcmul_(tap, rows[..., dx : dx + width])
     return output if bias is None else output + bias[:, None, None]

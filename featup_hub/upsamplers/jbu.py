@@ -352,7 +352,7 @@ class JBUStack(Pretrained):
                 return JBUPlan(size=size, first=None, stages=stages)
             joint = 1 + max(len(stages) - self.num_stages, 0)
             learned = [stage.kernel(image, impl=impl) for stage, image in stages[:joint]]
-            first = self.first.kernels(guidance, source_size, learned)
+            first = self.first.kernels(guidance, source_size, learned, impl=impl)
         return JBUPlan(size=size, first=first, stages=stages[joint:])
 
     def before(self, source: Tensor, head: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:

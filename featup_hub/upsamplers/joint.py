@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featup_hub.ops import Implementation, jbu_apply
-from featup_hub.ops.reference import mirror, pool_any_guidance
+from featup_hub.ops import Implementation, jbu_apply, joint_kernel, pool_guidance
 
 __all__ = ["JointBilateralStage", "JointKernels"]
 
@@ -121,7 +120,12 @@ class JointBilateralStage(nn.Module):
         return (2 / angles.shape[1]) ** 0.5 * angles.cos()
 
     def kernels(
-        self, image: Tensor, source_size: tuple[int, int], learned: Sequence[Tensor]
+        self,
+        image: Tensor,
+        source_size: tuple[int, int],
+        learned: Sequence[Tensor],
+        *,
+        impl: Implementation = "auto",
     ) -> JointKernels:
         """Computes both filters.
 
@@ -130,6 +134,7 @@ class JointBilateralStage(nn.Module):
             source_size: Height and width of the source.
             learned: Kernels of the learned stage in each pass, (B, D², H, W), first to last, at
                 the size of the pass's output.
+            impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
             The kernels; the filters' in the image's precision.
@@ -143,8 +148,8 @@ class JointBilateralStage(nn.Module):
             )
         sizes = [source_size, *((x.shape[2], x.shape[3]) for x in learned)]
         height, width = sizes[-1]
-        pixels = self.embed(pool_any_guidance(image, (_FINER * height, _FINER * width)))
-        looks = [pool_any_guidance(pixels, size) for size in sizes]
+        pixels = self.embed(pool_guidance(image, (_FINER * height, _FINER * width)))
+        looks = [pool_guidance(pixels, size) for size in sizes]
 
         def key(level: int, near: Tensor, alike: Tensor) -> Tensor:
             """Returns a level's places and looks, such that differences are exponents' roots."""
@@ -153,14 +158,16 @@ class JointBilateralStage(nn.Module):
 
         cells = key(0, self.smoothing_spatial, self.smoothing_range)
         upsampling = [
-            _kernel(
+            joint_kernel(
                 key(level + 1, self.spatial, self.range),
                 _repeat(key(level, self.spatial, self.range), sizes[level + 1]),
                 self.radius,
+                impl=impl,
             )
             for level, _ in enumerate(learned)
         ]
-        return JointKernels(_kernel(cells, cells, self.radius), tuple(upsampling), tuple(learned))
+        smoothing = joint_kernel(cells, cells, self.radius, impl=impl)
+        return JointKernels(smoothing, tuple(upsampling), tuple(learned))
 
     def levels(
         self, source: Tensor, kernels: JointKernels, *, impl: Implementation = "auto"
@@ -212,15 +219,3 @@ def _repeat(cells: Tensor, size: tuple[int, int]) -> Tensor:
         pixel = torch.arange(count, device=cells.device)
         cells = cells.index_select(axis, (2 * pixel + 1) * cells.shape[axis] // (2 * count))
     return cells
-
-
-def _kernel(query: Tensor, key: Tensor, radius: int) -> Tensor:
-    """Weights the neighbours of every place by what is asked for and what is there."""
-    height, width = query.shape[-2:]
-    padded = mirror(mirror(key, radius, 2), radius, 3)
-    logits = [
-        -0.5 * (query - padded[:, :, y : y + height, x : x + width]).square().sum(1)
-        for y in range(2 * radius + 1)
-        for x in range(2 * radius + 1)
-    ]
-    return torch.stack(logits, dim=1).softmax(dim=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from featup_hub import ops
-from featup_hub.ops import choice, torch_path
+from featup_hub.ops import choice, torch_backend
 from featup_hub.ops.cuda import backend, cache, nvrtc, programs
 from featup_hub.ops.cuda.driver import CudaDriverError
 from featup_hub.upsamplers import JBUStage
@@ -139,7 +139,7 @@ faults = pytest.mark.parametrize(
 def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word() -> None:
     assert choose("auto") is backend
     assert choose("cuda") is backend
-    assert choose("torch") is torch_path
+    assert choose("torch") is torch_backend
 
 
 @faults
@@ -149,7 +149,7 @@ def test_auto_takes_the_torch_path_with_one_warning_that_names_reason_and_remedy
     break_it(monkeypatch)
     with pytest.warns(UserWarning, match=f"without the fused CUDA kernels: .*{words}") as caught:
         chosen = [choose("auto") for _ in range(3)]
-    assert chosen == [torch_path] * 3
+    assert chosen == [torch_backend] * 3
     assert len(caught) == 1
 
 
@@ -195,7 +195,7 @@ def test_a_newer_minor_version_runs_code_for_an_older_one(device: int, code: int
 def test_tensors_on_the_cpu_take_the_torch_path_silently_unless_cuda_is_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose("auto", torch.zeros(1, 8, 4, 4)) is torch_path
+        assert choose("auto", torch.zeros(1, 8, 4, 4)) is torch_backend
     with pytest.raises(RuntimeError, match="need tensors on a CUDA device; got cpu; move them"):
         choose("cuda", torch.zeros(1, 8, 4, 4))
 
@@ -212,7 +212,7 @@ UNSUPPORTED = {
 def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_path(case: str) -> None:
     tensors, words = UNSUPPORTED[case]
     with pytest.warns(UserWarning, match=words):
-        assert choose("auto", *tensors) is torch_path
+        assert choose("auto", *tensors) is torch_backend
     with pytest.raises(RuntimeError, match=words):
         choose("cuda", *tensors)
 
@@ -222,7 +222,7 @@ def test_stages_of_another_make_are_left_to_the_torch_path(stage: JBUStage) -> N
     guidance = Tensor(1, stage.range_proj[0].in_channels, 8, 8)
     with pytest.warns(UserWarning, match="made for 7×7 taps, 32 key channels and at most 14"):
         chosen = choice.choose("auto", backend.kernel_unsupported_reason, guidance, stage.weights())
-    assert chosen is torch_path
+    assert chosen is torch_backend
 
 
 def test_an_unwritable_cache_is_no_obstacle(

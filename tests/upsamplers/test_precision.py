@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featup_hub.image import preprocess, read_image
 from featup_hub.model import load_upsampler
-from featup_hub.ops import torch_path
+from featup_hub.ops import torch_backend
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.upsamplers import JBUStack, JBUStage
 from tests.determinism import REFUSED, Recorder
@@ -91,10 +91,10 @@ def record(stage: JBUStage, source: Tensor, guidance: Tensor) -> set[str]:
     """Runs the plain PyTorch implementation, forward and backward, and tells what it called."""
     weights = type(stage.weights())(*(w.detach() for w in stage.weights()))
     with Recorder() as recorder:
-        kernel = torch_path.kernel(guidance, weights)
-        output = torch_path.apply(source, kernel, None)
-        _, grad = torch_path.apply_backward(output, source, kernel, True, True)
-        torch_path.kernel_backward(grad, guidance, weights)
+        kernel = torch_backend.kernel(guidance, weights)
+        output = torch_backend.apply(source, kernel, None)
+        _, grad = torch_backend.apply_backward(output, source, kernel, True, True)
+        torch_backend.kernel_backward(grad, guidance, weights)
     return recorder.names
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.ops import torch_path
+from featup_hub.ops import torch_backend
 from featup_hub.ops.cuda import backend, programs
 from featup_hub.ops.cuda.cache import Cubin
 from featup_hub.ops.cuda.driver import Function, Signature
@@ -191,7 +191,7 @@ def test_backward_results_look_like_the_torch_paths(
     source, kernel = torch.randn(2, 5, *size).to(dtype), torch.randn(2, 49, 6, 8)
     grad = torch.randn(2, 5, 6, 8).to(dtype)
     found = backend.apply_backward(grad, source, kernel, *needs)
-    expected = torch_path.apply_backward(grad, source, kernel, *needs)
+    expected = torch_backend.apply_backward(grad, source, kernel, *needs)
     for a, b in zip(found, expected, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
     names = {launch.name.split("_x")[0] for launch in recorder.launches}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featup_hub.ops import folded, jbu_apply, jbu_kernel, predict, reference, torch_path
+from featup_hub.ops import folded, jbu_apply, jbu_kernel, prediction, reference, torch_backend
 from featup_hub.ops.reference import StageWeights
 from featup_hub.upsamplers import JBUStage
 from tests.ops.formulations import UPSTREAM_TAPS, randomise, stage_apply
@@ -70,19 +70,19 @@ def test_results_do_not_depend_on_where_bands_end(monkeypatch: pytest.MonkeyPatc
     def run() -> list[torch.Tensor]:
         with torch.no_grad():
             weights = StageWeights(*stage.weights())
-            kernel = torch_path.kernel(guidance, weights)
-            grad_guidance, gradients = torch_path.kernel_backward(kernel, guidance, weights)
+            kernel = torch_backend.kernel(guidance, weights)
+            grad_guidance, gradients = torch_backend.kernel_backward(kernel, guidance, weights)
             return [
                 kernel,
                 grad_guidance,
                 *gradients,
-                torch_path.apply(source, kernel, None),
-                *torch_path.apply_backward(upstream, source, kernel, True, True),
+                torch_backend.apply(source, kernel, None),
+                *torch_backend.apply_backward(upstream, source, kernel, True, True),
             ]
 
     whole = run()
     monkeypatch.setattr(folded, "BAND_ELEMENTS", 1)
-    monkeypatch.setattr(predict, "BAND_ELEMENTS", 1)
+    monkeypatch.setattr(prediction, "BAND_ELEMENTS", 1)
     for banded, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(banded, expected, rtol=1e-11, atol=1e-11)
 
@@ -165,10 +165,10 @@ def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> N
     guidance = torch.randn(1, 3, 96, 96)
     with Largest() as seen:
         weights = StageWeights(*(w.detach() for w in stage.weights()))
-        kernel = torch_path.kernel(guidance, weights)
-        output = torch_path.apply(source.detach(), kernel, None)
-        torch_path.apply_backward(output, source.detach(), kernel, True, True)
-        torch_path.kernel_backward(kernel, guidance, weights)
+        kernel = torch_backend.kernel(guidance, weights)
+        output = torch_backend.apply(source.detach(), kernel, None)
+        torch_backend.apply_backward(output, source.detach(), kernel, True, True)
+        torch_backend.kernel_backward(kernel, guidance, weights)
     unfolded_keys = 32 * 49 * 96 * 96
     assert seen.elements <= 1.2 * max(output.numel(), kernel.numel(), folded.BAND_ELEMENTS)
     assert seen.elements < unfolded_keys / 10

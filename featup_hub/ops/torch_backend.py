@@ -1,6 +1,6 @@
 """The ``torch`` implementation: any device, plain PyTorch, forward and written-out backward.
 
-Four functions with the signatures that :mod:`featup_hub.ops.jbu` registers. They take and return
+Functions with the signatures that :mod:`featup_hub.ops.registration` calls. They take and return
 maps as (B, C, H, W), in channels_last memory format, which is how the filters work.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.ops import folded
-from featup_hub.ops.predict import predict, predict_backward
+from featup_hub.ops import folded, reference
+from featup_hub.ops.prediction import predict, predict_backward
 from featup_hub.ops.reference import StageWeights
 from featup_hub.ops.tables import bicubic_matrix
 
-__all__ = ["apply", "apply_backward", "kernel", "kernel_backward"]
+__all__ = ["apply", "apply_backward", "joint_kernel_backward", "kernel", "kernel_backward"]
 
 
 def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
@@ -53,6 +53,23 @@ def apply_backward(
             upstream, _channels_last(scaled), diameter, kernel.dtype
         ).permute(0, 3, 1, 2)
     return grad_source, grad_kernel
+
+
+def joint_kernel_backward(grad: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of query and key of :func:`featup_hub.ops.reference.joint_kernel`.
+
+    With dL the gradient of the logits, dq = Σ dL_t (k_t - q) and, at the other end of each tap,
+    dk = Σ dL_t (q - k): both are filters with dL and their adjoints.
+    """
+    kernel = reference.joint_kernel(query, key, round(grad.shape[1] ** 0.5) // 2)
+    inner = (grad * kernel).sum(1, keepdim=True)
+    grad_logits = _channels_last((grad - inner) * kernel)
+    query, key = _channels_last(query), _channels_last(key)
+    grad_query = folded.apply(key, grad_logits) - query * grad_logits.sum(3, keepdim=True)
+    asked = F.pad(query, (0, 1), value=1)
+    received = folded.source_gradient(asked, grad_logits, (key.shape[1], key.shape[2]))
+    grad_key = received[..., :-1] - key * received[..., -1:]
+    return grad_query.permute(0, 3, 1, 2), grad_key.permute(0, 3, 1, 2)
 
 
 def _to_scale(source: Tensor, kernel: Tensor) -> Tensor:
