@@ -1,22 +1,26 @@
-"""From a file to the tensor that a backbone takes.
+"""From an image file to the tensor that a backbone takes.
 
-What is on disk is read as a person sees it: rotated as EXIF says, 16-bit grayscale scaled to 8
-bits, transparency laid over white, CMYK and palettes converted to RGB. Of an animation or a
-multi-page file the first picture is read. Colour profiles are not applied. A file that cannot be
-decoded to its end is an error, never half a picture.
+Images are read as a person sees them: turned as EXIF says, transparency laid over white, CMYK and
+palettes converted to RGB. Deeper pixels than 8 bits are scaled to 8. Of an animation or a
+multi-page file, the first picture is read. Colour profiles are not applied, as in timm. A file
+that cannot be decoded to its end is an error.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from featup_hub.pixels import decode
+
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 __all__ = ["IMAGE_SUFFIXES", "check_size", "list_images", "preprocess", "read_image", "resize"]
@@ -28,35 +32,57 @@ IMAGE_SUFFIXES = {
 """What the names of images end in, in lower case. Some builds of Pillow cannot read AVIF."""
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Reads an image file as RGB.
+def read_image(
+    image: str | Path | Image.Image | NDArray[Any],
+    *,
+    bands: Sequence[int] | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> Image.Image:
+    """Reads an image as 8-bit RGB.
 
     Args:
-        path: Any format that Pillow decodes.
+        image: A file that Pillow decodes, or a PIL image, or an array (H, W) or (H, W, C). A TIFF
+            that Pillow cannot decode, such as one of 13 bands, is read by tifffile if that is
+            installed.
+        bands: Which three bands are red, green and blue, counted from 1. Needed for images with
+            other bands than those of grey, RGB and CMYK images with or without transparency.
+        value_range: The values that are black and white, such as (0, 4095) for 12 bits; values
+            outside are clipped. Default: all that 8 or 16 bits can hold. Needed for floating-point
+            and signed pixels.
 
     Returns:
         An upright PIL image of mode RGB.
 
     Raises:
         OSError: If there is no such file, or it is a folder or may not be read.
-        ValueError: If the file is not an image, is damaged, or has too many pixels.
+        ValueError: If the file is not an image, is damaged, or has too many pixels; or if
+            ``bands`` or ``value_range`` is needed or does not fit.
+        TypeError: If ``image`` is something else.
+
+    Example:
+        >>> import numpy as np
+        >>> depth = np.array([[0, 2048, 4095]], dtype=np.uint16)
+        >>> read_image(depth, value_range=(0, 4095)).getpixel((1, 0))
+        (128, 128, 128)
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"an image file is needed; {path} is a folder")
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no such file: {path}") from error
-    except OSError as error:
-        raise type(error)(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        return _to_rgb(_decode(file, path), path)
+    from PIL import Image
+
+    pixels = decode(image, as_stored=bands is not None)
+    if bands is not None:
+        pixels = pixels.choose(bands)
+    picture = Image.fromarray(pixels.to_8_bits(value_range)).convert("RGB")
+    if pixels.alpha is None:
+        return picture
+    picture.putalpha(pixels.alpha)
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> None:
     """Raises ValueError unless every side asked for is a positive multiple of the patch size."""
-    for side in size if isinstance(size, tuple) else () if size is None else (size,):
+    for side in () if size is None else size if isinstance(size, (tuple, list)) else (size,):
+        if not isinstance(side, Integral):
+            raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
         if side < 1 or side % multiple_of:
             below = max(side // multiple_of, 1) * multiple_of
             need = "positive" if multiple_of == 1 else f"a positive multiple of {multiple_of}"
@@ -98,7 +124,7 @@ def resize(
 
     check_size(size, multiple_of=multiple_of)
     width, height = image.size
-    if isinstance(size, tuple):
+    if isinstance(size, (tuple, list)):
         new_height, new_width = size
     else:
         scale = 1.0 if size is None else size / min(width, height)
@@ -111,7 +137,7 @@ def resize(
     if (new_height, new_width) == (height, width):
         return image
     box = (0.0, 0.0, float(width), float(height))
-    if isinstance(size, tuple):
+    if isinstance(size, (tuple, list)):
         cover = max(new_height / height, new_width / width)
         # Rounding can make these -1e-14, which Pillow refuses (220×530 to 224×224).
         x = max(0.0, (width - new_width / cover) / 2)
@@ -121,17 +147,17 @@ def resize(
 
 
 def preprocess(
-    image: Image.Image,
+    image: str | Path | Image.Image | NDArray[Any],
     size: int | tuple[int, int] | None = None,
     *,
     mean: Sequence[float],
     std: Sequence[float],
     multiple_of: int = 1,
 ) -> Tensor:
-    """Makes of an image what a backbone takes.
+    """Turns an image into the tensor that a backbone takes.
 
     Args:
-        image: An RGB image, see :func:`read_image`.
+        image: A file, a PIL image or an array; see :func:`read_image`.
         size: Short side, or (H, W), or None for the image's own; see :func:`resize`.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
@@ -141,7 +167,9 @@ def preprocess(
         The normalised image, (1, 3, H, W), float32.
 
     Raises:
-        ValueError: If the image is not RGB, or as :func:`resize`.
+        OSError: As :func:`read_image`.
+        ValueError: As :func:`read_image` and :func:`resize`.
+        TypeError: If ``image`` or ``size`` is something else.
 
     Example:
         >>> from PIL import Image
@@ -151,8 +179,8 @@ def preprocess(
     """
     import numpy as np
 
-    if image.mode != "RGB":
-        raise ValueError(f"an RGB image is needed; got mode {image.mode}; read it by read_image")
+    check_size(size, multiple_of=multiple_of)
+    image = read_image(image)
     pixels = torch.from_numpy(np.array(resize(image, size, multiple_of=multiple_of)))
     values = pixels.permute(2, 0, 1).contiguous().float() / 255
     return ((values - _per_channel(mean)) / _per_channel(std))[None]
@@ -197,63 +225,6 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
             and path.is_file()  # no broken link
         ):
             yield path
-
-
-def _decode(file: BinaryIO, path: Path) -> Image.Image:
-    """Decodes all pixels and turns them upright."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    with warnings.catch_warnings():
-        # Unusual metadata and big pictures (up to twice Pillow's limit) are no concern of ours.
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(file)
-            image.load()
-            return ImageOps.exif_transpose(image)
-        except Image.DecompressionBombError as error:
-            raise ValueError(
-                f"{path} has too many pixels: {error}; if you trust it, make it smaller, or raise "
-                "PIL.Image.MAX_IMAGE_PIXELS"
-            ) from error
-        except UnidentifiedImageError as error:
-            what = "not an image Pillow can read, or its beginning is damaged"
-            what = what if path.stat().st_size else "an empty file"
-            raise ValueError(f"an image file is needed; {path} is {what}") from error
-        except Exception as error:  # what a decoder raises on damaged bytes is not documented
-            raise ValueError(
-                f"{path} is damaged or cut short ({error}); fetch or export it again"
-            ) from error
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    """Converts any mode to RGB without clipping, over white where it is transparent."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise ValueError(
-            f"8 or 16 bits a channel are needed; {path} has floating-point pixels, whose white is "
-            "not defined; save it as an 8-bit or 16-bit image"
-        )
-    if image.mode.startswith("I"):
-        return _scale_16_bits(image, path).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _scale_16_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Maps 0..65535 to 0..255, where Pillow's own conversion clips at 255."""
-    import numpy as np
-    from PIL import Image
-
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            f"8 or 16 bits a channel are needed; {path} has 32-bit pixels from {values.min()} to "
-            f"{values.max()}; save it as an 8-bit or 16-bit image"
-        )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def _nearest(side: float, multiple_of: int) -> int:

@@ -11,7 +11,8 @@ import pytest
 
 LAYERS = [
     {"ops"},
-    {"registry", "image", "visualize", "files"},
+    {"files", "pixels"},
+    {"registry", "image", "visualize"},
     {"weights"},
     {"upsamplers", "backbones"},
     {"model"},

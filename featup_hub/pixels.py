@@ -1,0 +1,241 @@
+"""The values in an image file, of whatever kind and depth, and how they become 8 bits."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+__all__ = ["Pixels", "decode"]
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_IN_FLAGS = "value_range=(LOW, HIGH) in Python, --value-range LOW HIGH on the command line"
+# How Pillow names 16-bit colours, by the order of their bytes, and the opposite order.
+_OTHER_ORDER = {";16B": ";16L", ";16L": ";16B"}
+_OTHER_ORDER[";16N"] = ";16B" if sys.byteorder == "little" else ";16L"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """The values of an image.
+
+    Attributes:
+        name: What the image is called in errors.
+        values: (H, W) or (H, W, bands), of any number type.
+        alpha: Opacity, a picture of mode L; None where all is opaque.
+    """
+
+    name: str
+    values: NDArray[Any]
+    alpha: Image.Image | None = None
+
+    def choose(self, bands: Sequence[int]) -> Pixels:
+        """Takes three bands, counted from 1, as red, green and blue.
+
+        Raises:
+            ValueError: If they are not three, or the image does not have them.
+        """
+        stacked = self.values if self.values.ndim == 3 else self.values[..., None]
+        count = stacked.shape[2]
+        if len(bands) != 3 or not all(1 <= band <= count for band in bands):
+            raise ValueError(
+                f"bands must be three numbers from 1 to {count}, which {self.name} has; "
+                f"got {', '.join(map(str, bands))}"
+            )
+        chosen = stacked[..., [band - 1 for band in bands]]
+        return replace(self, values=chosen, alpha=None)
+
+    def to_8_bits(self, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+        """Scales a range of values to 0..255, (H, W) or (H, W, 3).
+
+        Raises:
+            ValueError: If there are not one or three bands, or the range must be told.
+        """
+        import numpy as np
+
+        values = self.values
+        if values.ndim == 3 and values.shape[2] != 3:
+            raise ValueError(
+                f"three bands are needed; {self.name} has {values.shape[2]}; say which are red, "
+                "green and blue: bands=(4, 3, 2) in Python, --bands 4,3,2 on the command line"
+            )
+        if value_range is None and values.dtype == np.uint8:
+            return values
+        low, high = self._full_range() if value_range is None else value_range
+        if not low < high:
+            raise ValueError(f"value_range needs a low and a higher value; got {low}, {high}")
+        scaled = (values.astype(np.float64).clip(low, high) - low) * (255 / (high - low))
+        if not np.isfinite(scaled).all():
+            raise ValueError(f"pixels must be numbers; {self.name} has NaN, which has no colour")
+        return (scaled + 0.5).astype(np.uint8)
+
+    def _full_range(self) -> tuple[float, float]:
+        """Returns what is black and white in 16 bits; other kinds of pixels do not define it."""
+        low, high = self.values.min(), self.values.max()
+        if self.values.dtype.kind not in "iu" or low < 0 or high > 65535:
+            raise ValueError(
+                f"8 or 16 bits a channel are needed; {self.name} has {self.values.dtype} pixels "
+                f"from {low:g} to {high:g}; say which values are black and white: {_IN_FLAGS}"
+            )
+        if 0 < high < 16384:
+            warnings.warn(
+                f"{self.name} has 16-bit pixels, none above {high}; it is read as nearly black, "
+                f"in {(high + 128) // 257 + 1} of 256 levels; say which values are black and "
+                f"white: {_IN_FLAGS}",
+                stacklevel=4,
+            )
+        return 0, 65535
+
+
+def decode(image: object, *, as_stored: bool = False) -> Pixels:
+    """Reads all values of an image, turned upright as EXIF says.
+
+    Args:
+        image: A path, a PIL image or an array, see :func:`featup_hub.image.read_image`.
+        as_stored: Whether to keep the bands of the file; else they become grey or RGB where the
+            format says how.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return _decode(image, None, "the image", as_stored=as_stored)
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "iuf":
+            raise ValueError(
+                "an array of pixels must be (H, W) or (H, W, bands), of integers or floats; got "
+                f"{image.shape} of {image.dtype}"
+            )
+        if as_stored or image.dtype != np.uint8 or image.shape[2:] not in ((1,), (2,), (4,)):
+            return Pixels(name="the array", values=image)
+        picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+        return _decode(picture, None, "the array", as_stored=False)
+    if not isinstance(image, (str, Path)):
+        raise TypeError(
+            f"an image is a path, a PIL image or a NumPy array; got {type(image).__name__}; "
+            "a tensor needs no reading: normalise it and call the model"
+        )
+    path = Path(image)
+    if path.is_dir():
+        raise IsADirectoryError(f"an image file is needed; {path} is a folder")
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no such file: {path}") from error
+    except OSError as error:
+        raise type(error)(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        try:
+            with _decoder_errors(str(path)):
+                picture = Image.open(file)
+        except Image.UnidentifiedImageError:
+            file.seek(0)
+            head = file.read(4)
+            if head not in _TIFF:
+                what = "not an image Pillow can read, or its beginning is damaged"
+                what = what if head else "an empty file"
+                raise ValueError(f"an image file is needed; {path} is {what}") from None
+            return Pixels(name=str(path), values=_read_tiff(path))
+        return _decode(picture, file, str(path), as_stored=as_stored)
+
+
+def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: bool) -> Pixels:
+    import numpy as np
+    from PIL import ImageOps
+
+    raw = _raw_mode(image)
+    with _decoder_errors(name):
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in {"I", "F"} or upright.mode.startswith("I;"):
+            return Pixels(name=name, values=np.asarray(upright))
+        if not as_stored or upright.mode in {"1", "P", "PA"}:
+            bands = {band.upper() for band in upright.getbands()}
+            clear = "A" in bands or "transparency" in upright.info
+            upright = upright.convert("RGBA" if clear else "RGB")
+        values = np.asarray(upright)
+        if file is not None and raw[-4:] in _OTHER_ORDER and len(raw[:-4]) == values.shape[-1]:
+            values = values.astype(np.uint16) << 8 | _low_bytes(file, raw)
+    if as_stored or upright.mode == "RGB":
+        return Pixels(name=name, values=values)
+    return Pixels(name=name, values=values[..., :3], alpha=upright.getchannel("A"))
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Returns Pillow's name of how pixels lie in the file, such as RGB;16B; "" if unknown."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _low_bytes(file: BinaryIO, raw: str) -> NDArray[np.uint8]:
+    """Returns the low bytes of 16-bit colours, of which Pillow keeps the high ones.
+
+    Pillow takes the first or the second byte by the order it is told: we tell it the opposite.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    file.seek(0)
+    image = Image.open(file)
+    other = raw[:-4] + _OTHER_ORDER[raw[-4:]]
+    image.tile = [
+        tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other)
+        for tile in image.tile
+    ]
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def _read_tiff(path: Path) -> NDArray[Any]:
+    """Reads the first image of a TIFF that Pillow cannot, (H, W, bands)."""
+    try:
+        import tifffile
+    except ImportError:
+        raise ValueError(
+            f"Pillow cannot read {path}, a TIFF of many bands or of an unusual kind; install "
+            'what can: pip install "featup_hub[tiff]"'
+        ) from None
+    import numpy as np
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            values, axes = series.asarray(), series.axes
+    except Exception as error:  # what it raises on damaged bytes is not documented
+        raise ValueError(f"tifffile cannot read {path}, either: {error}") from error
+    bands = [index for index, axis in enumerate(axes) if axis not in "YX"]
+    if len(axes) - len(bands) != 2 or len(bands) > 1:
+        raise ValueError(f"a TIFF of height, width and bands is needed; {path} has axes {axes}")
+    return np.moveaxis(values, bands[0], 2) if bands else values
+
+
+@contextmanager
+def _decoder_errors(name: str) -> Iterator[None]:
+    """Turns whatever Pillow raises on damaged bytes into one error, and ignores its warnings."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Unusual metadata and big pictures (up to twice Pillow's limit) do no harm.
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Image.UnidentifiedImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"{name} has too many pixels: {error}; if you trust it, make it smaller, or raise "
+                "PIL.Image.MAX_IMAGE_PIXELS"
+            ) from error
+        except Exception as error:  # what a decoder raises is not documented
+            raise ValueError(
+                f"{name} is damaged or cut short ({error}); fetch or export it again"
+            ) from error

@@ -1,0 +1,134 @@
+"""Pixels of every depth and number of bands: levels are kept, or the user is told what to do."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featup_hub.image import read_image
+
+RAMP = np.linspace(0, 4095, 512).round().astype(np.uint16).reshape(16, 32)
+LEVELS = np.round(RAMP / 4095 * 255).astype(np.uint8)
+
+
+def deep_png(path: Path, values: np.ndarray) -> Path:
+    """Writes a PNG of 16 bits a channel, which Pillow cannot for colours."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    height, width = values.shape[:2]
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[1 if values.ndim == 2 else values.shape[2]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
+    body = header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def colours(ramp: np.ndarray, opacity: int | None = None) -> np.ndarray:
+    bands = [ramp, ramp[::-1], ramp[:, ::-1]]
+    return np.stack(bands if opacity is None else [*bands, np.full_like(ramp, opacity)], 2)
+
+
+@pytest.mark.parametrize("kind", ["grey", "colour", "transparent"])
+def test_12_bits_in_16_are_warned_of_and_keep_all_levels_with_a_range(
+    tmp_path: Path, kind: str
+) -> None:
+    deep = colours(RAMP, 65535) if kind == "transparent" else colours(RAMP)
+    path = deep_png(tmp_path / "x.png", RAMP if kind == "grey" else deep)
+    with pytest.warns(UserWarning, match=r"none above 4095.*17 of 256.*--value-range LOW HIGH"):
+        read_image(path)
+    found = np.asarray(read_image(path, value_range=(0, 4095)))
+    assert np.array_equal(found, np.stack([LEVELS] * 3, 2) if kind == "grey" else colours(LEVELS))
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_12_bit_colours_of_a_tiff_keep_all_levels(
+    tmp_path: Path, compression: str | None, order: str
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "x.tif"
+    options = {"photometric": "rgb", "compression": compression, "byteorder": order}
+    tifffile.imwrite(path, colours(RAMP), **options)
+    found = np.asarray(read_image(path, value_range=(0, 4095)))
+    assert np.array_equal(found, colours(LEVELS))
+
+
+def test_transparent_16_bit_colours_lie_over_white(tmp_path: Path) -> None:
+    path = deep_png(tmp_path / "x.png", colours(RAMP, 0))
+    assert (np.asarray(read_image(path, value_range=(0, 4095))) == 255).all()
+
+
+def test_16_bit_colours_are_read_without_a_word(tmp_path: Path) -> None:
+    path = deep_png(tmp_path / "x.png", colours(RAMP * 16))
+    assert np.array_equal(
+        np.asarray(read_image(path)), (colours(RAMP.astype(int) * 16) + 128) // 257
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_float_and_signed_pixels_need_a_range(tmp_path: Path, dtype: type) -> None:
+    values = (RAMP.astype(np.int32) - 2048).astype(dtype)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"8 or 16 bits.*from -2048 to 2047.*--value-range"):
+        read_image(tmp_path / "x.tif")
+    found = np.asarray(read_image(tmp_path / "x.tif", value_range=(-2048, 2047)))
+    assert np.array_equal(found[..., 0], LEVELS)
+    clipped = np.asarray(read_image(tmp_path / "x.tif", value_range=(-1, 0)))
+    assert set(clipped.flat) == {0, 255}
+
+
+def test_a_range_must_rise_and_pixels_be_numbers() -> None:
+    with pytest.raises(ValueError, match="a low and a higher value; got 5, 5"):
+        read_image(RAMP, value_range=(5, 5))
+    with pytest.raises(ValueError, match="the array has NaN"):
+        read_image(np.array([[np.nan, 1.0]]), value_range=(0, 1))
+
+
+@pytest.mark.parametrize("planes", [True, False])
+def test_three_of_thirteen_bands_are_chosen(tmp_path: Path, planes: bool) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    stack = np.stack([np.full((8, 9), 100 * band, np.uint16) for band in range(1, 14)])
+    path = tmp_path / "x.tif"
+    if planes:
+        tifffile.imwrite(path, stack, photometric="minisblack", planarconfig="separate")
+    else:
+        stack = stack.transpose(1, 2, 0)
+        tifffile.imwrite(path, stack, photometric="minisblack", planarconfig="contig")
+    with pytest.raises(ValueError, match=r"has 13; say which.*--bands 4,3,2"):
+        read_image(path)
+    found = read_image(path, bands=(4, 3, 13), value_range=(0, 1300))
+    assert found.size == (9, 8)
+    assert found.getpixel((0, 0)) == (78, 59, 255)
+    with pytest.raises(ValueError, match=r"three numbers from 1 to 13, which .* has; got 0, 1, 14"):
+        read_image(path, bands=(0, 1, 14))
+
+
+def test_without_tifffile_the_error_names_what_reads_many_bands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(
+        tmp_path / "x.tif",
+        np.zeros((13, 8, 9), np.uint16),
+        photometric="minisblack",
+        planarconfig="separate",
+    )
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ValueError, match=r'many bands.*pip install "featup_hub\[tiff\]"'):
+        read_image(tmp_path / "x.tif")
+
+
+def test_bands_of_a_picture_are_those_of_the_file(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (10, 20, 30, 40)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", bands=(4, 3, 1)).getpixel((0, 0)) == (40, 30, 10)
+    assert read_image(np.full((4, 4), 7, np.uint8), bands=(1, 1, 1)).getpixel((0, 0)) == (7, 7, 7)
