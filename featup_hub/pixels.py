@@ -105,7 +105,7 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
             format says how.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, Image.Image):
         return _decode(image, None, "the image", as_stored=as_stored)
@@ -137,7 +137,7 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
         try:
             with _decoder_errors(str(path)):
                 picture = Image.open(file)
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             file.seek(0)
             head = file.read(4)
             if head not in _TIFF:
@@ -221,14 +221,14 @@ def _read_tiff(path: Path) -> NDArray[Any]:
 @contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
     """Turns whatever Pillow raises on damaged bytes into one error, and ignores its warnings."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
         # Unusual metadata and big pictures (up to twice Pillow's limit) do no harm.
         warnings.simplefilter("ignore")
         try:
             yield
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise
         except Image.DecompressionBombError as error:
             raise ValueError(
