@@ -69,9 +69,9 @@ def published(path: Path) -> dict[str, Tensor]:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gives every tensor the name it has in timm."""
-    places = [(stage, block) for stage, count in enumerate(REPEATS) for block in range(count)]
+def converted(state: dict[str, Tensor], repeats: tuple[int, ...] = REPEATS) -> dict[str, Tensor]:
+    """Gives every tensor the name it has in timm; ``repeats`` counts the blocks of each stage."""
+    places = [(stage, block) for stage, count in enumerate(repeats) for block in range(count)]
     out = {}
     for name, tensor in state.items():
         if inside := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name):

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 import featup_hub
 from examples.segmentation_head import Bilinear, build, train
-from featup_hub.evaluation.folders import Folder
+from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.layouts import open_data
-from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.report import Row, rows, table, write_csv
-from featup_hub.evaluation.truth import sums_against
+from featup_hub.evaluation.sums import Measurement
 
 
 class Convolutions(nn.Module):
@@ -49,12 +48,12 @@ def network(classes: int, decoder: str) -> nn.Module:
 
 
 @torch.inference_mode()
-def score(trained: nn.Module, name: str, val: Folder, found: Measurement) -> None:
+def score(trained: nn.Module, name: str, val: Dataset, found: Measurement) -> None:
     """Adds a trained network's sums on whole images."""
     for index in range(len(val)):
         sample = val[index].crop(16)
         labels = trained(sample.normalised())[0].argmax(0)
-        found.add(name, sums_against(sample, labels, None, val.classes))
+        found.add(name, sample.sums(labels, None, val.classes))
 
 
 def main() -> None:

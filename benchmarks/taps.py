@@ -22,8 +22,8 @@ from itertools import chain
 from pathlib import Path
 
 from featup_hub.evaluation.config import EvaluationConfig
-from featup_hub.evaluation.protocol import evaluate
 from featup_hub.evaluation.report import Row
+from featup_hub.evaluation.run import evaluate
 from featup_hub.training.jbu import UPSTREAM_TAPS, JBUTrainingConfig, train
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import featup_hub
-from featup_hub.evaluation.folders import Folder
+from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.layouts import open_data
 from featup_hub.evaluation.segmentation import confusion, mean_iou
 
@@ -34,7 +34,7 @@ def build(classes: int, decoder: str = "jbu") -> nn.Module:
     return (model.fold_head(head) if decoder == "jbu" else Bilinear(model, head)).eval()
 
 
-def crops(data: Folder, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def crops(data: Dataset, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws four images, a random square of each, mirrored half of the time."""
     images, labels = [], []
     for index in torch.randint(len(data), (4,), generator=generator).tolist():
@@ -47,7 +47,7 @@ def crops(data: Folder, side: int, generator: torch.Generator) -> tuple[Tensor, 
     return torch.cat(images), torch.cat(labels)
 
 
-def train(network: nn.Module, data: Folder, steps: int, *, side: int = 256, seed: int = 0) -> None:
+def train(network: nn.Module, data: Dataset, steps: int, *, side: int = 256, seed: int = 0) -> None:
     """Trains every parameter; in evaluation mode, so statistics of batches stay as they are."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, weight_decay=0.01)

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.cli.outputs import make_folder
-from featup_hub.cli.terminal import UsageError
-from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.figure import draw
-from featup_hub.evaluation.protocol import check, evaluate
 from featup_hub.evaluation.report import Row, table, write_csv, write_json
+from featup_hub.evaluation.run import evaluate
 
 __all__ = ["add_parser"]
 
@@ -37,23 +35,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    with in_terms_of_flags():
-        config = from_flags(EvaluationConfig, args)
-    candidates = [_open(spec) for spec in config.upsamplers]
-    with in_terms_of_flags():
-        check(config, candidates)
-    if args.out:
-        make_folder(args.out)
     start = time.monotonic()
 
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - start:.0f} s] {line}", file=sys.stderr, flush=True)
 
+    with in_terms_of_flags(EvaluationConfig):
+        config = from_flags(EvaluationConfig, args)
+        results = evaluate(config, progress=progress)
+    if args.out:
+        make_folder(args.out)
     scored: list[Row] = []
-    for rows in evaluate(config, progress=progress):
+    for rows in results:
         print(table(rows), end="\n\n", flush=True)
         scored += rows
-        if args.out:  # after every table, so that a run that is stopped leaves what it found
+        if args.out:  # after every table, so that a run that is stopped keeps its results
             write_json(scored, config, args.out / "results.json")
             write_csv(scored, args.out / "results.csv")
     if args.out:
@@ -61,16 +57,3 @@ def _run(args: argparse.Namespace) -> int:
             draw(scored, args.out / "results.png")
         print(f"wrote results to {args.out}")
     return 0
-
-
-def _open(spec: str) -> Candidate:
-    """Finds an upsampler; what cannot be one is refused in terms of what was typed."""
-    try:
-        return candidate(spec)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"--upsamplers needs a plug-in module:callable that can be imported; got {spec!r} "
-            f"({error}); check its name, and that PYTHONPATH has its folder"
-        ) from error
-    except (TypeError, UnknownUpsamplerError) as error:
-        raise UsageError(f"--upsamplers: {error}") from error

@@ -92,17 +92,22 @@ def from_flags(config: type[T], args: argparse.Namespace) -> T:
 
 
 @contextmanager
-def in_terms_of_flags() -> Iterator[None]:
-    """Turns refusals that begin with the name of a field into those of its flag.
+def in_terms_of_flags(config: type) -> Iterator[None]:
+    """Turns an error that begins with the name of a field into one of its flag.
+
+    Args:
+        config: The dataclass of the fields.
 
     Raises:
-        UsageError: In place of a ValueError.
+        UsageError: In place of such a ValueError.
     """
     try:
         yield
     except ValueError as error:
-        field, _, refusal = str(error).partition(" ")
-        raise UsageError(f"--{field.replace('_', '-')} {refusal}") from error
+        field, _, message = str(error).partition(" ")
+        if field.rstrip(":") not in getattr(config, "__dataclass_fields__", {}):
+            raise
+        raise UsageError(f"--{field.replace('_', '-')} {message}") from error
 
 
 def _options(hint: Any, name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    with in_terms_of_flags():
+    with in_terms_of_flags(JBUTrainingConfig):
         config = from_flags(JBUTrainingConfig, args)
     open_device(config.device)
     make_folder(args.out)

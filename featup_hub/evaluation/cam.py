@@ -1,9 +1,9 @@
 r"""Class activation maps: does an upsampled map show what a classifier looks at?
 
 A classifier that averages its features over the image and applies a linear layer has the map
-:math:`A_c(u) = \langle w_c, F(u) \rangle` for its class c. It is upsampled, cut at zero, scaled
-to [0, 1] and multiplied with the normalised image; the classifier then sees the masked image.
-With Y and O its confidence in c before and after:
+:math:`A_c(u) = \langle w_c, F(u) \rangle` for its class c. The map is upsampled, clamped at zero,
+scaled to [0, 1] and multiplied with the normalised image. The classifier then sees the masked
+image. With Y and O its confidence in c before and after:
 
 * Average Drop: mean of max(0, Y - O) / Y; Average Increase: how often O > Y;
 * Coherency: correlation of the masked image's map with the image's, mapped to [0, 1];
@@ -20,56 +20,48 @@ others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featup_hub.backbones.timm import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
-from featup_hub.evaluation.folders import Folder
-from featup_hub.evaluation.layouts import images_of
-from featup_hub.evaluation.measurement import Measurement
+from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.statistics import Metric
-from featup_hub.image import IMAGE_SUFFIXES, preprocess, read_image
-from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD, WeightFile, card
+from featup_hub.evaluation.sums import Measurement
+from featup_hub.image import list_images, preprocess, read_image
+from featup_hub.model import find_card
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.weights import load
 
-__all__ = [
-    "CAM",
-    "Classifier",
-    "find_classifier",
-    "measure_cam",
-    "open_classifier",
-    "open_network",
-    "open_photos",
-]
+__all__ = ["CAM", "Classifier", "measure_cam", "open_classifier", "open_photos"]
 
 MIN_TERM = 1e-6
 
 
-def measure_cam(config: EvaluationConfig, candidates: Sequence[Candidate]) -> list[Measurement]:
+def measure_cam(
+    config: EvaluationConfig, classifier: Classifier, candidates: Sequence[Candidate]
+) -> list[Measurement]:
     """Measures every upsampler on the photographs of a folder.
 
     Raises:
         ValueError: If there are none.
     """
     photos = open_photos(config)
-    classifier = open_classifier(config.classifier)
     found = Measurement(
         protocol="class activation maps", data=photos.name, backbone=config.classifier
     )
     for path in photos.images:
-        image = read_photo(path)
+        image = preprocess(read_image(path), (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
         for each in candidates:
             found.add(each.name, cam_sums(image, classifier, each))
     return [found]
 
 
-def open_photos(config: EvaluationConfig) -> Folder:
-    """Lists the photographs that are asked for; other files may lie beside them.
+def open_photos(config: EvaluationConfig) -> Dataset:
+    """Lists the photographs; other files may lie beside them.
 
     Raises:
         ValueError: If there are none.
@@ -77,13 +69,13 @@ def open_photos(config: EvaluationConfig) -> Folder:
     place = config.photos
     if place is None or not place.is_dir():
         raise ValueError(f"class activation maps need photos, a folder of photographs; got {place}")
-    photos = tuple(images_of(place))
+    photos = tuple(list_images(place))
     if not photos:
         raise ValueError(
-            f"class activation maps need photographs, {', '.join(sorted(IMAGE_SUFFIXES))}; "
-            f"{place} has none; name the folder in which they lie"
+            f"class activation maps need photographs; {place} has none; "
+            "name the folder in which they lie"
         )
-    return Folder(name=place.name, images=photos).spread(config.photo_images)
+    return Dataset(name=place.name, images=photos).spread(config.photo_images)
 
 
 class Classifier(NamedTuple):
@@ -105,48 +97,42 @@ class Classifier(NamedTuple):
 
 
 def open_classifier(name: str) -> Classifier:
-    """Loads a classifier, see :func:`open_network`."""
-    network = open_network(name)
-    layer = network.classifier
-    return Classifier(network.forward_features, layer.weight, layer.bias)
-
-
-def open_network(name: str) -> Any:
-    """Loads a model of the table with its classifier.
+    """Loads a model with its classifier.
 
     Args:
-        name: A model's name, such as ``efficientnet_lite0``.
+        name: A name that :func:`featup_hub.load` takes, such as ``efficientnet_lite0``.
 
     Returns:
-        The network, one of timm's.
+        The classifier.
 
     Raises:
-        ValueError: If the model's file holds no classifier behind an average of features.
+        ValueError: If the model does not classify by a linear layer of its averaged features.
     """
-    architecture, file = find_classifier(name)
-    network, _ = create(architecture, load(file))
-    return network.eval().requires_grad_(False)
+    row = find_card(name)
+    if row.backbone is None or row.backbone_file is None or row.kind != "timm":
+        raise _no_classifier(name)
+    network, _ = create(row.backbone, load(row.backbone_file))
+    network.eval().requires_grad_(False)
+    layer = network.get_classifier()
+    if not isinstance(layer, nn.Linear):
+        raise _no_classifier(name)
+    classifier = Classifier(network.forward_features, layer.weight, layer.bias)
+    with torch.inference_mode():
+        image = torch.linspace(-2, 2, 3 * 224 * 224).view(1, 3, 224, 224)
+        features = network.forward_features(image)
+        averaged = features.dim() == 4 and features.shape[1] == layer.in_features
+        if not averaged or not torch.allclose(
+            classifier.confidence(features), network(image).softmax(1), atol=1e-4
+        ):
+            raise _no_classifier(name)
+    return classifier
 
 
-def find_classifier(name: str) -> tuple[str, WeightFile]:
-    """Returns what a classifier is called in timm, and what it is loaded from.
-
-    Raises:
-        ValueError: If there is no such model, or its file holds no classifier behind an average
-            of features.
-    """
-    row = card(name)
-    if row.backbone is None or row.backbone_file is None or not row.backbone.startswith("tf_eff"):
-        raise ValueError(
-            "a map of class activations needs a CNN with its classifier, such as "
-            f"efficientnet_lite0; got {name!r}"
-        )
-    return row.backbone, row.backbone_file
-
-
-def read_photo(path: Path, side: int = 224) -> Tensor:
-    """Reads a photograph, its centre cut to a square, normalised, (1, 3, side, side)."""
-    return preprocess(read_image(path), (side, side), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+def _no_classifier(name: str) -> ValueError:
+    return ValueError(
+        "class activation maps need a model that classifies by a linear layer of its averaged "
+        f"features, such as efficientnet_lite0; {name!r} does not; choose another"
+    )
 
 
 @torch.inference_mode()
@@ -190,7 +176,7 @@ def _map(upsampler: Candidate, features: Tensor, image: Tensor, weight: Tensor) 
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Returns Pearson's coefficient of two maps, 0 where one of them is flat."""
+    """Returns Pearson's coefficient of two maps, 0 if one of them is flat."""
     a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
     norm = a.norm() * b.norm()
     return torch.where(norm > MIN_TERM, a @ b / norm.clamp(min=MIN_TERM), 0.0)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +34,7 @@ MIN_SUM = 0.05
 
 
 class UnknownUpsamplerError(ValueError):
-    """Nothing is known by a name, whatever the files hold."""
+    """No upsampler has this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +44,21 @@ class Candidate:
     Attributes:
         name: What tables call it.
         function: (source (B, C, h, w), image (B, 3, H, W), size) -> (B, C, *size).
-        head: Where a linear head W (K, C) may be applied. ``"after"`` holds for everything;
-            ``"before"``, on the source, is exact for what is linear in the source and treats
-            channels alike, and much cheaper; ``"inside"`` is for plug-ins that apply it
-            themselves, ``function(source, image, size, head=W)``, such as attention, linear in
-            its values only. A plug-in states it in an attribute ``head``.
-        identity: Digest of what it computes, so that what it left once may be used again; None
-            where that is unknown.
+        head: Where a linear head W (K, C) may be applied. ``"after"`` is always right.
+            ``"before"``, on the source, is much cheaper, and exact for upsamplers that are linear
+            in the source and treat channels alike. ``"inside"`` is for plug-ins that apply it
+            themselves, ``function(source, image, size, head=W)``, such as attention, which is
+            linear in its values only. A plug-in states it in an attribute ``head``.
+        identity: Digest of what it computes, so that its sums may be kept on disk; None if that
+            is unknown.
+        looks: How many times the backbone looks at an image to give it features.
     """
 
     name: str
     function: Callable[..., Tensor]
     head: Head = "after"
     identity: str | None = None
+    looks: int = 1
 
     def __call__(self, source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Upsamples features, (B, C, h, w) -> (B, C, *size)."""
@@ -67,8 +69,7 @@ class Candidate:
     ) -> Tensor:
         """Upsamples features and applies a linear head, (B, C, h, w) -> (B, K, *size).
 
-        A bias is for the caller to add afterwards, so that kernels that do not sum to one have
-        the effect they have.
+        The caller adds a bias afterwards, so that kernels that do not sum to one show.
         """
         if self.head == "inside":
             return self.function(source, image, size, head=weight)
@@ -87,7 +88,7 @@ def candidate(spec: str) -> Candidate:
         The upsampler.
 
     Raises:
-        UnknownUpsamplerError: If nothing is known by that name.
+        UnknownUpsamplerError: If no upsampler has that name, or a plug-in cannot be imported.
         ValueError: If a file does not hold an upsampler.
         TypeError: If a plug-in cannot be called as an upsampler.
 
@@ -109,7 +110,7 @@ def candidate(spec: str) -> Candidate:
         stem = file if shipped_upsampler(file) else source.stem
         default, part = stem + (f"@{option}" if option else ""), option
     elif attribute and all(part.isidentifier() for part in module.split(".")):
-        function = getattr(importlib.import_module(module), attribute)
+        function = plug_in(rest)
         default = part = attribute
         head = getattr(function, "head", "after")
         _check_call(function, head, spec)
@@ -124,15 +125,31 @@ def candidate(spec: str) -> Candidate:
     return Candidate(name=name or default, function=function, head=head, identity=identity)
 
 
+def plug_in(spec: str) -> Any:
+    """Imports ``module:callable``.
+
+    Raises:
+        UnknownUpsamplerError: If that fails.
+    """
+    module, _, attribute = spec.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownUpsamplerError(
+            f"a plug-in module:callable must be importable; got {spec!r} ({error}); "
+            "check its name, and that PYTHONPATH has its folder"
+        ) from error
+
+
 def _check_call(function: Callable[..., Tensor], head: Head, spec: str) -> None:
-    """Refuses a plug-in whose parameters do not fit, before anything is measured."""
+    """Checks a plug-in's parameters before anything is measured."""
     options = ("head",) if head == "inside" else ()
     needed = f"a plug-in must be a function of ({', '.join(('source', 'image', 'size', *options))})"
     if not callable(function):
         raise TypeError(f"{needed}; {spec!r} is of type {type(function).__name__}")
     try:
         parameters = inspect.signature(function)
-    except ValueError:  # some functions written in C do not tell
+    except ValueError:  # some functions written in C have no signature
         return
     try:
         parameters.bind("source", "image", "size", **dict.fromkeys(options))
@@ -163,6 +180,6 @@ def _unit_sum(kernel: Tensor) -> Tensor:
 
 
 def _stages(path: Path) -> dict[str, Tensor]:
-    """Reads the stages alone: a closing convolution belongs to one backbone."""
+    """Reads the stages without the closing convolution, which belongs to one backbone."""
     tensors = convert_upstream(path).upsampler if path.suffix == ".ckpt" else read(path)
     return {key: value for key, value in tensors.items() if key.startswith(("up", "first."))}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Literal, get_args
 
 __all__ = ["EvaluationConfig", "Protocol", "Reduction"]
 
 Reduction = Literal["point", "area"]
-Protocol = Literal["oracle", "preservation", "transfer", "consistency", "cost", "cam"]
+Protocol = Literal[
+    "oracle", "preservation", "transfer", "consistency", "propagation", "cost", "cam"
+]
 
 _AT_LEAST: Mapping[int, tuple[str, ...]] = {
     0: ("train_images", "transfer_images", "val_images", "photo_images", "max_side"),
@@ -23,41 +26,44 @@ class EvaluationConfig:
     """What a run measures.
 
     Attributes:
-        data: Labelled data, each ``LAYOUT:FOLDER``; layouts are folder, camvid, nyu, voc, ade20k,
-            cityscapes, coco-stuff and nyuv2.
+        data: Labelled data, each ``LAYOUT:FOLDER``; layouts are folder, camvid, ccp, nyu, bsds,
+            davis, voc, ade20k, cityscapes, coco-stuff and nyuv2.
         upsamplers: Each a baseline (nearest, bilinear, bicubic, joint_bilateral), a weights file,
             ``FILE@unit`` (kernels divided by their sum) or a plug-in ``module:callable``;
             ``NAME=`` in front names it in tables.
         backbones: Whose features, each ``NAME`` or ``NAME@FILE``, a model and weights of your own;
             ``LABEL=`` in front names it in tables.
         protocols: What to measure: label oracle, frozen probe (preservation), probe of each
-            upsampler's own features (transfer), multi-view consistency, time and memory (cost),
-            class activation maps (cam).
+            upsampler's own features (transfer), multi-view consistency, propagation of a first
+            frame's mask through videos, time and memory (cost), class activation maps (cam).
+        looks: Numbers of looks of the backbone at an image, 1, 4, 9 …; every upsampler is
+            measured with each of them.
         strides: Cells of the label oracle, pixels.
-        reductions: Ways down of the label oracle.
-        versus: Upsamplers to give paired differences from; the default's may be missing.
+        reductions: Ways to downsample of the label oracle.
+        versus: Upsamplers to give paired differences from; the default ones may be missing.
         train_images: Images a frozen probe is fitted on, evenly spread; 0 for all.
         transfer_images: Images a transfer probe is fitted on, evenly spread; 0 for all.
         val_images: Images scored, evenly spread; 0 for all.
         cost_images: Images on which time and memory are taken.
-        max_side: Longer images are shrunk to this side; 0 leaves all as they are.
+        max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
         probe_steps: Optimiser steps of a segmentation probe.
         pixels: Random pixels of each image that a transfer probe learns from.
         photos: Folder of photographs for class activation maps.
         photo_images: Photographs of it, evenly spread; 0 for all.
-        classifier: Model whose classifier is asked for class activation maps.
-        cache: Folder in which features are kept; without one they are computed every time.
+        classifier: Model with a classifier, for class activation maps.
+        cache: Folder that keeps features and sums, so that a run that was stopped goes on.
         resamples: Bootstrap replicates over images.
-        seed: Decides all that is random.
+        seed: Seed of everything random.
 
     Raises:
-        ValueError: If a number is out of its range, or a protocol or reduction unknown.
+        ValueError: If a number is out of its range, or a protocol or reduction is unknown.
     """
 
     data: tuple[str, ...] = ()
     upsamplers: tuple[str, ...] = ("nearest", "bilinear", "bicubic", "joint_bilateral")
     backbones: tuple[str, ...] = ("efficientnet_lite0",)
     protocols: tuple[Protocol, ...] = ("oracle", "preservation")
+    looks: tuple[int, ...] = (1,)
     strides: tuple[int, ...] = (8, 14, 16, 32)
     reductions: tuple[Reduction, ...] = ("point", "area")
     versus: tuple[str, ...] = ("bilinear", "bicubic")
@@ -83,6 +89,9 @@ class EvaluationConfig:
         if not all(stride >= 1 for stride in self.strides):
             got = ", ".join(map(str, self.strides))
             raise ValueError(f"strides must be at least 1 pixel each; got {got}")
+        if not self.looks or not all(n >= 1 and isqrt(n) ** 2 == n for n in self.looks):
+            got = ", ".join(map(str, self.looks)) or "none"
+            raise ValueError(f"looks must be square numbers, 1, 4, 9 …; got {got}")
         for name, hint in (("protocols", Protocol), ("reductions", Reduction)):
             values, choices = getattr(self, name), get_args(hint)
             if not values or not set(values) <= set(choices):

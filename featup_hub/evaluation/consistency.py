@@ -1,14 +1,14 @@
-r"""Multi-view consistency: do upsampled features explain what the backbone sees in other views?
+r"""Multi-view consistency: do upsampled features explain the backbone's features of other views?
 
-A view is a magnified, perhaps mirrored part of a photograph. Upsampled features go through the
-same transform and are downsampled to the backbone's grid; the error is what is left of the
-backbone's own features of the view:
+A view is a magnified, perhaps mirrored part of a photograph. Upsampled features pass through the
+same transform and are downsampled to the backbone's grid. The error is the share of the variation
+of the backbone's own features of the view that they leave unexplained:
 
 .. math:: \sum |P f(t(x)) - \sigma_\downarrow(t(\uparrow P f(x)))|^2 \,/\, \sum |P f(t(x)) - m|^2
 
 P are random directions of standardised features and m their mean. The downsampler is one blur
-kernel over a cell, fitted by least squares on other photographs, to every upsampler its own best:
-none is favoured by a downsampler that another was trained with.
+kernel over a cell, fitted by least squares on other photographs for each upsampler, so no
+upsampler profits from the downsampler that it was trained with.
 
 Source: the objective of Fu, Hamilton et al., "FeatUp", ICLR 2024, eqs. 1 and 2.
 """
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from featup_hub.backbones import Backbone
 from featup_hub.evaluation.candidates import Candidate
-from featup_hub.evaluation.measurement import Bench, Measurement
+from featup_hub.evaluation.features import Bench, with_looks
 from featup_hub.evaluation.statistics import Metric
+from featup_hub.evaluation.sums import Measurement
 
 __all__ = ["CONSISTENCY", "measure_consistency"]
 
@@ -36,17 +37,17 @@ RIDGE = 1e-4
 
 
 def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
-    """Fits downsamplers on training images and measures on the others, squares of 224 px or so."""
+    """Fits downsamplers on training images and scores the others, all cropped to about 224²."""
     found = bench.measurement("consistency")
     train = bench.train.spread(FIT_IMAGES)
-    stride = bench.backbone.patch_size
+    stride = bench.stride
     side = max(round(SIDE / stride), 1) * stride
     fit, test = (
         [folder[index].square(side) for index in range(len(folder))]
         for folder in (train, bench.val)
     )
     for name, sums in consistency_sums(
-        fit, test, bench.backbone, candidates, seed=bench.config.seed
+        fit, test, bench.source.backbone, candidates, seed=bench.config.seed
     ):
         found.add(name, sums)
     return [found]
@@ -76,7 +77,7 @@ def consistency_sums(
     Args:
         fit: Photographs the downsamplers are fitted on, each normalised, (1, 3, H, W).
         test: Photographs to measure.
-        backbone: What looks at the views.
+        backbone: What encodes images and views.
         candidates: Upsamplers.
         views: Views of each photograph.
         directions: Random directions K in which features are compared.
@@ -92,18 +93,19 @@ def consistency_sums(
     grams = {each.name: torch.zeros(()) for each in candidates}
     moments = {each.name: torch.zeros(()) for each in candidates}
     stride = backbone.patch_size
+    encoders = {looks: with_looks(backbone, looks) for looks in {1, *(c.looks for c in candidates)}}
     for image, plan in zip(fit, plans[: len(fit)], strict=True):
-        source, targets = _look(image, plan, backbone, chosen)
+        sources, targets = _encode(image, plan, encoders, chosen)
         for each in candidates:
-            inputs = _cells(each, source, image, plan, chosen, stride)
+            inputs = _cells(each, sources[each.looks], image, plan, chosen, stride)
             grams[each.name] = grams[each.name] + inputs.t() @ inputs
             moments[each.name] = moments[each.name] + inputs.t() @ targets
     kernels = {name: _solve(grams[name], moments[name]) for name in grams}
     for image, plan in zip(test, plans[len(fit) :], strict=True):
-        source, targets = _look(image, plan, backbone, chosen)
+        sources, targets = _encode(image, plan, encoders, chosen)
         variation = targets - chosen.mean.repeat_interleave(len(targets) // len(chosen.mean))
         for each in candidates:
-            inputs = _cells(each, source, image, plan, chosen, stride)
+            inputs = _cells(each, sources[each.looks], image, plan, chosen, stride)
             error = inputs @ kernels[each.name] - targets
             sums = torch.stack([error.square().sum(), variation.square().sum()])
             yield each.name, {"consistency": sums.double()}
@@ -135,19 +137,22 @@ class _View(NamedTuple):
 def _directions(features: Sequence[Tensor], count: int, generator: torch.Generator) -> Directions:
     cells = torch.cat([each[0].flatten(1) for each in features], dim=1)
     weight = torch.randn(count, cells.shape[0], generator=generator) / cells.shape[0] ** 0.5
-    # A channel that hardly ever moves here, such as a ReLU's, would outweigh all in other images.
+    # A channel that hardly varies here, such as a ReLU's, would dominate in other images.
     deviation = cells.std(1)
     weight = weight / deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12)
     return Directions(weight, weight @ cells.mean(1))
 
 
-def _look(
-    image: Tensor, plan: Sequence[_View], backbone: Backbone, chosen: Directions
-) -> tuple[Tensor, Tensor]:
-    """Returns the image's features, and those of its views along the directions, (K·V·h·w,)."""
-    source = backbone(image)
-    views = backbone(torch.cat([view.apply(image) for view in plan]))
-    return source, torch.einsum("kc,vchw->kvhw", chosen.weight, views).flatten()
+def _encode(
+    image: Tensor, plan: Sequence[_View], encoders: dict[int, Backbone], chosen: Directions
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Returns the image's features by number of looks, and its views' along the directions.
+
+    The latter are (K·V·h·w,).
+    """
+    sources = {looks: encode(image) for looks, encode in encoders.items()}
+    views = encoders[1](torch.cat([view.apply(image) for view in plan]))
+    return sources, torch.einsum("kc,vchw->kvhw", chosen.weight, views).flatten()
 
 
 def _cells(
@@ -158,7 +163,7 @@ def _cells(
     chosen: Directions,
     stride: int,
 ) -> Tensor:
-    """Returns what a downsampler may use of each cell: its taps and the mean, (K·V·h·w, T + 1)."""
+    """Returns the inputs of the downsampler: taps of each cell and the mean, (K·V·h·w, T + 1)."""
     size = (image.shape[-2], image.shape[-1])
     upsampled = upsampler.project(source, image, size, chosen.weight)
     views = torch.cat([view.apply(upsampled) for view in plan]).transpose(0, 1)  # (K, V, H, W)

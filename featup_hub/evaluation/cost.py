@@ -7,15 +7,15 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
-from featup_hub.evaluation.measurement import Bench, Measurement
+from featup_hub.evaluation.features import Bench
 from featup_hub.evaluation.statistics import Metric
+from featup_hub.evaluation.sums import Measurement
 
 __all__ = ["COST", "measure_cost"]
 
@@ -23,40 +23,44 @@ MIB = 2**20
 
 
 def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
-    """Takes turns on a few images, after one that is not counted, the same where it is the only.
+    """Measures upsamplers in turn on a few images, after one image to warm up.
 
     Raises:
-        ValueError: If no image is to be counted.
+        ValueError: If there are no images.
     """
     found = bench.measurement("cost")
-    folder = bench.val.spread(bench.config.cost_images + 1)
-    if not len(folder):
+    dataset = bench.val.spread(bench.config.cost_images + 1)
+    if not len(dataset):
         raise ValueError(f"time and memory need at least one image; {bench.val.name} has none")
-    features = bench.features(folder)
-    turns = chain(features, features) if len(folder) == 1 else features
-    for index, (sample, source) in enumerate(turns):
+    for turn, index in enumerate([0, 0] if len(dataset) == 1 else range(len(dataset))):
+        image = dataset[index].crop(bench.stride).normalised()
         for each in candidates:
-            sums = cost_sums(source, sample.normalised(), each)
-            if index:
+            start = time.process_time()
+            source = bench.source.encode(image, each.looks)
+            sums = cost_sums(source, image, each, encoding=time.process_time() - start)
+            if turn:
                 found.add(each.name, sums)
     return [found]
 
 
 @torch.inference_mode()
-def cost_sums(source: Tensor, image: Tensor, upsampler: Candidate) -> dict[str, Tensor]:
+def cost_sums(
+    source: Tensor, image: Tensor, upsampler: Candidate, *, encoding: float = 0.0
+) -> dict[str, Tensor]:
     """Measures one upsampler on one image, without a head.
 
-    Peak memory counts what is held beyond the inputs, the output included: on a GPU what torch
-    allocated, on Linux the rise of the process's resident memory, elsewhere NaN. Small
-    differences drown in the allocators' habits; megabytes do not.
+    Peak memory includes the output but not the inputs: what torch allocated on a GPU, the growth
+    of the process's resident memory on Linux, NaN elsewhere. It is accurate to about a MiB.
 
     Args:
         source: Features, (1, C, h, w).
         image: Normalised RGB, (1, 3, H, W).
         upsampler: The upsampler.
+        encoding: Seconds of all cores that the backbone took.
 
     Returns:
-        ``cost`` (4,): images, seconds, seconds of all cores together, MiB.
+        ``cost`` (5,): images, seconds, seconds of all cores together, MiB, and the seconds of all
+        cores with the backbone's.
     """
     size = (image.shape[-2], image.shape[-1])
     device = source.device
@@ -68,11 +72,11 @@ def cost_sums(source: Tensor, image: Tensor, upsampler: Candidate) -> dict[str, 
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = (_peak(device) - before) / MIB
     del output
-    return {"cost": torch.tensor([1.0, wall, cpu, peak], dtype=torch.float64)}
+    return {"cost": torch.tensor([1.0, wall, cpu, peak, cpu + encoding], dtype=torch.float64)}
 
 
 def _start_peak(device: torch.device) -> float:
-    """Forgets the peak so far; returns what is held now, bytes."""
+    """Resets the peak; returns what is allocated now, in bytes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -80,7 +84,7 @@ def _start_peak(device: torch.device) -> float:
         return torch.cuda.memory_allocated(device)
     if sys.platform != "linux":
         return float("nan")
-    # Freed memory that the C library keeps would hide what is allocated next.
+    # Freed memory that the C library keeps would hide new allocations.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
     return _status("VmRSS")
@@ -110,4 +114,9 @@ def _mean(name: str, index: int) -> Metric:
     )
 
 
-COST = (_mean("seconds", 1), _mean("CPU seconds", 2), _mean("peak MiB", 3))
+COST = (
+    _mean("seconds", 1),
+    _mean("CPU seconds", 2),
+    _mean("peak MiB", 3),
+    _mean("CPU seconds with backbone", 4),
+)

@@ -1,6 +1,6 @@
 """Depth scores: RMSE, δ < 1.25, absolute relative error, and RMSE along depth edges, per image.
 
-Depth is (H, W) in metres; values that are not positive are missing and take no part.
+Depth is (H, W) in metres; values that are not positive are missing and are ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def depth_edges(depth: Tensor, width: int = 4) -> Tensor:
         width: Reach in pixels on either side, diagonals counting as one.
 
     Returns:
-        The strip without missing pixels, (H, W), bool.
+        The band without missing pixels, (H, W), bool.
     """
     valid = depth > 0
     log = depth.clamp(min=1e-3).log()
@@ -37,8 +37,8 @@ def depth_edges(depth: Tensor, width: int = 4) -> Tensor:
         for start in (0, 1):
             jump.narrow(axis, start, length).logical_or_(step)
     # A marked pixel touches the edge, so it is the first of the ``width`` pixels.
-    strip = F.max_pool2d(jump.float()[None, None], 2 * width - 1, 1, width - 1)[0, 0] > 0
-    return strip & valid
+    band = F.max_pool2d(jump.float()[None, None], 2 * width - 1, 1, width - 1)[0, 0] > 0
+    return band & valid
 
 
 def depth_sums(prediction: Tensor, depth: Tensor, edges: Tensor) -> dict[str, Tensor]:

@@ -1,113 +1,153 @@
-"""Low-resolution features of a folder of images, computed once and kept on disk.
-
-One safetensors file per image, half precision, below a folder named after everything the
-features depend on. Every upsampler sees the same rounded numbers.
-"""
+"""Low-resolution features of a data set: from which backbone, and kept on disk between runs."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
-from types import FunctionType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from featup_hub.backbones import Backbone
-from featup_hub.evaluation.folders import Folder, Sample
+from featup_hub.backbones import Backbone, ShiftAndStitch
+from featup_hub.evaluation.candidates import plug_in
+from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.dataset import Dataset, Sample
+from featup_hub.evaluation.sums import Measurement
 from featup_hub.model import find_card, load_backbone
-from featup_hub.weights import read, write
+from featup_hub.weights import digest, read, write
 from featup_hub.weights.files import existing
 
-__all__ = ["CachedFeatures", "check_backbone", "fingerprint", "open_backbone", "stamp"]
+__all__ = ["Bench", "Source", "check_source", "file_stamp", "open_source"]
 
 
-class CachedFeatures:
-    """Samples of a folder, cropped to a backbone's stride, with their features.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A backbone whose features are measured.
 
-    Args:
-        folder: The images.
-        backbone: What computes them.
-        cache: Folder to keep features in; None computes them every time.
-        mirror: Whether every second image is mirrored.
+    Attributes:
+        name: What tables call it.
+        backbone: The backbone, frozen.
+        identity: Tells its features from those of other backbones and weights, so that they may
+            be kept on disk; None if that is unknown.
     """
 
-    def __init__(
-        self,
-        folder: Folder,
-        backbone: Backbone,
-        *,
-        cache: Path | None = None,
-        mirror: bool = False,
-    ) -> None:
-        self.folder = folder
-        self.backbone = backbone
-        self.stride = backbone.patch_size
-        self.mirror = mirror
-        self.place = None
-        if cache is not None:
-            key = f"stride{self.stride}-{fingerprint(backbone)}"
-            self.place = cache / key / f"{folder.name.replace('/', '-')}-{folder.max_side}"
-            self.place.mkdir(parents=True, exist_ok=True)
+    name: str
+    backbone: Backbone
+    identity: str | None = None
 
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __iter__(self) -> Iterator[tuple[Sample, Tensor]]:
-        """Yields cropped samples and their features, (1, C, h, w).
+    def encode(self, image: Tensor, looks: int = 1) -> Tensor:
+        """Returns the features of an image, stitched from several looks at it if asked for.
 
         Raises:
-            ValueError: If features are too large for half precision.
+            ValueError: If features are too large for half precision, in which they are kept.
         """
-        for index in range(len(self.folder)):
-            sample = self.folder[index].crop(self.stride)
-            name = _file_name(self.folder.images[index])
-            if self.mirror and index % 2:
-                sample, name = sample.mirror(), f"mirrored-{name}"
-            yield sample, self._features(sample, name)
-
-    def _features(self, sample: Sample, name: str) -> Tensor:
-        path = None if self.place is None else self.place / name
-        if path is not None and path.is_file():
-            return read(path)["features"].float()
         with torch.inference_mode():
-            exact = self.backbone(sample.normalised())
+            exact = with_looks(self.backbone, looks)(image)
         features = exact.half()
         if exact.isfinite().all() and not features.isfinite().all():
             raise ValueError(
-                "features must fit half precision, in which every upsampler sees them, at most "
-                f"65504; those of {sample.name!r} reach {float(exact.abs().max()):.6g}; scale them "
+                "features must fit half precision, in which every upsampler gets them, at most "
+                f"65504; those of {self.name!r} reach {float(exact.abs().max()):.6g}; scale them "
                 "down in the backbone, or take normalised ones"
             )
-        if path is not None:
-            write({"features": features}, path)
         return features.float()
 
 
-def open_backbone(spec: str) -> tuple[str, Backbone]:
-    """Loads a backbone.
+def with_looks(backbone: Backbone, looks: int) -> Backbone:
+    """Returns the backbone, looking several times at an image: 1, 4, 9 … looks."""
+    return backbone if looks == 1 else ShiftAndStitch(backbone, isqrt(looks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One source of features on one data set.
+
+    Attributes:
+        source: The source.
+        train: All training images.
+        val: The images to score.
+        config: What to measure.
+    """
+
+    source: Source
+    train: Dataset
+    val: Dataset
+    config: EvaluationConfig
+
+    @property
+    def stride(self) -> int:
+        """The stride of one look, in pixels."""
+        return self.source.backbone.patch_size
+
+    def measurement(self, protocol: str) -> Measurement:
+        """Returns an empty measurement."""
+        return Measurement(
+            protocol=protocol,
+            data=self.val.name,
+            backbone=f"{self.source.name} /{self.stride}",
+            block=self.val.block,
+        )
+
+    def features(
+        self, dataset: Dataset, looks: set[int], *, mirror: bool = False
+    ) -> Iterator[tuple[Sample, dict[int, Tensor]]]:
+        """Yields cropped samples and their features, (1, C, h, w), by the number of looks.
+
+        Args:
+            dataset: The images.
+            looks: Numbers of looks that are needed.
+            mirror: Whether every second image is mirrored.
+        """
+        for index, path in enumerate(dataset.images):
+            sample = dataset[index].crop(self.stride)
+            mirrored = mirror and index % 2 == 1
+            sample = sample.mirror() if mirrored else sample
+            key = f"{file_stamp(path)} {dataset.max_side} {mirrored}"
+            yield sample, {each: self._encode(sample, each, key) for each in looks}
+
+    def _encode(self, sample: Sample, looks: int, key: str) -> Tensor:
+        cache = self.config.cache
+        if cache is None or self.source.identity is None:
+            return self.source.encode(sample.normalised(), looks)
+        whole = hashlib.sha256(f"{self.source.identity} {looks} {key}".encode()).hexdigest()[:24]
+        place = cache / "features" / f"{whole}.safetensors"
+        if not place.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            features = self.source.encode(sample.normalised(), looks)
+            write({"features": features.half()}, place)
+        return read(place)["features"].float()
+
+
+def open_source(spec: str) -> Source:
+    """Loads a backbone as a source of features.
 
     Args:
-        spec: ``NAME`` or ``NAME@FILE`` with a name that :func:`featup_hub.load` takes and weights
-            from a file; ``LABEL=`` in front sets what tables call it.
+        spec: ``NAME`` or ``NAME@FILE``, a name that :func:`featup_hub.load` takes and weights of
+            your own, or a plug-in ``module:callable`` that returns a backbone; ``LABEL=`` in
+            front sets what tables call it.
 
     Returns:
-        Its name in tables, and the backbone, frozen.
+        The source.
     """
     label, name, file = _parts(spec)
-    backbone = load_backbone(name, weights=file)
-    return label, backbone.requires_grad_(False)
+    backbone = plug_in(name)() if ":" in name else load_backbone(name, weights=file)
+    identity = f"{name} {digest(file) if file else 'pretrained'}"
+    return Source(name=label, backbone=backbone.requires_grad_(False), identity=identity)
 
 
-def check_backbone(spec: str) -> None:
-    """Refuses what :func:`open_backbone` could not open, whatever the files hold.
+def check_source(spec: str) -> None:
+    """Checks that :func:`open_source` can open a backbone, without loading it.
 
     Raises:
         ValueError: If there is no such model or file, or the model has no backbone.
     """
     _, name, file = _parts(spec)
-    if find_card(name).backbone is None:
+    if ":" in name:
+        plug_in(name)
+    elif find_card(name).backbone is None:
         raise ValueError(
             f"a model with a backbone is needed; got {name!r}, an upsampler alone; name another"
         )
@@ -119,61 +159,13 @@ def check_backbone(spec: str) -> None:
 
 
 def _parts(spec: str) -> tuple[str, str, str | None]:
-    """Splits ``LABEL=NAME@FILE``; the label is the name where there is none."""
+    """Splits ``LABEL=NAME@FILE``; the label is the name if there is none."""
     label, _, rest = spec.rpartition("=")
     name, _, file = rest.partition("@")
     return label or name, name, file or None
 
 
-def stamp(path: Path) -> tuple[str, int, int]:
-    """Tells a file from all others and from what it was before: its place, size and time."""
+def file_stamp(path: Path) -> str:
+    """Returns what changes when a file does: its place, size and time."""
     status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
-
-
-def _file_name(image: Path) -> str:
-    """Names an image's features; images of one name may lie in several folders."""
-    place = hashlib.sha256(repr(stamp(image)).encode()).hexdigest()[:8]
-    return f"{image.stem}-{place}.safetensors"
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Digests all that decides what a module computes: its parts, their settings, their weights.
-
-    Weights alone do not tell: CLIP and MaskCLIP share them, as do two layers of one network.
-    """
-    digest = hashlib.sha256()
-    for name, part in module.named_modules():
-        kind = type(part)
-        told = f"{name} {kind.__module__}.{kind.__qualname__} {_settings(part)}"
-        digest.update(told.encode())
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:8]
-
-
-def _settings(part: nn.Module) -> list[tuple[str, object]]:
-    """Lists a module's attributes that are plain values, or functions by what they do."""
-    found = []
-    for name, value in sorted(vars(part).items()):
-        # What calls a user's network may be all that tells two layers apart.
-        function = getattr(value, "__func__", value)
-        told = _told(function) if isinstance(function, FunctionType) else value
-        if _is_plain(told):
-            found.append((name, told))
-    return found
-
-
-def _told(function: FunctionType) -> tuple[object, ...]:
-    """Says what a function does: its code, and the plain values that came with it."""
-    code, cells = function.__code__, function.__closure__ or ()
-    values = (*code.co_consts, *(function.__defaults__ or ()), *(c.cell_contents for c in cells))
-    return (code.co_code, code.co_names, tuple(filter(_is_plain, values)))
-
-
-def _is_plain(value: object) -> bool:
-    """Tells whether a value reads the same in every process."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, bytes))
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"

@@ -1,94 +1,164 @@
-"""Labelled data sets as they lie on people's disks.
+"""Data sets as they lie on disk, opened by ``LAYOUT:FOLDER``.
 
-``LAYOUT:FOLDER`` opens one. ``folder`` is the plain layout, with files paired by their stem::
+``folder`` is the plain layout for data of your own. Files are paired by their stem::
 
     FOLDER/{train,val}/images/NAME.jpg
     FOLDER/{train,val}/labels/NAME.png   classes 0 .. classes-1, other values are void
     FOLDER/{train,val}/depth/NAME.png    metres times depth_scale, 0 where missing
     FOLDER/dataset.json                  {"classes": 11, "depth_scale": 25.5, "block": 1}
 
-``block`` says how many neighbouring images are alike, as frames of a clip are: intervals are drawn
-in such blocks. ``camvid`` and ``nyu`` are that layout with these numbers known. The others are the
-layouts of the data sets' own archives: ``voc`` (VOCdevkit/VOC2012), ``ade20k``
-(ADEChallengeData2016), ``cityscapes`` (leftImg8bit and gtFine beside each other, 19 classes),
-``coco-stuff`` (images and pixel maps beside each other, all 182 numbers), ``nyuv2`` (depth in the
-widespread layout of scene folders with rgb_*.jpg and sync_depth_*.png in millimetres, below
-official_splits).
+``block`` is the number of neighbouring images that are correlated, such as frames of a clip; the
+bootstrap draws them together. The other layouts are the rows of :data:`LAYOUTS`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from featup_hub.evaluation.folders import Folder
+from featup_hub.evaluation.dataset import Dataset
 from featup_hub.image import list_images
 
-__all__ = ["LAYOUTS", "images_of", "layout_and_root", "open_data"]
+__all__ = ["LAYOUTS", "Layout", "layout_and_root", "open_data"]
 
 Split = Literal["train", "val"]
 
-# Stored identifier -> one of the 19 classes that are evaluated; the others are void.
-CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a data set keeps its files, and how their values are read.
 
-class Files(NamedTuple):
-    """What a layout finds for a split: files, and how their values are to be read."""
+    Patterns hold ``{split}`` and the parts that pair a truth with its image, ``{0}`` and ``{1}``.
+    The pattern ``FOLDER/{0}.*`` takes the images of a folder and its subfolders.
 
-    images: Sequence[Path]
-    labels: Sequence[Path] = ()
-    depth: Sequence[Path] = ()
+    Attributes:
+        images: Pattern of image files.
+        labels: Pattern of label files, if there are labels.
+        depth: Pattern of depth files, if there is depth.
+        index: Pattern of a text file that lists ``{0}`` of every image of a split; without one
+            all files that match ``images`` are taken.
+        train: What the data set calls the split ``train``.
+        val: What the data set calls the split ``val``.
+        classes: Number of classes.
+        label_map: Class of every stored value, where they differ; other values are void.
+        depth_scale: Stored depth per metre.
+        block: Number of neighbouring images that are correlated.
+    """
+
+    images: str = "{split}/images/{0}.*"
+    labels: str = "{split}/labels/{0}.png"
+    depth: str = "{split}/depth/{0}.png"
+    index: str = ""
+    train: str = "train"
+    val: str = "val"
     classes: int = 0
     label_map: tuple[int, ...] = ()
     depth_scale: float = 1.0
     block: int = 1
 
 
-def open_data(spec: str, split: Split, *, max_side: int = 0) -> Folder:
+# Of Cityscapes' 34 identifiers 19 are evaluated.
+_CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+LAYOUTS = {
+    "folder": Layout(),
+    # The validation split is one clip at 15 Hz: differences between upsamplers are correlated
+    # over about ten images if 60 of the 101 are scored.
+    "camvid": Layout(classes=11, block=17),
+    "ccp": Layout(classes=59),
+    "nyu": Layout(classes=39, depth_scale=25.5),
+    "bsds": Layout(images="images/{0}.*", labels="segments/{0}.png", depth="", classes=50),
+    "davis": Layout(
+        images="images/{0}/{1}.jpg", labels="masks/{0}/{1}.png", depth="", classes=2, block=6
+    ),
+    "voc": Layout(  # VOCdevkit/VOC2012
+        images="JPEGImages/{0}.jpg",
+        labels="SegmentationClass/{0}.png",
+        depth="",
+        index="ImageSets/Segmentation/{split}.txt",
+        classes=21,
+    ),
+    "ade20k": Layout(  # ADEChallengeData2016
+        images="images/{split}/{0}.*",
+        labels="annotations/{split}/{0}.png",
+        depth="",
+        train="training",
+        val="validation",
+        classes=150,
+        label_map=(-1, *range(150)),
+    ),
+    "cityscapes": Layout(
+        images="leftImg8bit/{split}/{0}/{1}_leftImg8bit.png",
+        labels="gtFine/{split}/{0}/{1}_gtFine_labelIds.png",
+        depth="",
+        classes=19,
+        label_map=tuple(_CITYSCAPES.index(i) if i in _CITYSCAPES else -1 for i in range(34)),
+    ),
+    "coco-stuff": Layout(
+        images="images/{split}/{0}.*",
+        labels="annotations/{split}/{0}.png",
+        depth="",
+        train="train2017",
+        val="val2017",
+        classes=182,
+    ),
+    "nyuv2": Layout(  # scene folders with depth in millimetres
+        images="official_splits/{split}/{0}/rgb_{1}.jpg",
+        labels="",
+        depth="official_splits/{split}/{0}/sync_depth_{1}.png",
+        val="test",
+        depth_scale=1000,
+    ),
+}
+
+
+def open_data(spec: str, split: Split, *, max_side: int = 0) -> Dataset:
     """Opens one split of a data set.
 
     Args:
         spec: ``LAYOUT:FOLDER``.
-        split: Which part; layouts that call it otherwise are asked by their own name.
-        max_side: Longer images are shrunk to this side; 0 leaves all as they are.
+        split: The split; layouts without splits give all of their images for either.
+        max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
 
     Returns:
         The split.
 
     Raises:
-        ValueError: If the layout is unknown, there are no images, truth is missing for some, or
-            what describes it does not hold.
+        ValueError: If the layout is unknown, there are no images, the truth of some is missing,
+            or ``dataset.json`` is wrong.
     """
-    layout, root = layout_and_root(spec)
-    found = LAYOUTS[layout](Path(root), split)
-    if not found.images:
+    name, root = layout_and_root(spec)
+    layout, folder = LAYOUTS[name], Path(root)
+    if name == "folder":
+        layout, name = _described(folder / "dataset.json"), folder.name
+    called = layout.train if split == "train" else layout.val
+    found = _images(layout, folder, called)
+    if not found:
         raise ValueError(
-            f"{spec!r} must hold images of the split {split!r} in {layout}'s layout; found none"
+            f"{spec!r} must hold images of the split {split!r} at {layout.images!r}; found none"
         )
-    if found.labels and found.classes < 1:
+    labels, depth = (
+        _truth(spec, pattern, folder, called, list(found.values()))
+        for pattern in (layout.labels, layout.depth)
+    )
+    if labels and layout.classes < 1:
         raise ValueError(
-            f"labels need a number of classes, at least 1; {spec!r} gives {found.classes}; write "
+            f"labels need a number of classes, at least 1; {spec!r} gives {layout.classes}; write "
             'it into dataset.json, such as {"classes": 11}'
         )
-    for path in (*found.labels, *found.depth):
-        if not path.is_file():
-            raise ValueError(
-                f"every image of {spec!r} must have its truth; {path} is missing; "
-                "remove the image or add the file"
-            )
-    name = Path(root).name if layout == "folder" else layout
-    return Folder(
+    return Dataset(
         name=f"{name}/{split}",
-        images=tuple(found.images),
-        labels=tuple(found.labels),
-        depth=tuple(found.depth),
-        classes=found.classes,
-        label_map=found.label_map,
-        depth_scale=found.depth_scale,
+        images=tuple(found),
+        labels=labels,
+        depth=depth,
+        classes=layout.classes,
+        label_map=layout.label_map,
+        depth_scale=layout.depth_scale,
         max_side=max_side,
-        block=found.block,
+        block=layout.block,
     )
 
 
@@ -106,117 +176,64 @@ def layout_and_root(spec: str) -> tuple[str, str]:
     return layout, root
 
 
-def _plain(root: Path, split: Split, classes: int, depth_scale: float) -> Files:
-    images = images_of(root / split / "images")
-    labels, depth = (
-        [folder / f"{image.stem}.png" for image in images] if folder.is_dir() else []
-        for folder in (root / split / "labels", root / split / "depth")
-    )
-    return Files(images, labels, depth, classes=classes, depth_scale=depth_scale)
+def _images(layout: Layout, root: Path, split: str) -> dict[Path, tuple[str, ...]]:
+    """Lists the images of a split, in order, with the parts that pair them with their truth."""
+    pattern = layout.images.replace("{split}", split)
+    if layout.index:
+        index = root / layout.index.format(split=split)
+        names = index.read_text(encoding="utf-8").split() if index.is_file() else []
+        return {root / pattern.format(name): (name,) for name in names}
+    if pattern.endswith("/{0}.*"):
+        folder = root / pattern.removesuffix("/{0}.*")
+        paths = list_images(folder) if folder.is_dir() else []
+        return {path: (path.relative_to(folder).with_suffix("").as_posix(),) for path in paths}
+    parts = re.compile(re.sub(r"\\\{\d\\\}", "([^/]+)", re.escape(pattern)))
+    return {
+        path: match.groups()
+        for path in sorted(root.glob(re.sub(r"\{\d\}", "[!.]*", pattern)))
+        if (match := parts.fullmatch(path.relative_to(root).as_posix()))
+    }
 
 
-def _folder(root: Path, split: Split) -> Files:
-    description = root / "dataset.json"
-    if not description.is_file():
+def _truth(
+    spec: str, pattern: str, root: Path, split: str, parts: list[tuple[str, ...]]
+) -> tuple[Path, ...]:
+    """Lists the truth of every image; none if the data set has no folder for it."""
+    top = root / pattern.partition("{0}")[0].format(split=split)
+    if not pattern or not top.is_dir():
+        return ()
+    files = tuple(root / pattern.format(*each, split=split) for each in parts)
+    for path in files:
+        if not path.is_file():
+            raise ValueError(
+                f"every image of {spec!r} must have its truth; {path} is missing; "
+                "remove the image or add the file"
+            )
+    return files
+
+
+def _described(path: Path) -> Layout:
+    """Reads the numbers of a data set of the plain layout."""
+    if not path.is_file():
         raise ValueError(
-            f'the plain layout needs {description}, such as {{"classes": 11, "depth_scale": 1000}}'
+            f'the plain layout needs {path}, such as {{"classes": 11, "depth_scale": 1000}}'
         )
-    values = _description(description)
-    plain = _plain(root, split, int(values["classes"]), values["depth_scale"])
-    return plain._replace(block=int(values["block"]))
-
-
-def _description(path: Path) -> dict[str, float]:
-    """Reads the numbers of a data set, with their defaults."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON; {error}") from error
-    values = {"classes": 0, "depth_scale": 1.0, "block": 1}
-    if not isinstance(found, dict) or not set(found) <= set(values):
-        got = ", ".join(found) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path} must be a JSON object with {', '.join(values)}; got {got}")
-    values |= found
+    known = ("classes", "depth_scale", "block")
+    if not isinstance(values, dict) or not set(values) <= set(known):
+        got = ", ".join(values) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{path} must be a JSON object with {', '.join(known)}; got {got}")
+    layout = replace(LAYOUTS["folder"], **values)
     for name, least in (("classes", 0), ("block", 1)):
-        if type(values[name]) is not int or values[name] < least:
+        value = getattr(layout, name)
+        if type(value) is not int or value < least:
             raise ValueError(
-                f"{name} in {path} must be a whole number, at least {least}; got {values[name]!r}"
+                f"{name} in {path} must be a whole number, at least {least}; got {value!r}"
             )
-    scale = values["depth_scale"]
+    scale = layout.depth_scale
     if type(scale) not in (int, float) or not 0 < scale < float("inf"):
         raise ValueError(f"depth_scale in {path} must be a number above 0; got {scale!r}")
-    return values
-
-
-def _camvid(root: Path, split: Split) -> Files:
-    # Its val split is one clip at 15 Hz: differences of upsamplers are correlated over about ten
-    # images where every 1.7th is scored.
-    return _plain(root, split, classes=11, depth_scale=1)._replace(block=17)
-
-
-def _nyu(root: Path, split: Split) -> Files:
-    return _plain(root, split, classes=39, depth_scale=25.5)
-
-
-def _voc(root: Path, split: Split) -> Files:
-    index = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    names = index.read_text(encoding="utf-8").split() if index.is_file() else []
-    return Files(
-        [root / "JPEGImages" / f"{name}.jpg" for name in names],
-        [root / "SegmentationClass" / f"{name}.png" for name in names],
-        classes=21,
-    )
-
-
-def _ade20k(root: Path, split: Split) -> Files:
-    part = {"train": "training", "val": "validation"}[split]
-    images = images_of(root / "images" / part)
-    labels = [root / "annotations" / part / f"{image.stem}.png" for image in images]
-    return Files(images, labels, classes=150, label_map=(-1, *range(150)))
-
-
-def _cityscapes(root: Path, split: Split) -> Files:
-    images = sorted((root / "leftImg8bit" / split).glob("[!.]*/[!.]*_leftImg8bit.png"))
-    labels = [
-        root
-        / "gtFine"
-        / split
-        / image.parent.name
-        / image.name.replace("_leftImg8bit", "_gtFine_labelIds")
-        for image in images
-    ]
-    label_map = tuple(CITYSCAPES.index(i) if i in CITYSCAPES else -1 for i in range(34))
-    return Files(images, labels, classes=19, label_map=label_map)
-
-
-def _coco_stuff(root: Path, split: Split) -> Files:
-    images = images_of(root / "images" / f"{split}2017")
-    labels = [root / "annotations" / f"{split}2017" / f"{image.stem}.png" for image in images]
-    return Files(images, labels, classes=182)
-
-
-def _nyuv2(root: Path, split: Split) -> Files:
-    part = {"train": "train", "val": "test"}[split]
-    images = sorted((root / "official_splits" / part).glob("*/rgb_*.jpg"))
-    depth = [
-        image.with_name(image.name.replace("rgb_", "sync_depth_")).with_suffix(".png")
-        for image in images
-    ]
-    return Files(images, depth=depth, depth_scale=1000)
-
-
-def images_of(folder: Path) -> list[Path]:
-    """Lists the images in a folder, see :func:`list_images`; none where there is no folder."""
-    return list_images(folder) if folder.is_dir() else []
-
-
-LAYOUTS: dict[str, Callable[[Path, Split], Files]] = {
-    "folder": _folder,
-    "camvid": _camvid,
-    "nyu": _nyu,
-    "voc": _voc,
-    "ade20k": _ade20k,
-    "cityscapes": _cityscapes,
-    "coco-stuff": _coco_stuff,
-    "nyuv2": _nyuv2,
-}
+    return layout

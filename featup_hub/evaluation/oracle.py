@@ -1,10 +1,10 @@
-"""The label oracle: how well ground truth survives being made coarse and upsampled again.
+"""The label oracle: how well an upsampler restores ground truth that was downsampled to cells.
 
-No backbone takes part. One-hot labels (and depth, where there is any) are put on the h×w grid of
-a stride, upsampled with the image as guidance, and compared with what they came from. Two ways
-down: ``point`` takes the pixel at each cell's centre, so that all sub-pixel knowledge must come
-from the guidance; ``area`` averages each cell, which carries sub-pixel edge positions, so that
-plain bicubic does well: to be reported, not judged by.
+No backbone takes part. One-hot labels (and depth, if there is any) are downsampled by a stride,
+upsampled with the image as guidance, and compared with the original. There are two ways to
+downsample. ``point`` takes the pixel at each cell's centre, so edge positions must come from the
+guidance: judge by this one. ``area`` averages each cell; averages carry sub-pixel edge positions,
+so plain bicubic does well.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import Reduction
-from featup_hub.evaluation.folders import Folder, Sample
-from featup_hub.evaluation.measurement import Measurement
-from featup_hub.evaluation.truth import sums_against
+from featup_hub.evaluation.dataset import Dataset, Sample
+from featup_hub.evaluation.sums import Measurement
 
 __all__ = ["measure_oracle"]
 
 
 @torch.inference_mode()
 def measure_oracle(
-    val: Folder, candidates: Sequence[Candidate], *, stride: int, reductions: Sequence[Reduction]
+    val: Dataset, candidates: Sequence[Candidate], *, stride: int, reductions: Sequence[Reduction]
 ) -> list[Measurement]:
-    """Runs the label oracle at one stride, one measurement for every way down."""
+    """Runs the label oracle at one stride: one measurement per way to downsample."""
     found = {
         reduction: Measurement(
-            protocol=f"{reduction} oracle", data=val.name, backbone=f"stride {stride}"
+            protocol=f"{reduction} oracle",
+            data=val.name,
+            backbone=f"stride {stride}",
+            block=val.block,
         )
         for reduction in reductions
     }
@@ -45,7 +47,7 @@ def measure_oracle(
 
 
 def reduce_map(values: Tensor, stride: int, reduction: Reduction) -> Tensor:
-    """Puts a map on the grid of a stride, (C, H, W) -> (C, H/stride, W/stride).
+    """Downsamples a map by a stride, (C, H, W) -> (C, H/stride, W/stride).
 
     The centre of a cell of even side lies between pixels; ``point`` takes the one after it.
     """
@@ -69,10 +71,10 @@ def oracle_sums(
         candidates: Upsamplers.
         classes: Number of classes of the labels.
         stride: Side of a cell in pixels.
-        reductions: Ways down.
+        reductions: Ways to downsample.
 
     Yields:
-        Upsampler's name, way down, sums of the image.
+        The upsampler's name, the way to downsample, sums of the image.
     """
     sample = sample.crop(stride)
     image = sample.normalised()
@@ -80,13 +82,13 @@ def oracle_sums(
     maps, present = _maps(sample)
     for each in candidates:
         coarse = [reduce_map(maps, stride, reduction)[None] for reduction in reductions]
-        if each.head == "before":  # then both ways down share the kernels
+        if each.head == "before":  # then both ways share the kernels
             fine = each(torch.cat(coarse, 1), image, size).split(maps.shape[0], 1)
         else:
             fine = tuple(each(source, image, size) for source in coarse)
         for reduction, output in zip(reductions, fine, strict=True):
             labels = present[output[0, : len(present)].argmax(0)] if len(present) else None
-            yield each.name, reduction, sums_against(sample, labels, output[0, -1], classes)
+            yield each.name, reduction, sample.sums(labels, output[0, -1], classes)
 
 
 def _maps(sample: Sample) -> tuple[Tensor, Tensor]:
@@ -94,10 +96,10 @@ def _maps(sample: Sample) -> tuple[Tensor, Tensor]:
     maps, present = [], torch.zeros(0, dtype=torch.long)
     if sample.labels is not None:
         present = sample.labels[sample.labels >= 0].unique()
-        if not len(present):  # all void: any class will do, for nothing is compared
+        if not len(present):  # all void: nothing is compared, any class will do
             present = torch.zeros(1, dtype=torch.long)
         maps.append((sample.labels == present[:, None, None]).float())
     if sample.depth is not None:
-        missing = sample.depth <= 0  # filled, lest holes spill over their borders
+        missing = sample.depth <= 0  # filled, so that holes do not bleed over their borders
         maps.append(sample.depth.masked_fill(missing, sample.depth[~missing].mean())[None])
     return torch.cat(maps), present

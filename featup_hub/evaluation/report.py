@@ -18,9 +18,10 @@ from featup_hub.evaluation.cam import CAM
 from featup_hub.evaluation.consistency import CONSISTENCY
 from featup_hub.evaluation.cost import COST
 from featup_hub.evaluation.depth import DEPTH
-from featup_hub.evaluation.measurement import Measurement
+from featup_hub.evaluation.propagation import PROPAGATION
 from featup_hub.evaluation.segmentation import SEGMENTATION
 from featup_hub.evaluation.statistics import Estimate, Metric, compare, estimate
+from featup_hub.evaluation.sums import Measurement
 from featup_hub.files import write_atomically
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "Row", "rows", "scale_of", "table", "write_csv", "write_json"]
 
 
-METRICS = (*SEGMENTATION, *DEPTH, *CAM, *CONSISTENCY, *COST)
+METRICS = (*PROPAGATION, *SEGMENTATION, *DEPTH, *CAM, *CONSISTENCY, *COST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def _cells(row: Row, references: Sequence[str]) -> Iterator[str]:
 
 
 def write_json(scored: Sequence[Row], config: DataclassInstance, path: Path) -> None:
-    """Writes the rows, and the configuration and versions; what is no number is null."""
+    """Writes the rows, the configuration and versions; scores that are not finite are null."""
     content = {
         "config": asdict(config),
         "versions": {"featup_hub": __version__, "torch": torch.__version__},
@@ -178,7 +179,7 @@ def write_json(scored: Sequence[Row], config: DataclassInstance, path: Path) -> 
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """Puts None in the place of scores of nothing, NaN, for which JSON has no word."""
+    """Replaces numbers that are not finite, which JSON cannot hold, by None."""
 
     def known(value: Any) -> Any:
         if isinstance(value, dict):

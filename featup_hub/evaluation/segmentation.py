@@ -1,6 +1,6 @@
-"""Segmentation scores: confusion matrices and the strip along label boundaries, per image.
+"""Segmentation scores per image: confusion matrix and the band along label boundaries.
 
-Labels are (H, W) integers; negative means void, which takes no part anywhere.
+Labels are (H, W) integers; negative labels are void and are ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featup_hub.evaluation.statistics import Metric
 
-__all__ = ["SEGMENTATION", "boundary_strip", "confusion", "mean_iou", "segmentation_sums"]
+__all__ = ["SEGMENTATION", "boundary_band", "confusion", "mean_iou", "segmentation_sums"]
 
 
 def confusion(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -50,21 +50,21 @@ def pixel_accuracy(counts: Tensor) -> Tensor:
     return counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1))
 
 
-def boundary_strip(labels: Tensor, width: int = 4) -> Tensor:
+def boundary_band(labels: Tensor, width: int = 4) -> Tensor:
     """Marks pixels with another label within ``width`` pixels, diagonals counting as one.
 
-    Where void parts two labels, the strip is measured between the labels themselves: the border
-    of void is a border of annotation, not of an object.
+    A border between a label and void is no boundary, since it belongs to the annotation and not
+    to an object. Two labels that void separates are compared across it.
 
     Args:
         labels: True classes, (H, W), negative for void.
         width: Reach in pixels on either side.
 
     Returns:
-        The strip without void pixels, (H, W), bool.
+        The band without void pixels, (H, W), bool.
 
     Example:
-        >>> boundary_strip(torch.tensor([[0, 0, 0, 1, 1, 1]]), width=1).int()
+        >>> boundary_band(torch.tensor([[0, 0, 0, 1, 1, 1]]), width=1).int()
         tensor([[0, 0, 1, 1, 0, 0]], dtype=torch.int32)
     """
     void = labels < 0
@@ -76,28 +76,28 @@ def boundary_strip(labels: Tensor, width: int = 4) -> Tensor:
 
 
 def segmentation_sums(
-    prediction: Tensor, labels: Tensor, strip: Tensor, classes: int
+    prediction: Tensor, labels: Tensor, band: Tensor, classes: int
 ) -> dict[str, Tensor]:
     """Measures one image.
 
     Args:
         prediction: Predicted classes, (H, W).
         labels: True classes, (H, W), negative for void.
-        strip: From :func:`boundary_strip`, (H, W).
+        band: From :func:`boundary_band`, (H, W).
         classes: Number of classes K.
 
     Returns:
-        ``confusion`` (K, K), and ``strip`` (2,): correct and all pixels of the strip.
+        ``confusion`` (K, K), and ``band`` (2,): correct and all pixels of the band.
     """
-    correct = (prediction == labels)[strip].sum()
+    correct = (prediction == labels)[band].sum()
     return {
         "confusion": confusion(prediction, labels, classes),
-        "strip": torch.stack([correct, strip.sum()]),
+        "band": torch.stack([correct, band.sum()]),
     }
 
 
 SEGMENTATION = (
-    Metric(name="strip accuracy", sums="strip", value=lambda s: s[..., 0] / s[..., 1]),
+    Metric(name="boundary accuracy", sums="band", value=lambda s: s[..., 0] / s[..., 1]),
     Metric(name="mIoU", sums="confusion", value=mean_iou),
     Metric(name="accuracy", sums="confusion", value=pixel_accuracy),
 )

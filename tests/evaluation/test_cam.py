@@ -20,6 +20,8 @@ from featup_hub.evaluation.cam import (
 )
 from featup_hub.evaluation.candidates import candidate
 from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.image import preprocess, read_image
+from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
 
 def scores(sums):
@@ -68,39 +70,42 @@ def test_the_drop_is_relative_to_the_confidence_before(classifier):
 
 def test_the_shipped_classifier_knows_a_cat(root):
     classifier = open_classifier("efficientnet_lite0")
-    with Image.open(root / "tests" / "data" / "chelsea.jpg") as picture:
-        assert picture.mode == "RGB"
-    config = EvaluationConfig(photos=root / "tests" / "data", photo_images=0)
-    from featup_hub.evaluation.cam import read_photo
-
-    image = read_photo(config.photos / "chelsea.jpg")
+    photo = read_image(root / "tests" / "data" / "chelsea.jpg")
+    image = preprocess(photo, (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     best = classifier.confidence(classifier.features(image))[0].argmax().item()
     assert best in range(281, 294)  # ImageNet's cats, domestic and wild
 
 
-def test_photographs_are_needed(tmp_path):
+def test_photographs_are_needed():
     with pytest.raises(ValueError, match="need photos, a folder of photographs; got None"):
-        measure_cam(EvaluationConfig(), [candidate("nearest")])
+        open_photos(EvaluationConfig())
 
 
 def test_a_folder_without_photographs_is_refused(tmp_path):
     (tmp_path / "README.txt").write_text("none yet", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"need photographs, .jpeg, .jpg, .png; .* has none"):
-        measure_cam(EvaluationConfig(photos=tmp_path), [candidate("nearest")])
+    with pytest.raises(ValueError, match=r"need photographs; .* has none; name the folder"):
+        open_photos(EvaluationConfig(photos=tmp_path))
 
 
-def test_what_lies_beside_photographs_is_left_alone(classifier, monkeypatch, tmp_path):
-    monkeypatch.setattr(cam, "open_classifier", lambda name: classifier)
+def test_other_files_may_lie_beside_photographs(classifier, tmp_path):
     for name in ("a.png", "b.JPG"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
     for name in ("README.txt", "._0.png", ".DS_Store"):
         (tmp_path / name).write_bytes(b"no photograph")
     config = EvaluationConfig(photos=tmp_path)
     assert [path.name for path in open_photos(config).images] == ["a.png", "b.JPG"]
-    (found,) = measure_cam(config, [candidate("nearest")])
+    (found,) = measure_cam(config, classifier, [candidate("nearest")])
     assert len(found.sums["nearest"]["cam"]) == 2
 
 
-def test_a_model_without_such_a_classifier_is_refused():
-    with pytest.raises(ValueError, match=r"needs a CNN with its classifier.*got 'dinov2'"):
-        open_classifier("dinov2")
+@pytest.mark.parametrize("name", ["jbu", "maskclip", "dinov2"])
+def test_a_model_without_such_a_classifier_is_refused(name, monkeypatch):
+    monkeypatch.setattr(cam, "load", lambda file: None)  # random weights
+    with pytest.raises(ValueError, match=rf"linear layer of its averaged features.*'{name}' does"):
+        open_classifier(name)
+
+
+def test_any_network_that_averages_its_features_will_do(monkeypatch):
+    monkeypatch.setattr(cam, "load", lambda file: None)
+    classifier = open_classifier("timm/resnet18")
+    assert classifier.weight.shape == (1000, 512)

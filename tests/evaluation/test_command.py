@@ -43,12 +43,13 @@ def test_a_lone_upsampler_needs_no_figure(scenes, tmp_path, capsys):
         ("--upsamplers lanczos", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers :x", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers .a:x", "--upsamplers: an upsampler is one of nearest, "),
+        ("--upsamplers no_module:x", "--upsamplers: a plug-in module:callable must be importable"),
         ("--data nyu:x --backbones nope", "--backbones: a model must be one of "),
         ("--data nyu:x --backbones jbu", "--backbones: a model with a backbone is needed; got"),
         ("--data nyu:x --backbones dinov2@no.file", "--backbones: no weights file no.file; check"),
         ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got none"),
         ("--protocols cam --photos x --classifier no", "--classifier: a model must be one of "),
-        ("--protocols cam --photos x --classifier jbu", "--classifier: a map of class activations"),
+        ("--protocols cam --photos x --classifier jbu", "--classifier: class activation maps need"),
     ],
 )
 def test_what_was_typed_and_cannot_work_is_exit_code_2(typed, message, capsys):

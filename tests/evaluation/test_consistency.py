@@ -11,8 +11,8 @@ from featup_hub.backbones import Backbone
 from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.consistency import CONSISTENCY, consistency_sums, measure_consistency
-from featup_hub.evaluation.folders import Folder
-from featup_hub.evaluation.measurement import Bench
+from featup_hub.evaluation.dataset import Dataset
+from featup_hub.evaluation.features import Bench, Source
 
 
 class MeanColour(Backbone):
@@ -51,9 +51,9 @@ def test_any_stride_is_measured(stride, tmp_path):
         noise = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(index))
         big = F.interpolate(noise[None], (150, 180))[0].permute(1, 2, 0)
         Image.fromarray((255 * big).byte().numpy()).save(path)
-    photos = Folder(name="x/val", images=tuple(sorted(tmp_path.iterdir())))
-    config = EvaluationConfig()
-    bench = Bench("colour", MeanColour(stride), photos, photos, config)
+    photos = Dataset(name="x/val", images=tuple(sorted(tmp_path.iterdir())))
+    source = Source(name="colour", backbone=MeanColour(stride))
+    bench = Bench(source=source, train=photos, val=photos, config=EvaluationConfig())
     truth = Candidate(name="truth", function=lambda source, image, size: image)
     [found] = measure_consistency(bench, [truth])
     sums = torch.stack(found.sums["truth"]["consistency"]).sum(0)

@@ -14,8 +14,8 @@ from featup_hub.backbones import ModuleBackbone
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.cost import COST, cost_sums, measure_cost
+from featup_hub.evaluation.features import Bench, Source
 from featup_hub.evaluation.layouts import open_data
-from featup_hub.evaluation.measurement import Bench
 
 
 def measure(function):
@@ -49,7 +49,8 @@ def bench(scenes, images):
     backbone = ModuleBackbone(nn.AvgPool2d(16), feat_dim=3, patch_size=16)
     train, val = (open_data(f"folder:{scenes}", split) for split in ("train", "val"))
     val = replace(val, images=val.images[:images], labels=(), depth=())
-    return Bench("mean colour", backbone, train, val, EvaluationConfig(cost_images=5))
+    source = Source(name="mean colour", backbone=backbone)
+    return Bench(source=source, train=train, val=val, config=EvaluationConfig(cost_images=5))
 
 
 @pytest.mark.parametrize(("images", "counted"), [(1, 1), (2, 1), (3, 2)])

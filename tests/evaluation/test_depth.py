@@ -16,9 +16,9 @@ def score(name, sums):
 def test_depth_edges_reach_four_pixels_on_either_side_of_a_jump():
     depth = torch.full((20, 20), 2.0)
     depth[:, 10:] = 3.0
-    strip = depth_edges(depth)
-    assert strip[0].nonzero().flatten().tolist() == list(range(6, 14))
-    assert torch.equal(depth_edges(depth.t()), strip.t())
+    band = depth_edges(depth)
+    assert band[0].nonzero().flatten().tolist() == list(range(6, 14))
+    assert torch.equal(depth_edges(depth.t()), band.t())
 
 
 def test_a_gentle_slope_and_a_hole_are_no_depth_edges():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from featup_hub.cli import main
-from featup_hub.evaluation.candidates import candidate
 from featup_hub.evaluation.config import EvaluationConfig
-from featup_hub.evaluation.protocol import check, evaluate
+from featup_hub.evaluation.run import evaluate
 
 REFUSED = [
     ("strides", (16, 0), "must be at least 1 pixel each; got 16, 0"),
@@ -59,23 +59,36 @@ def test_a_reference_that_does_not_take_part_is_refused(scenes, capsys):
         data=(f"folder:{scenes}",), upsamplers=("nearest", "bilinear"), versus=("bilinaer",)
     )
     with pytest.raises(ValueError, match="take part, nearest, bilinear; got bilinaer"):
-        list(evaluate(config))
-    typed = "evaluate --upsamplers nearest bilinear --versus bilinaer"
+        evaluate(config)
+    typed = f"evaluate --data folder:{scenes} --upsamplers nearest bilinear --versus bilinaer"
     assert main(typed.split()) == 2
     assert capsys.readouterr().err == (
         "error: --versus must name upsamplers that take part, nearest, bilinear; got bilinaer\n"
     )
 
 
-def test_the_references_of_the_default_may_be_absent():
-    check(EvaluationConfig(data=("nyu:x",)), [candidate("nearest")])
+def test_the_default_references_may_be_missing(scenes):
+    evaluate(
+        EvaluationConfig(data=(f"folder:{scenes}",), upsamplers=("nearest",), protocols=("oracle",))
+    )
 
 
-def test_a_name_given_in_front_is_that_of_the_reference():
-    plain = [candidate("plain=bilinear")]
-    check(EvaluationConfig(data=("nyu:x",), versus=("plain",)), plain)
+def test_a_reference_is_named_as_tables_call_it(scenes):
+    config = EvaluationConfig(
+        data=(f"folder:{scenes}",),
+        upsamplers=("plain=bilinear",),
+        protocols=("oracle",),
+        versus=("plain",),
+    )
+    evaluate(config)
     with pytest.raises(ValueError, match="take part, plain; got bilinear"):
-        check(EvaluationConfig(data=("nyu:x",), versus=("bilinear",)), plain)
+        evaluate(replace(config, versus=("bilinear",)))
+
+
+@pytest.mark.parametrize("looks", [(), (2,), (1, 0)])
+def test_looks_must_be_square_numbers(looks):
+    with pytest.raises(ValueError, match="looks must be square numbers"):
+        EvaluationConfig(looks=looks)
 
 
 @pytest.mark.parametrize("typed", ["json:dumps", "x=math:pi"])

@@ -1,28 +1,21 @@
-"""Features are kept under everything that decides them."""
+"""Sources of features: by name, by file, by plug-in; and in half precision."""
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
-from torch import nn
 
-from featup_hub.backbones import (
-    Backbone,
-    ClipBackbone,
-    MaskClipBackbone,
-    ModuleBackbone,
-    TimmBackbone,
-)
-from featup_hub.evaluation.features import CachedFeatures, fingerprint
-from featup_hub.evaluation.layouts import open_data
-
-CLIP = "vit_base_patch32_clip_quickgelu_224"
+from featup_hub.backbones import Backbone
+from featup_hub.evaluation.features import Source, check_source, open_source
 
 
 class Times(Backbone):
-    """The mean colour of every 16-px cell, times a factor that is no weight."""
+    """The mean colour of every 16-px cell, times a factor."""
 
-    def __init__(self, factor):
+    def __init__(self, factor=1.0):
         super().__init__(feat_dim=3, patch_size=16)
         self.factor = factor
 
@@ -30,69 +23,34 @@ class Times(Backbone):
         return torch.nn.functional.avg_pool2d(image, 16) * self.factor
 
 
-class Plus(Times):
-    def features(self, image):
-        return super().features(image) + 1
+def test_features_are_those_of_the_backbone_in_half_precision():
+    image = torch.randn(1, 3, 32, 48)
+    found = Source(name="x", backbone=Times()).encode(image)
+    assert torch.equal(found, Times()(image).half().float())
 
 
-def kept(scenes, backbone, cache):
-    return next(iter(CachedFeatures(open_data(f"folder:{scenes}", "val"), backbone, cache=cache)))[
-        1
-    ]
-
-
-@pytest.mark.parametrize("other", [Times(2), Plus(1)], ids=["setting", "class"])
-def test_two_backbones_without_weights_share_no_cache(scenes, tmp_path, other):
-    first = kept(scenes, Times(1), tmp_path)
-    assert not torch.equal(kept(scenes, other, tmp_path), first)
-    assert torch.equal(kept(scenes, Times(1), tmp_path), first)
-
-
-def test_clip_and_maskclip_of_the_same_weights_have_their_own_features():
-    clip, maskclip = ClipBackbone(CLIP), MaskClipBackbone(CLIP)
-    maskclip.load_state_dict(clip.state_dict())
-    assert fingerprint(clip) != fingerprint(maskclip)
-
-
-def test_layer_and_norm_count_and_the_same_backbone_twice_is_the_same():
-    name = "vit_tiny_patch16_224"
-    backbone = TimmBackbone(name).eval()
-    known = {fingerprint(backbone)}
-    for change in ({"layer": 3}, {"norm": False}):
-        for setting, value in change.items():
-            before = getattr(backbone, setting)
-            setattr(backbone, setting, value)
-            known.add(fingerprint(backbone))
-            setattr(backbone, setting, before)
-    assert len(known) == 3
-    again = TimmBackbone(name).eval()
-    again.load_state_dict(backbone.state_dict())
-    assert fingerprint(again) == fingerprint(backbone)
-    backbone(torch.zeros(1, 3, 32, 32))  # a call leaves no trace
-    assert fingerprint(again) == fingerprint(backbone)
-
-
-def times(number):
-    return lambda m, x: number * m(x)
-
-
-def test_how_a_user_s_network_is_called_counts():
-    convolution = nn.Conv2d(3, 4, 16, stride=16)
-
-    def wrapped(call):
-        return fingerprint(ModuleBackbone(convolution, feat_dim=4, patch_size=16, call=call))
-
-    calls = [lambda m, x: m(x), lambda m, x: 2 * m(x), lambda m, x: 3 * m(x), None]
-    calls += [lambda m, x, n=n: n * m(x) for n in (2, 3)]
-    calls += [times(n) for n in (2, 3)]
-    assert len({wrapped(call) for call in calls}) == 8
-    assert wrapped(times(2)) == wrapped(times(2))
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_features_that_half_precision_cannot_hold_are_refused(scenes, tmp_path, keep):
-    cache = tmp_path if keep else None
-    message = r"must fit half precision, .* at most 65504; those of '0' reach \d+.*scale them down"
+def test_features_that_half_precision_cannot_hold_are_refused():
+    message = r"must fit half precision, .* at most 65504; those of 'x' reach \d+.*scale them down"
     with pytest.raises(ValueError, match=message):
-        kept(scenes, Times(1e6), cache)
-    assert not list(tmp_path.rglob("*.safetensors"))
+        Source(name="x", backbone=Times(1e6)).encode(torch.ones(1, 3, 32, 48))
+
+
+def test_a_backbone_is_found_by_its_name_and_called_by_its_label():
+    found = open_source("net=efficientnet_lite0")
+    assert (found.name, found.backbone.feat_dim) == ("net", 112)
+    assert not any(each.requires_grad for each in found.backbone.parameters())
+    assert open_source("efficientnet_lite0").identity == found.identity
+
+
+def test_a_plug_in_gives_a_backbone(monkeypatch):
+    module = types.ModuleType("somebodys_backbone")
+    module.times = Times
+    monkeypatch.setitem(sys.modules, "somebodys_backbone", module)
+    check_source("theirs=somebodys_backbone:times")
+    found = open_source("theirs=somebodys_backbone:times")
+    assert (found.name, type(found.backbone)) == ("theirs", Times)
+
+
+def test_a_plug_in_that_cannot_be_imported_is_refused():
+    with pytest.raises(ValueError, match=r"must be importable; got 'no_such_module:x'"):
+        check_source("no_such_module:x")

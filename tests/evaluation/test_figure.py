@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 from featup_hub.evaluation.figure import draw
-from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.report import rows
 from featup_hub.evaluation.statistics import Estimate
+from featup_hub.evaluation.sums import Measurement
 
 
 def scored(*names):
     found = Measurement(protocol="point oracle", data="d/val", backbone="stride 16")
     for index, name in enumerate(names):
         for image in range(4):
-            found.add(name, {"strip": torch.tensor([50 + 10 * index + image, 100])})
+            found.add(name, {"band": torch.tensor([50 + 10 * index + image, 100])})
     return rows([found], resamples=20)
 
 

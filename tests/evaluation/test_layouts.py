@@ -156,7 +156,7 @@ def test_hidden_files_of_cityscapes_are_no_images(tmp_path):
 def test_the_shared_sets_open_with_every_image(shared):
     counts = {
         (name, split): len(open_data(f"{name}:{shared / 'data' / name}", split))
-        for name in ("camvid", "nyu")
+        for name in ("camvid", "nyu", "ccp", "bsds", "davis")
         for split in ("train", "val")
     }
-    assert list(counts.values()) == [367, 101, 400, 100]
+    assert list(counts.values()) == [367, 101, 400, 100, 200, 100, 120, 120, 60, 60]

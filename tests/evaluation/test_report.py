@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from featup_hub.evaluation.measurement import Measurement
 from featup_hub.evaluation.report import rows, table, write_csv, write_json
+from featup_hub.evaluation.sums import Measurement
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def scored():
             found.add(
                 name,
                 {
-                    "strip": torch.tensor([correct + image, 100]),
+                    "band": torch.tensor([correct + image, 100]),
                     "depth_edges": torch.tensor([10.0, error * 10]),
                 },
             )
@@ -35,8 +35,8 @@ def scored():
 
 def test_rows_hold_scores_and_paired_differences(scored):
     assert [(row.upsampler, row.metric) for row in scored] == [
-        ("bilinear", "strip accuracy"),
-        ("ours", "strip accuracy"),
+        ("bilinear", "boundary accuracy"),
+        ("ours", "boundary accuracy"),
         ("bilinear", "edge RMSE"),
         ("ours", "edge RMSE"),
     ]
@@ -50,7 +50,7 @@ def test_rows_hold_scores_and_paired_differences(scored):
 def test_the_table_marks_improvements_in_either_direction(scored):
     lines = table(scored).splitlines()
     assert lines[0] == "frozen probe · rooms/val · net /16 · 5 images"
-    assert "strip accuracy ↑" in lines[1]
+    assert "boundary accuracy ↑" in lines[1]
     assert "against bilinear" in lines[1]
     assert "82.00  + +20.00 [+20.00, +20.00]" in lines[3]
     assert "1.000  + -1.000 [-1.000, -1.000]" in lines[6]
@@ -64,9 +64,9 @@ def test_a_loss_is_marked_as_one(scored):
                 data="d",
                 backbone="b",
                 sums={
-                    "bilinear": {"strip": [torch.tensor([9, 10])] * 3},
-                    "worse": {"strip": [torch.tensor([5, 10])] * 3},
-                    "same": {"strip": [torch.tensor([9, 10])] * 3},
+                    "bilinear": {"band": [torch.tensor([9, 10])] * 3},
+                    "worse": {"band": [torch.tensor([5, 10])] * 3},
+                    "same": {"band": [torch.tensor([9, 10])] * 3},
                 },
             )
         ],
@@ -81,7 +81,7 @@ def test_a_loss_is_marked_as_one(scored):
 def test_json_has_null_where_there_is_no_score(tmp_path):
     found = Measurement(protocol="frozen probe", data="rooms/val", backbone="net /16")
     for name in ("bilinear", "ours"):
-        found.add(name, {"strip": torch.tensor([0, 0])})
+        found.add(name, {"band": torch.tensor([0, 0])})
     write_json(rows([found], resamples=5), Config(), tmp_path / "r.json")
     text = (tmp_path / "r.json").read_text(encoding="utf-8")
     assert "NaN" not in text

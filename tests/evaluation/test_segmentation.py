@@ -1,4 +1,4 @@
-"""Segmentation scores against torchmetrics and against strips drawn by hand."""
+"""Segmentation scores against torchmetrics and against bands drawn by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from featup_hub.evaluation.segmentation import (
-    boundary_strip,
+    boundary_band,
     confusion,
     mean_iou,
     pixel_accuracy,
@@ -39,30 +39,30 @@ def test_scores_of_a_confusion_matrix_worked_by_hand():
     assert mean_iou(counts) == pytest.approx((6 / 9 + 3 / 6) / 2)
 
 
-def test_the_strip_reaches_four_pixels_on_either_side():
+def test_the_band_reaches_four_pixels_on_either_side():
     labels = torch.zeros(20, 20, dtype=torch.long)
     labels[:, 10:] = 1
-    strip = boundary_strip(labels)
-    assert strip[:, 6:14].all()
-    assert not strip[:, :6].any()
-    assert not strip[:, 14:].any()
+    band = boundary_band(labels)
+    assert band[:, 6:14].all()
+    assert not band[:, :6].any()
+    assert not band[:, 14:].any()
 
 
-def test_a_border_with_void_is_no_boundary_and_void_is_never_in_the_strip():
+def test_a_border_with_void_is_no_boundary_and_void_is_never_in_the_band():
     labels = torch.zeros(9, 30, dtype=torch.long)
     labels[:, 15:] = -1
-    assert not boundary_strip(labels).any()
-    labels[:, 17:] = 1  # two void columns between: the strip reaches across them
-    strip = boundary_strip(labels)
-    assert strip[0].nonzero().flatten().tolist() == [13, 14, 17, 18]
+    assert not boundary_band(labels).any()
+    labels[:, 17:] = 1  # two void columns between: the band reaches across them
+    band = boundary_band(labels)
+    assert band[0].nonzero().flatten().tolist() == [13, 14, 17, 18]
 
 
-def test_strip_counts_only_the_strip():
+def test_band_counts_only_the_band():
     labels = torch.zeros(20, 20, dtype=torch.long)
     labels[:, 10:] = 1
     prediction = labels.clone()
     prediction[:, 0] = 1  # wrong, but far from the boundary
     prediction[:, 10] = 0
-    sums = segmentation_sums(prediction, labels, boundary_strip(labels), 2)
-    assert sums["strip"].tolist() == [20 * 7, 20 * 8]
+    sums = segmentation_sums(prediction, labels, boundary_band(labels), 2)
+    assert sums["band"].tolist() == [20 * 7, 20 * 8]
     assert sums["confusion"].tolist() == [[180, 20], [20, 180]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featup_hub.evaluation.folders import Folder, Sample
+from featup_hub.evaluation.dataset import Dataset, Sample
 
 
 def sample(height, width):
@@ -53,7 +53,7 @@ def test_the_normalised_image_is_imagenet_s():
 
 def test_spread_takes_first_and_last_and_evenly_between(tmp_path):
     files = tuple(tmp_path / f"{i}.png" for i in range(9))
-    folder = Folder(name="x", images=files, labels=files)
+    folder = Dataset(name="x", images=files, labels=files)
     assert [p.stem for p in folder.spread(3).images] == ["0", "4", "8"]
     assert folder.spread(3).labels == folder.spread(3).images
     assert replace(folder, block=6).spread(3).block == 2
@@ -65,13 +65,17 @@ def test_spread_takes_first_and_last_and_evenly_between(tmp_path):
 def test_truth_of_another_size_is_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.zeros((4, 5), dtype=np.uint8)).save(tmp_path / "b.png")
-    folder = Folder(name="x", images=(tmp_path / "a.png",), labels=(tmp_path / "b.png",), classes=2)
+    folder = Dataset(
+        name="x", images=(tmp_path / "a.png",), labels=(tmp_path / "b.png",), classes=2
+    )
     with pytest.raises(ValueError, match=r"labels of .* must have the image's size.*\(4, 5\)"):
         folder[0]
 
 
 def test_labels_stored_as_colours_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    folder = Folder(name="x", images=(tmp_path / "a.png",), labels=(tmp_path / "a.png",), classes=2)
+    folder = Dataset(
+        name="x", images=(tmp_path / "a.png",), labels=(tmp_path / "a.png",), classes=2
+    )
     with pytest.raises(ValueError, match=r"stored as one channel.*convert colours"):
         folder[0]

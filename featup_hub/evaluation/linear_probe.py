@@ -1,9 +1,8 @@
 """Linear probes: segmentation by softmax regression, log depth by ridge regression.
 
-Fitted on low-resolution cells they are what a frozen application expects of features, and no
-upsampler has a part in them. How strongly weights are held back is chosen by the last fifth of the
-training images (in file order, for neighbouring frames are alike): an overfitted probe would reward
-whoever blurs its noise.
+The penalty on the weights is chosen on the last fifth of the training images, since an overfitted
+probe would reward upsamplers that blur its noise. Images stay in file order, because neighbouring
+frames are alike.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.evaluation.folders import Sample
+from featup_hub.evaluation.dataset import Sample
 
-__all__ = ["Lesson", "LinearProbe", "ProbeConfig", "cells", "fit_probe"]
+__all__ = ["LinearProbe", "ProbeConfig", "ProbeExamples", "cells", "fit_probe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,8 @@ class LinearProbe:
         return labels, depth
 
 
-class Lesson(NamedTuple):
-    """What one image teaches.
+class ProbeExamples(NamedTuple):
+    """Features of one image and their truth.
 
     Attributes:
         features: (N, C).
@@ -90,8 +89,8 @@ class Lesson(NamedTuple):
     log_depth: Tensor | None
 
 
-def cells(sample: Sample, source: Tensor, classes: int) -> Lesson:
-    """Pairs every low-resolution cell with its shares of classes and its mean log depth."""
+def cells(sample: Sample, source: Tensor, classes: int) -> ProbeExamples:
+    """Pairs every low-resolution cell with its class shares and its mean log depth."""
     size = (source.shape[-2], source.shape[-1])
     shares = log_depth = None
     if sample.labels is not None:
@@ -99,24 +98,24 @@ def cells(sample: Sample, source: Tensor, classes: int) -> Lesson:
         shares = F.adaptive_avg_pool2d(onehot, size).flatten(1).t()
     if sample.depth is not None:
         log_depth = _mean_log(sample.depth, size)
-    return Lesson(source[0].flatten(1).t(), shares, log_depth)
+    return ProbeExamples(source[0].flatten(1).t(), shares, log_depth)
 
 
-def fit_probe(lessons: Iterable[Lesson], *, config: ProbeConfig) -> LinearProbe:
+def fit_probe(examples: Iterable[ProbeExamples], *, config: ProbeConfig) -> LinearProbe:
     """Fits a probe to labels, to depth, or to both.
 
     Args:
-        lessons: Features and truth of the training images.
+        examples: Features and truth of each training image, in order.
         config: How to fit.
 
     Returns:
         The probe.
     """
-    every = list(lessons)
-    features = torch.cat([lesson.features for lesson in every])
-    kept = sum(len(lesson.features) for lesson in every[: len(every) - len(every) // 5])
-    shares = [lesson.shares for lesson in every if lesson.shares is not None]
-    depths = [lesson.log_depth for lesson in every if lesson.log_depth is not None]
+    every = list(examples)
+    features = torch.cat([each.features for each in every])
+    kept = sum(len(each.features) for each in every[: len(every) - len(every) // 5])
+    shares = [each.shares for each in every if each.shares is not None]
+    depths = [each.log_depth for each in every if each.log_depth is not None]
     heads, classes, depth_range = [], 0, None
     if shares:
         classes = shares[0].shape[1]
@@ -146,7 +145,7 @@ def _chosen(
     kept: int,
     penalties: Sequence[float],
 ) -> Head:
-    """Fits with the penalty that serves the cells behind the first ``kept`` best."""
+    """Fits with the penalty that is best for the examples after the first ``kept``."""
     best = penalties[0]
     if kept < len(features) and len(penalties) > 1:
         held_out = features[kept:], truth[kept:]
@@ -171,7 +170,7 @@ def fit_segmentation(
 
     Args:
         features: (N, C).
-        shares: Share of each class in the cell, (N, K); rows of zeros (void) take no part.
+        shares: Share of each class in the cell, (N, K); rows of zeros (void) are ignored.
         weight_decay: AdamW's, of the weight alone.
         config: How to fit.
 

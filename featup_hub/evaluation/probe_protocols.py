@@ -1,63 +1,82 @@
-"""What upsampled features are worth to a linear probe: preservation and transfer.
+"""Preservation and transfer: what upsampled features are worth to a linear probe.
 
-Preservation fits one probe on low-resolution features, freezes it and applies it to everybody's
-upsampled ones: FeatUp promises features that "can be swapped into existing applications even
+Preservation fits one probe on low-resolution features, freezes it and applies it to the features
+of every upsampler. FeatUp promises features that "can be swapped into existing applications even
 without re-training", and the probe is that application. Transfer fits a probe on each upsampler's
 own features, at random pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
-from featup_hub.evaluation.features import CachedFeatures
-from featup_hub.evaluation.measurement import Bench, Measurement
-from featup_hub.evaluation.probes import Lesson, LinearProbe, ProbeConfig, cells, fit_probe
-from featup_hub.evaluation.truth import sums_against
+from featup_hub.evaluation.dataset import Sample
+from featup_hub.evaluation.features import Bench
+from featup_hub.evaluation.linear_probe import (
+    LinearProbe,
+    ProbeConfig,
+    ProbeExamples,
+    cells,
+    fit_probe,
+)
+from featup_hub.evaluation.sums import Measurement
 
 __all__ = ["measure_preservation", "measure_transfer"]
 
 
 def measure_preservation(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
     """Fits a probe on low-resolution cells and applies it, frozen, to upsampled features."""
-    train = bench.features(bench.train.spread(bench.config.train_images))
+    train = bench.features(bench.train.spread(bench.config.train_images), {1})
     classes = bench.train.classes
     probe = fit_probe(
-        (cells(sample, source, classes) for sample, source in train), config=_settings(bench)
+        (cells(sample, sources[1], classes) for sample, sources in train), config=_settings(bench)
     )
     return [_score(bench, "frozen probe", [(each, probe) for each in candidates])]
 
 
 def measure_transfer(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
     """Fits a probe on each upsampler's own features; every second training image is mirrored."""
-    train = bench.features(bench.train.spread(bench.config.transfer_images), mirror=True)
+    train = bench.train.spread(bench.config.transfer_images)
     probed = []
     for each in candidates:
-        pixels = sampled_pixels(train, each, count=bench.config.pixels, seed=bench.config.seed)
+        data = (
+            (sample, sources[each.looks])
+            for sample, sources in bench.features(train, {each.looks}, mirror=True)
+        )
+        pixels = sampled_pixels(
+            data, each, train.classes, count=bench.config.pixels, seed=bench.config.seed
+        )
         probed.append((each, fit_probe(pixels, config=_settings(bench))))
     return [_score(bench, "transfer probe", probed)]
 
 
 @torch.no_grad()
 def sampled_pixels(
-    data: CachedFeatures, upsampler: Candidate, *, count: int, seed: int
-) -> list[Lesson]:
+    data: Iterable[tuple[Sample, Tensor]],
+    upsampler: Candidate,
+    classes: int,
+    *,
+    count: int,
+    seed: int,
+) -> list[ProbeExamples]:
     """Samples pixels of upsampled features and their truth, the same for every upsampler.
 
     Args:
         data: Training images and features.
         upsampler: The upsampler.
+        classes: Number of classes.
         count: Pixels of each image.
         seed: Decides which.
 
     Returns:
-        One lesson per image.
+        The examples of each image.
     """
     generator = torch.Generator().manual_seed(seed)
-    lessons = []
+    examples = []
     for sample, source in data:
         size = (sample.image.shape[-2], sample.image.shape[-1])
         chosen = torch.randint(size[0] * size[1], (count,), generator=generator)
@@ -65,12 +84,12 @@ def sampled_pixels(
         shares = log_depth = None
         if sample.labels is not None:
             labels = sample.labels.flatten()[chosen, None]
-            shares = (labels == torch.arange(data.folder.classes)).float()
+            shares = (labels == torch.arange(classes)).float()
         if sample.depth is not None:
             depth = sample.depth.flatten()[chosen]
             log_depth = torch.where(depth > 0, depth.clamp(min=1e-6).log(), torch.nan)
-        lessons.append(Lesson(features.contiguous(), shares, log_depth))
-    return lessons
+        examples.append(ProbeExamples(features.contiguous(), shares, log_depth))
+    return examples
 
 
 @torch.inference_mode()
@@ -79,12 +98,14 @@ def _score(
 ) -> Measurement:
     """Applies every upsampler's probe to its features of every image."""
     found = bench.measurement(protocol)
-    for sample, source in bench.features(bench.val):
+    looks = {each.looks for each, _ in probed}
+    for sample, sources in bench.features(bench.val, looks):
         image = sample.normalised()
         size = (image.shape[-2], image.shape[-1])
         for each, probe in probed:
-            labels, depth = probe.read(each.project(source, image, size, probe.weight))
-            found.add(each.name, sums_against(sample, labels, depth, probe.classes))
+            projected = each.project(sources[each.looks], image, size, probe.weight)
+            labels, depth = probe.read(projected)
+            found.add(each.name, sample.sums(labels, depth, probe.classes))
     return found
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featup_hub.evaluation.folders import Sample
-from featup_hub.evaluation.probes import (
-    Lesson,
+from featup_hub.evaluation.dataset import Sample
+from featup_hub.evaluation.linear_probe import (
     ProbeConfig,
+    ProbeExamples,
     cells,
     fit_depth,
     fit_probe,
@@ -81,13 +81,13 @@ def test_the_penalty_is_the_one_that_serves_images_held_out():
     # Many features, few cells, noise: without a penalty the probe learns the noise.
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(60, generator=generator) / 60**0.5
-    lessons = []
+    examples = []
     for _ in range(10):
         features = torch.randn(8, 60, generator=generator)
         truth = features @ weight + torch.randn(8, generator=generator)
-        lessons.append(Lesson(features, None, truth))
+        examples.append(ProbeExamples(features, None, truth))
     free, held = (
-        fit_probe(lessons, config=ProbeConfig(ridges=ridges)).weight
+        fit_probe(examples, config=ProbeConfig(ridges=ridges)).weight
         for ridges in ((1e-6,), (1e-6, 1.0))
     )
     unseen = torch.randn(500, 60, generator=generator)

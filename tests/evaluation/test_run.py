@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from featup_hub.backbones import Backbone
-from featup_hub.evaluation import protocol
 from featup_hub.evaluation.candidates import candidate
 from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.features import Source
 from featup_hub.evaluation.layouts import open_data
-from featup_hub.evaluation.protocol import evaluate, measure
 from featup_hub.evaluation.report import rows
+from featup_hub.evaluation.run import evaluate, measure
 
 
 class MeanColour(Backbone):
@@ -26,6 +26,10 @@ class MeanColour(Backbone):
 
     def features(self, image):
         return torch.nn.functional.avg_pool2d(image, 16)
+
+
+def colours(name="x"):
+    return Source(name=name, backbone=MeanColour(), identity="mean colours")
 
 
 def score(scored, upsampler, metric, stage):
@@ -51,7 +55,7 @@ def oracle(scenes):
 def test_the_point_oracle_of_bilinear_is_wrong_on_exactly_half_the_strip(oracle):
     # Cells are sampled at columns 8 and 24, so bilinear puts the edge midway, at 16: of the
     # strip's columns 16..23 the four before the true edge at 20 are wrong.
-    found = score(oracle, "bilinear", "strip accuracy", "point oracle")
+    found = score(oracle, "bilinear", "boundary accuracy", "point oracle")
     assert found.score.value == 0.5
     assert score(oracle, "bilinear", "accuracy", "point oracle").score.value == 44 / 48
     assert score(oracle, "bilinear", "mIoU", "point oracle").score.value == pytest.approx(
@@ -60,12 +64,12 @@ def test_the_point_oracle_of_bilinear_is_wrong_on_exactly_half_the_strip(oracle)
 
 
 def test_an_upsampler_that_follows_the_image_is_right_everywhere(oracle):
-    for metric in ("strip accuracy", "mIoU", "accuracy"):
+    for metric in ("boundary accuracy", "mIoU", "accuracy"):
         assert score(oracle, "joint_bilateral", metric, "point oracle").score.value == 1
 
 
 def test_a_paired_difference_from_bilinear_is_half_the_strip_and_significant(oracle):
-    difference = score(oracle, "joint_bilateral", "strip accuracy", "point oracle").versus[
+    difference = score(oracle, "joint_bilateral", "boundary accuracy", "point oracle").versus[
         "bilinear"
     ]
     assert difference.value == 0.5
@@ -82,7 +86,7 @@ def test_the_depth_oracle_of_nearest_is_wrong_by_two_metres_on_four_columns(orac
 def test_area_averages_carry_the_edge_that_points_lose(oracle):
     # The cell over the edge is 3/4 bright, so bilinear finds the edge between 16 and 20.
     point, area = (
-        score(oracle, "bilinear", "strip accuracy", f"{way} oracle").score.value
+        score(oracle, "bilinear", "boundary accuracy", f"{way} oracle").score.value
         for way in ("point", "area")
     )
     assert area > point
@@ -92,7 +96,7 @@ def test_a_frozen_probe_reads_labels_and_depth_off_upsampled_features(scenes, tm
     config = EvaluationConfig(data=(), cache=tmp_path, protocols=("preservation",), resamples=50)
     splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
     candidates = [candidate(name) for name in ("nearest", "joint_bilateral")]
-    found = rows(measure(splits, {"mean colour": MeanColour()}, candidates, config), resamples=50)
+    found = rows(measure(splits, [colours("mean colour")], candidates, config), resamples=50)
     labels = score(found, "nearest", "accuracy", "frozen probe")
     assert labels.score.value == 44 / 48  # the mixed cell is mostly bright
     assert labels.backbone == "mean colour /16"
@@ -113,7 +117,14 @@ def test_cached_features_are_computed_once(scenes, tmp_path):
     splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
     config = EvaluationConfig(data=(), cache=tmp_path, protocols=("preservation",), probe_steps=5)
     for name in ("nearest", "bilinear"):
-        list(measure(splits, {"x": Counting()}, [candidate(name)], config))
+        list(
+            measure(
+                splits,
+                [Source(name="x", backbone=Counting(), identity="x")],
+                [candidate(name)],
+                config,
+            )
+        )
     assert Counting.calls == 7
 
 
@@ -140,11 +151,11 @@ def test_progress_names_every_step(scenes):
     assert "/val, 2 images" in lines[0]
 
 
-def test_the_protocol_leaves_the_global_generator_alone(scenes):
+def test_a_run_leaves_the_global_generator_alone(scenes):
     state = torch.get_rng_state()
     config = EvaluationConfig(data=(), protocols=("preservation",), probe_steps=2)
     splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
-    list(protocol.measure(splits, {"x": MeanColour()}, [candidate("bilinear")], config))
+    list(measure(splits, [colours()], [candidate("bilinear")], config))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -158,7 +169,7 @@ def test_every_protocol_on_features_leaves_its_scores(scenes, tmp_path):
     )
     splits = [tuple(open_data(f"folder:{scenes}", split) for split in ("train", "val"))]
     candidates = [candidate(name) for name in ("nearest", "joint_bilateral")]
-    found = rows(measure(splits, {"x": MeanColour()}, candidates, config), resamples=20)
+    found = rows(measure(splits, [colours()], candidates, config), resamples=20)
     assert {row.protocol for row in found} == {"transfer probe", "consistency", "cost"}
     # A probe of sharp features finds the edge that features repeated by cells cannot show.
     assert score(found, "joint_bilateral", "accuracy", "transfer probe").score.value == 1
@@ -172,7 +183,7 @@ def test_protocols_without_their_data_are_refused():
         list(evaluate(EvaluationConfig(protocols=("oracle",))))
 
 
-def test_intervals_know_of_frames_that_are_alike_from_the_cache_too(scenes, tmp_path):
+def test_frames_of_a_clip_are_drawn_in_blocks_from_the_cache_too(scenes, tmp_path):
     train, val = (open_data(f"folder:{scenes}", split) for split in ("train", "val"))
     data = [(train, replace(val, block=3))]
     config = EvaluationConfig(
@@ -184,7 +195,7 @@ def test_intervals_know_of_frames_that_are_alike_from_the_cache_too(scenes, tmp_
     )
     nearest = [candidate("nearest")]
     for _ in range(2):
-        found = list(measure(data, {"colour": MeanColour()}, nearest, config))
+        found = list(measure(data, [colours()], nearest, config))
         assert [each.block for each in found] == [3, 3]
     for row in rows(found, versus=()):
         # A block of all three images on a circle is the set itself, in whatever order.
@@ -192,16 +203,16 @@ def test_intervals_know_of_frames_that_are_alike_from_the_cache_too(scenes, tmp_
 
 
 @pytest.mark.parametrize("stage", ["oracle", "preservation", "transfer"])
-def test_images_of_which_nothing_is_known_are_refused(scenes, stage):
+def test_images_without_labels_and_depth_are_refused(scenes, stage):
     splits = [
         replace(open_data(f"folder:{scenes}", s), labels=(), depth=()) for s in ("train", "val")
     ]
     config = EvaluationConfig(protocols=(stage,), strides=(16,))
     with pytest.raises(ValueError, match=r"labels or depth are needed beside the images of scenes"):
-        list(measure([tuple(splits)], {"colour": MeanColour()}, [candidate("nearest")], config))
+        list(measure([tuple(splits)], [colours()], [candidate("nearest")], config))
 
 
-def test_missing_truth_is_said_before_other_data_sets_are_measured(scenes):
+def test_missing_truth_is_an_error_before_anything_is_measured(scenes):
     lines, splits = [], [open_data(f"folder:{scenes}", split) for split in ("train", "val")]
     unknown = [replace(split, labels=(), depth=()) for split in splits]
     config = EvaluationConfig(protocols=("preservation",))
@@ -210,7 +221,7 @@ def test_missing_truth_is_said_before_other_data_sets_are_measured(scenes):
             list(
                 measure(
                     [tuple(splits), missing],
-                    {"colour": MeanColour()},
+                    [colours()],
                     [candidate("nearest")],
                     config,
                     progress=lines.append,
@@ -228,22 +239,55 @@ def test_an_image_that_is_all_void_counts_for_nothing(scenes, tmp_path, depth):
     with_void = replace(val, labels=(*val.labels[:-1], tmp_path / "void.png"))
     config = EvaluationConfig(protocols=("oracle",), strides=(16,))
     found = [
-        next(measure([(train, each)], {}, [candidate("nearest")], config)).sums["nearest"]
+        next(measure([(train, each)], [], [candidate("nearest")], config)).sums["nearest"]
         for each in (val, with_void)
     ]
     known, void = (torch.stack(sums["confusion"]) for sums in found)
     assert [len(known), len(void)] == [3, 3]
     assert [int(known[-1].sum()), int(void[-1].sum())] == [32 * 48, 0]
     assert torch.equal(known[:-1], void[:-1])
-    assert int(found[1]["strip"][-1].sum()) == 0
+    assert int(found[1]["band"][-1].sum()) == 0
     if depth:  # which is known where labels are void
         assert torch.equal(found[0]["depth"][-1], found[1]["depth"][-1])
 
 
-def test_missing_photographs_are_said_before_other_stages_begin(scenes, tmp_path):
+def test_missing_photographs_are_an_error_before_anything_is_measured(scenes, tmp_path):
     lines = []
     data = (f"folder:{scenes}",)
     config = EvaluationConfig(data=data, protocols=("oracle", "cam"), photos=tmp_path)
-    with pytest.raises(ValueError, match=r"need photographs, .* has none"):
+    with pytest.raises(ValueError, match=r"need photographs; .* has none"):
         list(evaluate(config, progress=lines.append))
     assert lines == []
+
+
+def test_every_number_of_looks_is_a_row_of_its_own(scenes, monkeypatch):
+    monkeypatch.setattr("featup_hub.evaluation.run.open_source", lambda _: colours())
+    config = EvaluationConfig(
+        data=(f"folder:{scenes}",),
+        upsamplers=("nearest",),
+        protocols=("preservation",),
+        looks=(1, 16),
+        versus=("nearest",),
+        resamples=20,
+    )
+    (found,) = evaluate(config)
+    assert score(found, "nearest", "accuracy", "frozen probe").score.value == 44 / 48
+    # Sixteen looks tell the place of the edge to 4 px, where it lies.
+    assert score(found, "nearest ×16", "accuracy", "frozen probe").score.value > 46 / 48
+
+
+def test_an_upsampler_is_opened_once(scenes, monkeypatch):
+    from featup_hub.evaluation import run
+
+    opened = []
+
+    def recorded(spec):
+        opened.append(spec)
+        return candidate(spec)
+
+    monkeypatch.setattr(run, "candidate", recorded)
+    config = EvaluationConfig(
+        data=(f"folder:{scenes}",), upsamplers=("nearest",), protocols=("oracle",), strides=(16,)
+    )
+    list(evaluate(config))
+    assert opened == ["nearest"]

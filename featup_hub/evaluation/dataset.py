@@ -1,7 +1,8 @@
-"""Images with labels or depth, read from files and cut to fit a backbone."""
+"""A data set: images with labels or depth, read from files and cropped to fit a backbone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.evaluation.depth import depth_edges
-from featup_hub.evaluation.segmentation import boundary_strip
+from featup_hub.evaluation.depth import depth_edges, depth_sums
+from featup_hub.evaluation.segmentation import boundary_band, segmentation_sums
 from featup_hub.image import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["Folder", "Sample"]
+__all__ = ["Dataset", "Sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image and what is known of it.
+    """One image and its ground truth.
 
     Attributes:
         name: File name without suffix.
@@ -35,9 +36,9 @@ class Sample:
     depth: Tensor | None = None
 
     def crop(self, stride: int) -> Sample:
-        """Cuts the centre whose sides are the largest multiples of the stride.
+        """Crops the centre to the largest multiples of the stride.
 
-        Nothing is resampled: labels stay exact and edges where they are.
+        Nothing is resampled, so labels stay exact and edges stay in place.
 
         Raises:
             ValueError: If the image is smaller than the stride.
@@ -59,7 +60,7 @@ class Sample:
         )
 
     def mirror(self) -> Sample:
-        """Turns left into right."""
+        """Mirrors image and truth left to right."""
         return replace(
             self,
             image=self.image.flip(-1),
@@ -68,7 +69,7 @@ class Sample:
         )
 
     def square(self, side: int) -> Tensor:
-        """Cuts the centre to a square of ``side`` pixels, normalised, (1, 3, side, side)."""
+        """Crops the centre square and resizes it, normalised, (1, 3, side, side)."""
         edge = min(self.image.shape[-2:])
         top, left = ((length - edge) // 2 for length in self.image.shape[-2:])
         centre = self.image[:, top : top + edge, left : left + edge]
@@ -77,7 +78,7 @@ class Sample:
         return replace(self, image=resized, labels=None, depth=None).normalised()
 
     def shrink(self, max_side: int) -> Sample:
-        """Resizes an image whose longer side is longer than ``max_side``; 0 leaves all as is."""
+        """Resizes the image so that no side exceeds ``max_side``; 0 keeps every image as it is."""
         height, width = self.image.shape[-2:]
         scale = max_side / max(height, width)
         if max_side == 0 or scale >= 1:
@@ -97,18 +98,36 @@ class Sample:
         return ((self.image - mean[:, None, None]) / std[:, None, None])[None]
 
     @cached_property
-    def strip(self) -> Tensor | None:
-        """The strip within 4 px of label boundaries, (H, W)."""
-        return None if self.labels is None else boundary_strip(self.labels)
+    def band(self) -> Tensor | None:
+        """The band within 4 px of label boundaries, (H, W)."""
+        return None if self.labels is None else boundary_band(self.labels)
 
     @cached_property
     def edges(self) -> Tensor | None:
-        """The strip within 4 px of depth edges, (H, W)."""
+        """The band within 4 px of depth edges, (H, W)."""
         return None if self.depth is None else depth_edges(self.depth)
+
+    def sums(self, labels: Tensor | None, depth: Tensor | None, classes: int) -> dict[str, Tensor]:
+        """Compares predictions with the truth, where there is both.
+
+        Args:
+            labels: Predicted classes, (H, W).
+            depth: Predicted depth in metres, (H, W).
+            classes: Number of classes.
+
+        Returns:
+            Sums of segmentation, of depth, or of both.
+        """
+        sums: dict[str, Tensor] = {}
+        if labels is not None and self.labels is not None and self.band is not None:
+            sums |= segmentation_sums(labels, self.labels, self.band, classes)
+        if depth is not None and self.depth is not None and self.edges is not None:
+            sums |= depth_sums(depth, self.depth, self.edges)
+        return sums
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder:
+class Dataset:
     """One split of a data set.
 
     Attributes:
@@ -119,9 +138,9 @@ class Folder:
         classes: Number of classes; labels outside 0 .. classes-1 are void.
         label_map: Class of every stored value, where they differ; values beyond it are void.
         depth_scale: Stored depth per metre.
-        max_side: Longer images are shrunk to this side; 0 leaves all as they are.
-        block: Neighbouring images that are alike, as frames of a clip are; the bootstrap draws
-            them together.
+        max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
+        block: Number of neighbouring images that are correlated, such as frames of a clip; the
+            bootstrap draws them together.
     """
 
     name: str
@@ -154,7 +173,7 @@ class Folder:
         return sample.shrink(self.max_side)
 
     def check_truth(self) -> None:
-        """Refuses images of which nothing is known.
+        """Checks that there is a truth to compare with.
 
         Raises:
             ValueError: If there are neither labels nor depth.
@@ -162,22 +181,32 @@ class Folder:
         if not self.labels and not self.depth:
             raise ValueError(
                 f"labels or depth are needed beside the images of {self.name}; there are neither; "
-                "without them consistency and cost can be measured"
+                "add them, or measure consistency and cost, which need none"
             )
 
-    def spread(self, count: int) -> Folder:
-        """Keeps ``count`` images, evenly spread; all where 0 or where there are fewer."""
+    def spread(self, count: int) -> Dataset:
+        """Keeps ``count`` evenly spread images; all if 0 or if there are fewer."""
         total = len(self)
         if not 0 < count < total:
             return self
         keep = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+        return replace(self.only(keep), block=max(round(self.block * count / total), 1))
+
+    def only(self, keep: Sequence[int]) -> Dataset:
+        """Keeps the images of these indices."""
         return replace(
             self,
             images=tuple(self.images[i] for i in keep),
             labels=tuple(self.labels[i] for i in keep) if self.labels else (),
             depth=tuple(self.depth[i] for i in keep) if self.depth else (),
-            block=max(round(self.block * count / total), 1),
         )
+
+    def videos(self) -> list[Dataset]:
+        """Splits the images by their folders, each holding the frames of one video."""
+        folders: dict[Path, list[int]] = {}
+        for index, image in enumerate(self.images):
+            folders.setdefault(image.parent, []).append(index)
+        return [self.only(indices) for indices in folders.values()]
 
     def _labels(self, path: Path) -> Tensor:
         labels = _read(path).long()
@@ -193,7 +222,7 @@ def _nearest(truth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _read(path: Path) -> Tensor:
-    """Reads the stored values of a label or depth file, not their colours, (H, W)."""
+    """Reads the stored values of a label or depth file, not palette colours, (H, W)."""
     from PIL import Image
 
     with Image.open(path) as picture:

@@ -1,0 +1,145 @@
+"""Propagation: the mask of a video's first frame follows features alone to the later frames.
+
+No probe is fitted, so none can be overfitted. A place of a later frame takes the masks of the
+places of the first frame whose features are most alike: cosine similarity within a window, the
+seven most alike, weighted by a softmax. It happens at a quarter of the image's size; the mask is
+averaged down to it, and back up by bilinear interpolation.
+
+Source: the protocol of Jabri, Owens, Efros, "Space-Time Correspondence as a Contrastive Random
+Walk", NeurIPS 2020, from the first frame alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.evaluation.candidates import Candidate
+from featup_hub.evaluation.dataset import Sample
+from featup_hub.evaluation.features import Bench
+from featup_hub.evaluation.statistics import Metric
+from featup_hub.evaluation.sums import Measurement
+
+__all__ = ["PROPAGATION", "measure_propagation", "propagate"]
+
+SHRINK = 4
+NEIGHBOURS = 7
+TEMPERATURE = 0.07
+RADIUS = 24
+TILE = 8
+
+
+def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
+    """Propagates the labels of the first frame of every video to its other frames."""
+    found = bench.measurement("propagation")
+    looks = {each.looks for each in candidates}
+    for video in bench.val.videos():
+        first: dict[str, Tensor] = {}
+        labels = torch.zeros(0)
+        for index, (sample, sources) in enumerate(bench.features(video, looks)):
+            image = sample.normalised()
+            size = (image.shape[-2] // SHRINK, image.shape[-1] // SHRINK)
+            for each in candidates:
+                features = F.normalize(each(sources[each.looks], image, size)[0], dim=0)
+                if index == 0:
+                    first[each.name] = features
+                    labels = _shares(sample, video.classes, size)
+                else:
+                    mask = propagate(first[each.name], labels, features)
+                    found.add(each.name, propagation_sums(mask, sample, video.classes))
+    return [found]
+
+
+@torch.inference_mode()
+def propagate(first: Tensor, labels: Tensor, later: Tensor, *, radius: int = RADIUS) -> Tensor:
+    """Carries labels from one frame to another.
+
+    Args:
+        first: Features of the first frame, unit length, (C, H, W).
+        labels: Shares of its classes, (K, H, W).
+        later: Features of the later frame, unit length, (C, H, W).
+        radius: Half the side of the window, in places.
+
+    Returns:
+        Shares of the later frame's classes, (K, H, W).
+    """
+    height, width = later.shape[-2:]
+    result = torch.empty_like(labels)
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            tile = later[:, top : top + TILE, left : left + TILE]
+            rows = slice(max(top - radius, 0), top + TILE + radius)
+            columns = slice(max(left - radius, 0), left + TILE + radius)
+            keys = first[:, rows, columns]
+            similar = tile.flatten(1).t() @ keys.flatten(1)
+            similar = similar.masked_fill(
+                ~_within(tile.shape[1:], keys.shape[1:], (top, left), (rows, columns), radius),
+                -torch.inf,
+            )
+            best, index = similar.topk(min(NEIGHBOURS, similar.shape[1]))
+            weights = (best / TEMPERATURE).softmax(1)
+            told = labels[:, rows, columns].flatten(1)[:, index]  # (K, N, 7)
+            result[:, top : top + TILE, left : left + TILE] = (
+                (told * weights).sum(2).view(-1, *tile.shape[1:])
+            )
+    return result
+
+
+def _within(
+    tile: Sequence[int],
+    keys: Sequence[int],
+    corner: tuple[int, int],
+    window: tuple[slice, slice],
+    radius: int,
+) -> Tensor:
+    """Marks the keys in the window of each place of a tile, (tile's places, keys)."""
+    near = [
+        (
+            torch.arange(corner[axis], corner[axis] + tile[axis])[:, None]
+            - torch.arange(window[axis].start, window[axis].start + keys[axis])
+        ).abs()
+        <= radius
+        for axis in (0, 1)
+    ]
+    return (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(
+        tile[0] * tile[1], keys[0] * keys[1]
+    )
+
+
+def propagation_sums(shares: Tensor, sample: Sample, classes: int) -> dict[str, Tensor]:
+    """Scores one frame.
+
+    Args:
+        shares: Shares of classes, (K, h, w).
+        sample: The frame.
+        classes: Number of classes; class 0 is the background.
+
+    Returns:
+        ``jaccard`` (2,): mean intersection over union of the objects, and 1; and the sums of the
+        band along the true outline.
+    """
+    size = (sample.image.shape[-2], sample.image.shape[-1])
+    guess = F.interpolate(shares[None], size, mode="bilinear", align_corners=False)[0].argmax(0)
+    sums = sample.sums(guess, None, classes)
+    counts = sums["confusion"]
+    hits = counts.diagonal()
+    union = (counts.sum(0) + counts.sum(1) - hits)[1:]
+    objects = union > 0
+    overlap = torch.where(objects, hits[1:] / union.clamp(min=1), 0.0).sum() / objects.sum()
+    return {"jaccard": torch.stack([overlap.nan_to_num(1.0), torch.ones(())]), "band": sums["band"]}
+
+
+def _shares(sample: Sample, classes: int, size: tuple[int, int]) -> Tensor:
+    """Averages one-hot labels down to a size, (K, *size)."""
+    if sample.labels is None:
+        raise ValueError(
+            f"propagation needs labels; {sample.name!r} has none; add them, or leave it out"
+        )
+    onehot = (sample.labels == torch.arange(classes)[:, None, None]).float()
+    return F.adaptive_avg_pool2d(onehot, size)
+
+
+PROPAGATION = (Metric(name="J", sums="jaccard", value=lambda s: s[..., 0] / s[..., 1]),)

@@ -1,0 +1,119 @@
+"""What a protocol measured: a few sums per image and upsampler, kept on disk between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featup_hub.evaluation.candidates import Candidate
+from featup_hub.weights import metadata, read, write
+
+__all__ = ["Measurement", "measure_new"]
+
+VERSION = 4
+"""To be raised by whoever changes what any measurement means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one protocol measured on one data set, for every upsampler.
+
+    Attributes:
+        protocol: Such as ``point oracle``.
+        data: Such as ``camvid/val``.
+        backbone: What the features came from, and the stride; for the oracle the stride alone.
+        block: Number of neighbouring images that are correlated, see ``Dataset``.
+        sums: Upsampler -> name of the sums -> one tensor per image.
+    """
+
+    protocol: str
+    data: str
+    backbone: str
+    block: int = 1
+    sums: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
+
+    def add(self, upsampler: str, sums: dict[str, Tensor]) -> None:
+        """Adds one image's sums."""
+        known = self.sums.setdefault(upsampler, {})
+        for name, value in sums.items():
+            known.setdefault(name, []).append(value)
+
+
+def measure_new(
+    run: Callable[[Sequence[Candidate]], Sequence[Measurement]],
+    candidates: Sequence[Candidate],
+    settings: dict[str, object] | None,
+    cache: Path | None,
+) -> list[Measurement]:
+    """Measures the upsamplers that the cache does not know, and adds them to it.
+
+    One file per upsampler; its name is a digest of the settings and of the upsampler's identity.
+
+    Args:
+        run: Measures upsamplers.
+        candidates: Upsamplers.
+        settings: All else that the sums depend on; None is never kept.
+        cache: Folder of the files; None keeps nothing.
+
+    Returns:
+        Measurements of all upsamplers, in the order given.
+    """
+    places = {each.name: _place(cache, settings, each) for each in candidates}
+    known = {
+        name: _load(place, name) for name, place in places.items() if place and place.is_file()
+    }
+    new = [each for each in candidates if each.name not in known]
+    fresh = run(new) if new else []
+    for each in new:
+        known[each.name] = [
+            replace(found, sums={each.name: found.sums[each.name]}) for found in fresh
+        ]
+        if place := places[each.name]:
+            _save(known[each.name], place)
+    columns = zip(*(known[each.name] for each in candidates), strict=True)
+    return [
+        replace(parts[0], sums={name: sums for part in parts for name, sums in part.sums.items()})
+        for parts in columns
+    ]
+
+
+def _place(
+    cache: Path | None, settings: dict[str, object] | None, upsampler: Candidate
+) -> Path | None:
+    if cache is None or settings is None or upsampler.identity is None:
+        return None
+    content = json.dumps([VERSION, settings, upsampler.identity], sort_keys=True, default=str)
+    return cache / "sums" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.safetensors"
+
+
+def _save(found: Sequence[Measurement], place: Path) -> None:
+    """Writes one upsampler's measurements, each tensor of sums as ``NUMBER NAME``."""
+    tensors = {
+        f"{number} {name}": torch.stack(values)
+        for number, each in enumerate(found)
+        for sums in each.sums.values()
+        for name, values in sums.items()
+    }
+    titles = [(each.protocol, each.data, each.backbone, each.block) for each in found]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write(tensors, place, metadata={"titles": json.dumps(titles)})
+
+
+def _load(place: Path, upsampler: str) -> list[Measurement]:
+    """Reads what :func:`_save` wrote, under the name the upsampler has now."""
+    found = [
+        Measurement(
+            protocol=protocol, data=data, backbone=backbone, block=block, sums={upsampler: {}}
+        )
+        for protocol, data, backbone, block in json.loads(metadata(place)["titles"])
+    ]
+    for key, values in read(place).items():
+        number, _, name = key.partition(" ")
+        found[int(number)].sums[upsampler][name] = list(values)
+    return found

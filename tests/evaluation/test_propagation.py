@@ -1,0 +1,91 @@
+"""Propagation: labels follow features that are alike, within a window."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from featup_hub.backbones import ModuleBackbone
+from featup_hub.evaluation.candidates import Candidate, candidate
+from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.features import Bench, Source
+from featup_hub.evaluation.layouts import open_data
+from featup_hub.evaluation.propagation import propagate
+from featup_hub.evaluation.report import rows
+
+
+def unit(height, width):
+    """Features of which no two places are alike."""
+    return F.normalize(torch.randn(64, height, width), dim=0)
+
+
+def test_labels_move_with_their_features():
+    first = unit(12, 20)
+    labels = (torch.rand(2, 12, 20) > 0.5).float()
+    later = first.roll(3, 2)
+    found = propagate(first, labels, later, radius=6)
+    # Beyond the seam the place that moved is outside the window.
+    torch.testing.assert_close(found[..., 3:], labels.roll(3, 2)[..., 3:], atol=0.01, rtol=0)
+
+
+def test_places_outside_the_window_are_not_found():
+    first = unit(12, 20)
+    labels = torch.zeros(1, 12, 20)
+    labels[..., :8] = 1
+    found = propagate(first, labels, first.roll(8, 2), radius=2)
+    # What moved eight places is beyond two: only labels of the neighbourhood are taken.
+    assert found[..., 10:].max() == 0
+
+
+def test_the_seven_most_alike_places_count_by_a_softmax():
+    generator = torch.Generator().manual_seed(1)
+    first = F.normalize(torch.randn(4, 3, 5, generator=generator), dim=0)
+    labels = torch.rand(2, 3, 5, generator=generator)
+    found = propagate(first, labels, first, radius=10)
+    similar = first.flatten(1).t() @ first.flatten(1)
+    best, index = similar.topk(7)
+    weights = (best / 0.07).softmax(1)
+    expected = (labels.flatten(1)[:, index] * weights).sum(2).view(2, 3, 5)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def video(tmp_path):
+    """A bright square that moves by 16 pixels a frame over a dark gradient."""
+    for frame in range(3):
+        object_ = np.zeros((64, 96), dtype=bool)
+        object_[16:48, 16 + 16 * frame : 48 + 16 * frame] = True
+        shades = np.where(object_, 230, np.arange(96)[None] // 2)
+        for kind, values in (("images", shades[..., None].repeat(3, 2)), ("masks", object_)):
+            path = tmp_path / kind / "square" / f"{frame}.{'jpg' if kind == 'images' else 'png'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(path)
+    return open_data(f"davis:{tmp_path}", "val")
+
+
+def measured(video, *candidates):
+    backbone = ModuleBackbone(torch.nn.AvgPool2d(16), feat_dim=3, patch_size=16)
+    source = Source(name="colour", backbone=backbone)
+    bench = Bench(source=source, train=video, val=video, config=EvaluationConfig())
+    from featup_hub.evaluation.propagation import measure_propagation
+
+    found = rows(measure_propagation(bench, candidates), versus=(), resamples=20)
+    return {(row.upsampler, row.metric): row.score.value for row in found}
+
+
+def test_exact_features_carry_the_mask_and_coarse_ones_blur_it(video):
+    exact = Candidate(
+        name="exact",
+        function=lambda source, image, size: F.interpolate(image, size, mode="area"),
+    )
+    found = measured(video, exact, candidate("bilinear"))
+    assert found["exact", "J"] > 0.95
+    assert found["exact", "boundary accuracy"] > found["bilinear", "boundary accuracy"]
+
+
+def test_a_video_is_one_folder_and_its_first_frame_is_not_scored(video):
+    assert len(video) == 3
+    assert len(video.videos()) == 1
