@@ -208,7 +208,12 @@ def build(
 
     Returns:
         The page. Its method ``launch()`` serves it.
+
+    Raises:
+        ValueError: If there are more than two photographs.
     """
+    if len(photos) > 2:
+        raise ValueError(f"the page shows at most two photographs; got {len(photos)}")
     opened = functools.lru_cache(maxsize=2)(_open)
 
     @functools.lru_cache(maxsize=_KEPT)

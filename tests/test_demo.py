@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -85,22 +90,43 @@ def test_equal_features_have_equal_colours_in_both_photographs(
     assert pictures[1].tobytes() == pictures[3].tobytes()
 
 
-@pytest.fixture
-def served() -> Iterator[str]:
-    page = demo.build(
-        [disc_at(place) for place in PLACES],
-        model="efficientnet_lite0",
-        upsampler="jbu_denoise",
-        models=["efficientnet_lite0"],
+def test_more_than_two_photographs_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most two photographs; got 3"):
+        demo.build([disc_at(PLACES[0])] * 3, model="m", upsampler="u", models=[])
+
+
+def test_the_space_builds_the_page(root: Path) -> None:
+    app = str(root / "examples/space/app.py")
+    stopped = "import gradio; gradio.Blocks.launch = lambda page: print('launched')"
+    program = f"{stopped}; import runpy; runpy.run_path({app!r}, run_name='__main__')"
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
     )
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
-    yield address
-    page.close()
+    assert ran.stdout == "launched\n", ran.stderr
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of the page, as the command serves it; gradio gets a process of its own."""
+    photos = [tmp_path / "a.png", tmp_path / "b.png"]
+    for photo, place in zip(photos, PLACES, strict=True):
+        disc_at(place).save(photo)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "featup_hub", "demo", *photos, "--no-browser", "--port"]
+    address = f"http://127.0.0.1:{port}"
+    with subprocess.Popen([*command, str(port)], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert any(address in line for line in server.stdout), "the page was not served"
+            yield address
+        finally:
+            server.terminate()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
-@pytest.mark.filterwarnings("default")
 def test_a_click_in_the_browser_lights_up_the_same_thing_in_the_second_photograph(
     served: str,
 ) -> None:
@@ -125,6 +151,6 @@ def test_a_click_in_the_browser_lights_up_the_same_thing_in_the_second_photograp
         drawn = Image.open(io.BytesIO(page.request.get(after).body())).convert("RGB")
         browser.close()
     assert drawn.size == (448, 448)
-    shades = torch.tensor(list(drawn.getdata())).view(448, 448, 3)
+    shades = torch.from_numpy(np.array(drawn))
     assert on_disc(shades[..., 1].float(), PLACES[1])  # green grows with the similarity
     assert int(shades[..., 1].min()) < 60, "nothing is dark: the picture shows no contrast"

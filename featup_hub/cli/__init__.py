@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from featup_hub import __version__
-from featup_hub.cli import convert, evaluate, export, fit, models, train, upsample
+from featup_hub.cli import convert, demo, evaluate, export, fit, models, train, upsample
 from featup_hub.cli.terminal import Parser, UsageError, complain, explain
 
 __all__ = ["main"]
 
-_COMMANDS = (models, upsample, fit, train, convert, export, evaluate)
+_COMMANDS = (models, upsample, demo, fit, train, convert, export, evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,46 @@
+"""``featup-hub demo``: a page in the browser to explore what features say is similar."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from featup_hub.image import read_image
+from featup_hub.model import list_models
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "demo",
+        help="click a point, see which pixels are similar",
+        description=(
+            "Opens a page in the browser. Click a point of a photograph: places with similar "
+            "features become bright, patch by patch and pixel by pixel, there and in a second "
+            "photograph. It needs gradio: pip install 'featup_hub[demo]'."
+        ),
+    )
+    add = parser.add_argument
+    add("images", nargs="*", type=Path, metavar="IMAGE", help="at most two photographs")
+    add("--model", default="efficientnet_lite0", help="its name (default: %(default)s)")
+    add("--upsampler", default="jbu_denoise", help="its name (default: %(default)s)")
+    add("--size", type=int, default=448, help="short side in pixels (default: %(default)s)")
+    add("--port", type=int, help="of the page's address (default: the first free one from 7860)")
+    add("--no-browser", action="store_true", help="print the address, open no browser")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from featup_hub.demo import build
+
+    page = build(
+        [read_image(path) for path in args.images],
+        model=args.model,
+        upsampler=args.upsampler,
+        models=list_models(),
+        size=args.size,
+    )
+    page.launch(inbrowser=not args.no_browser, server_port=args.port)
+    return 0
