@@ -1,26 +1,28 @@
 """High-resolution features from any vision backbone.
 
-Importing this package needs torch only and changes nothing in the process::
+Importing this package changes nothing in the process; what it holds is imported at first use::
 
     model = featup_hub.load("efficientnet_lite0")
     features = model(image)  # (1, 3, H, W) normalised by model.mean, model.std -> (1, C, H, W)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from featup_hub.backbones import Backbone, ModuleBackbone, ShiftAndStitch, TimmBackbone
-from featup_hub.model import (
-    UpsampledBackbone,
-    list_models,
-    load,
-    load_backbone,
-    load_upsampler,
-)
-from featup_hub.ops import implementations
-from featup_hub.upsamplers import ImplicitUpsampler, JBUStack, JBUStage
-
 if TYPE_CHECKING:
+    from featup_hub.backbones import Backbone, ModuleBackbone, ShiftAndStitch, TimmBackbone
+    from featup_hub.image import preprocess, read_image
+    from featup_hub.model import (
+        UpsampledBackbone,
+        list_models,
+        load,
+        load_backbone,
+        load_upsampler,
+    )
+    from featup_hub.ops import implementations
     from featup_hub.training.implicit import fit
+    from featup_hub.upsamplers import ImplicitUpsampler, JBUStack, JBUStage
+    from featup_hub.visualize import comparison
 
 __all__ = [
     "Backbone",
@@ -32,21 +34,39 @@ __all__ = [
     "TimmBackbone",
     "UpsampledBackbone",
     "__version__",
+    "comparison",
     "fit",
     "implementations",
     "list_models",
     "load",
     "load_backbone",
     "load_upsampler",
+    "preprocess",
+    "read_image",
 ]
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "backbones": ("Backbone", "ModuleBackbone", "ShiftAndStitch", "TimmBackbone"),
+    "image": ("preprocess", "read_image"),
+    "model": ("UpsampledBackbone", "list_models", "load", "load_backbone", "load_upsampler"),
+    "ops": ("implementations",),
+    "training.implicit": ("fit",),
+    "upsamplers": ("ImplicitUpsampler", "JBUStack", "JBUStage"),
+    "visualize": ("comparison",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Imports the fit of an implicit upsampler when it is asked for: research is not loaded."""
-    if name == "fit":
-        from featup_hub.training.implicit import fit
-
-        return fit
+    """Imports a name at its first use, so that the command line answers before torch is loaded."""
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
