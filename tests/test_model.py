@@ -301,7 +301,7 @@ def test_a_vit_loads_from_the_hubs_cache_without_a_network(
     shutil.copy(file, snapshot / "model.safetensors")
     code = (
         "import sys, torch, featup_hub\n"
-        "model = load('dinov2', weights=sys.argv[1])\n"
+        "model = featup_hub.load('dinov2', weights=sys.argv[1])\n"
         "torch.save(model.source(torch.linspace(-1, 1, 3 * 56 * 70).view(1, 3, 56, 70)),"
         " sys.argv[2])\n"
     )

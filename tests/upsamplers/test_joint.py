@@ -197,7 +197,7 @@ def test_a_stage_without_a_pass_is_refused() -> None:
 
 def test_kernels_of_learned_stages_are_refused_where_a_joint_one_belongs() -> None:
     kernels = JBUStack().eval().kernels(torch.randn(1, 3, 32, 32), (4, 4))
-    with pytest.raises(ValueError, match="got kernels of learned stages alone"):
+    with pytest.raises(ValueError, match="has a joint bilateral stage, unlike"):
         JBUStack(joint_first=True).eval().upsample(torch.randn(1, 5, 4, 4), kernels)
 
 
@@ -205,7 +205,7 @@ def test_kernels_of_a_joint_stage_are_refused_where_there_is_none() -> None:
     image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
     kernels = JBUStack(joint_first=True).eval().kernels(image, (4, 4))
     for use in (JBUStack().eval().upsample, JBUStack().eval().pyramid):
-        with pytest.raises(ValueError, match="got kernels of a joint bilateral one"):
+        with pytest.raises(ValueError, match="has no joint bilateral stage, unlike"):
             use(source, kernels)
 
 
