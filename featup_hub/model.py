@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,17 @@ from featup_hub.backbones import (
     is_timm_model,
     timm_card,
 )
+from featup_hub.image import preprocess
 from featup_hub.ops import Implementation
 from featup_hub.registry import JBU_UNIVERSAL, MODELS, ModelCard, WeightFile, card
 from featup_hub.upsamplers import FoldedHead, JBUStack
+from featup_hub.upsamplers.jbu import check_channels
 from featup_hub.weights import load as load_weights
 from featup_hub.weights import load_into, split_norm
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
 
 __all__ = [
     "UpsampledBackbone",
@@ -35,14 +43,18 @@ __all__ = [
     "load_upsampler",
 ]
 
+_LARGEST = 20  # no normalisation in use leaves a value that large
+
 
 class UpsampledBackbone(nn.Module):
     """An image in, its features at the image's own resolution out.
 
     Args:
-        backbone: What looks at the image.
-        upsampler: What brings the features to its resolution.
+        backbone: The network that turns the image into low-resolution features.
+        upsampler: The module that brings these to the image's resolution.
         norm: Normalises the source in between, as upstream's ``use_norm`` does.
+        image_size: Short side to which :meth:`preprocess` resizes an image by default, in pixels;
+            None keeps the image's own size.
 
     Attributes:
         mean: Normalisation of images, ImageNet's for every model.
@@ -68,6 +80,7 @@ class UpsampledBackbone(nn.Module):
         upsampler: JBUStack | FoldedHead,
         *,
         norm: ChannelNorm | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
@@ -75,17 +88,56 @@ class UpsampledBackbone(nn.Module):
                 f"a backbone must be a featup_hub.Backbone; got {type(backbone).__name__}; "
                 "wrap it: ModuleBackbone(module, feat_dim=..., patch_size=...)"
             )
-        stack = upsampler.upsampler if isinstance(upsampler, FoldedHead) else upsampler
-        if stack.feat_dim not in (None, backbone.feat_dim):
-            raise ValueError(
-                f"the upsampler was made for {stack.feat_dim} channels; the backbone has "
-                f"{backbone.feat_dim}; use one made for it, or JBUStack(feat_dim=None)"
-            )
         self.backbone = backbone
         self.norm = norm
         self.upsampler = upsampler
+        self.image_size = image_size
         self.mean, self.std = backbone.mean, backbone.std
         self.patch_size, self.feat_dim = backbone.patch_size, backbone.feat_dim
+        self._range_checked = False
+        if self.stack.feat_dim not in (None, backbone.feat_dim):
+            raise ValueError(
+                f"the upsampler was made for {self.stack.feat_dim} channels; the backbone has "
+                f"{backbone.feat_dim}; use one made for it, or JBUStack(feat_dim=None)"
+            )
+
+    @property
+    def stack(self) -> JBUStack:
+        """The upsampler without a head."""
+        upsampler = self.upsampler
+        return upsampler.upsampler if isinstance(upsampler, FoldedHead) else upsampler
+
+    def preprocess(
+        self,
+        photo: str | Path | Image.Image | NDArray[Any],
+        size: int | tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Turns a photograph into the tensor that this model takes, as the command line does.
+
+        Args:
+            photo: A file, a PIL image or an array (H, W, 3) of uint8; see
+                :func:`featup_hub.read_image`.
+            size: Length of the short side, or height and width, multiples of ``patch_size``;
+                default: ``image_size``. See :func:`featup_hub.image.resize`.
+
+        Returns:
+            The normalised image, (1, 3, H, W), on the model's device and in its precision.
+
+        Raises:
+            OSError: If there is no such file, or it may not be read.
+            ValueError: If the file is no image, or ``size`` is no multiple of ``patch_size``.
+            TypeError: If ``photo`` is something else.
+
+        Example:
+            >>> import numpy as np
+            >>> model = load("efficientnet_lite0")
+            >>> model.preprocess(np.zeros((60, 90, 3), dtype=np.uint8), size=32).shape
+            torch.Size([1, 3, 32, 48])
+        """
+        size = self.image_size if size is None else size
+        image = preprocess(photo, size, mean=self.mean, std=self.std, multiple_of=self.patch_size)
+        like = next((p for p in self.parameters() if p.is_floating_point()), image)
+        return image.to(like.device, like.dtype)
 
     def source(self, image: Tensor) -> Tensor:
         """Returns the features before upsampling.
@@ -95,31 +147,56 @@ class UpsampledBackbone(nn.Module):
 
         Returns:
             Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size.
+
+        Raises:
+            ValueError: If ``image`` is not (B, 3, H, W).
+            TypeError: If it is no tensor, or its precision is not the model's.
         """
-        source: Tensor = self.backbone(image)
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"a model takes a normalised image as a tensor, (B, 3, H, W); got "
+                f"{type(image).__name__}; call model(model.preprocess(photo))"
+            )
+        try:
+            source: Tensor = self.backbone(image)
+        except RuntimeError as error:
+            dtypes = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
+            if len(dtypes) != 1 or image.dtype in dtypes:
+                raise
+            own = dtypes.pop()
+            raise TypeError(
+                f"this backbone needs images in its own precision, {own}; got {image.dtype}; "
+                f"convert one of them: image.to({own}) or model.to({image.dtype})"
+            ) from error
         return source if self.norm is None else self.norm(source)
 
     def forward(
         self,
         image: Tensor,
         *,
-        size: tuple[int, int] | None = None,
+        guidance: Tensor | None = None,
+        size: int | tuple[int, int] | None = None,
         impl: Implementation = "auto",
     ) -> Tensor:
         """Returns the features of an image at its own resolution.
 
         Args:
-            image: RGB normalised by ``mean`` and ``std``, any size, (B, 3, H, W).
-            size: Height and width wanted; default: the image's own.
+            image: RGB normalised by ``mean`` and ``std``, any size, (B, 3, H, W); or what the
+                backbone takes in its place, such as 13 bands.
+            guidance: Normalised RGB that guides the upsampling, (B, 3, H, W); default: the image.
+            size: Height and width wanted, or the length of the short side; default: those of the
+                guidance.
             impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
             Features, (B, C, H, W).
 
         Raises:
-            ValueError: If ``image`` is not (B, 3, H, W), or ``size`` below the source's.
+            ValueError: If ``image`` is not (B, 3, H, W), ``size`` is below the source's, or a
+                guidance is missing.
+            TypeError: If ``image`` is no tensor, or its precision is not the model's.
         """
-        return self.upsampler(self.source(image), image, size=size, impl=impl)
+        return self._upsample(self.upsampler, image, guidance, size, impl)
 
     @property
     def num_features(self) -> int:
@@ -131,29 +208,76 @@ class UpsampledBackbone(nn.Module):
         """Channels and stride of the features, as timm's models tell them."""
         return [{"num_chs": self.feat_dim, "reduction": 1, "module": "upsampler"}]
 
-    def forward_features(self, image: Tensor) -> Tensor:
+    def forward_features(self, image: Tensor, *, guidance: Tensor | None = None) -> Tensor:
         """Returns the features without a head, as timm's models do, (B, C, H, W)."""
-        upsampler = self.upsampler
-        stack = upsampler.upsampler if isinstance(upsampler, FoldedHead) else upsampler
-        return stack(self.source(image), image)
+        return self._upsample(self.stack, image, guidance, None, "auto")
 
-    def fold_head(self, head: nn.Conv2d) -> UpsampledBackbone:
+    def fold_head(self, head: nn.Module) -> UpsampledBackbone:
         """Joins a linear head behind this model, exactly, at the cost of its few channels.
 
         Args:
-            head: A 1×1 convolution from C features to K outputs.
+            head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d``, from C features to K outputs.
 
         Returns:
             A model that returns (B, K, H, W) and shares its parameters with this one and the
             head.
 
         Raises:
-            ValueError: If the head is no plain 1×1 convolution, or there is one already.
+            ValueError: If the head is of another kind or for another number of channels, or
+                there is one already.
         """
         if isinstance(self.upsampler, FoldedHead):
             raise ValueError("this model has a head already; fold one into the model it came from")
-        folded = UpsampledBackbone(self.backbone, self.upsampler.fold_head(head), norm=self.norm)
+        upsampler = self.upsampler.fold_head(head)
+        check_channels(head, self.feat_dim)
+        folded = UpsampledBackbone(
+            self.backbone, upsampler, norm=self.norm, image_size=self.image_size
+        )
         return folded.train(self.training)
+
+    def _upsample(
+        self,
+        upsampler: nn.Module,
+        image: Tensor,
+        guidance: Tensor | None,
+        size: int | tuple[int, int] | None,
+        impl: Implementation,
+    ) -> Tensor:
+        if guidance is None:
+            guidance = image
+            channels = self.stack.guidance_dim
+            if isinstance(image, Tensor) and image.dim() == 4 and image.shape[1] != channels:
+                raise ValueError(
+                    f"upsampling is guided by an image of {channels} channels; got one of "
+                    f"{image.shape[1]}; pass RGB beside it: model(image, guidance=rgb)"
+                )
+        self._warn_unless_normalised(guidance)
+        return cast(Tensor, upsampler(self.source(image), guidance, size=size, impl=impl))
+
+    def _warn_unless_normalised(self, image: Tensor) -> None:
+        """Warns if the first image looks like pixels: the features would be wrong in silence."""
+        # Reading values would break tracing, vmap and the capture of CUDA graphs.
+        if (
+            self._range_checked
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined]
+            or type(image) is not Tensor
+            or image.is_meta
+            or not image.is_floating_point()
+            or not image.numel()
+            or torch._C._functorch.is_functorch_wrapped_tensor(image)
+            or (image.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return
+        self._range_checked = True
+        low, high = (float(value) for value in image.detach().aminmax())
+        if high > _LARGEST or 0 <= low < high <= 1:
+            warnings.warn(
+                f"the image has values from {low:.3g} to {high:.3g}, which do not look normalised; "
+                "use model.preprocess(photo), or bring the image to [0, 1], subtract model.mean "
+                "and divide by model.std",
+                stacklevel=4,
+            )
 
 
 def list_models() -> list[str]:
@@ -182,25 +306,32 @@ def load(
     *,
     pretrained: bool = True,
     use_norm: bool = True,
+    upsampler: str | Path | None = None,
     weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
+    layer: int | None = None,
     looks: int = 1,
+    device: str | torch.device | None = None,
 ) -> UpsampledBackbone:
-    """Loads a model by its name, on the CPU, in evaluation mode.
+    """Loads a model by its name, in evaluation mode.
 
-    Nothing random is left in a pretrained model, and the global random state stays as it is.
-    With ``pretrained=False`` random weights are drawn from it, as everywhere in PyTorch.
+    A pretrained model has no random weights, and the global random state stays as it is. With
+    ``pretrained=False`` weights are drawn from it, and the architecture is the same.
 
     Args:
         name: One of :func:`list_models`, or any name of timm's.
-        pretrained: Whether to load the files that the model's card names.
+        pretrained: Whether to load the weights that the model's card names.
         use_norm: Whether every position's vector is normalised before upsampling.
-        weights: A file of your own for the upsampler, read in any case; or the name of one that
-            is shipped: ``jbu_denoise``, the default, or ``jbu_faithful``, which does not
-            average cells that look alike.
-        backbone_weights: A file of your own for the backbone, laid out as timm's.
+        upsampler: A shipped upsampler, ``"jbu_denoise"``, the default, which averages cells that
+            look alike, or ``"jbu_faithful"``, which does not; or a file of your own. It is read
+            even if ``pretrained`` is False.
+        weights: Former name of ``upsampler``.
+        backbone_weights: A file of your own for the backbone, read even if ``pretrained`` is False.
+        layer: Which features of the backbone, see :class:`~featup_hub.TimmBackbone`; default:
+            the card's.
         looks: Passes of the backbone over shifted images, 1, 4, 9 and so on; see
-            :class:`~featup_hub.backbones.ShiftAndStitch`.
+            :class:`~featup_hub.ShiftAndStitch`.
+        device: Where to put the model; default: the CPU.
 
     Returns:
         The model.
@@ -217,36 +348,44 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     row = _card_with_backbone(name)[0]
+    own = _one_of(upsampler, weights)
     looks_per_side = math.isqrt(max(looks, 0))
     if looks < 1 or looks_per_side**2 != looks:
         raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks}")
     with _undisturbed(pretrained):
         # The small file first: what fails should fail before a large download.
-        upsampler, norm = _read_upsampler(row.upsampler_file, pretrained, weights)
-        origin = weights or row.upsampler_file.filename
+        stack, norm = _read_upsampler(row.upsampler_file, pretrained, own)
+        origin = own or row.upsampler_file.filename
         if norm is not None and not use_norm:
             raise ValueError(
                 f"{origin} was trained behind a channel norm, which it holds; got use_norm=False; "
                 "leave it at True"
             )
-        if norm is None and use_norm and upsampler.feat_dim is not None:
+        if norm is None and use_norm and stack.feat_dim is not None:
             raise ValueError(
                 f"{origin} was trained for one backbone without a channel norm; got "
                 "use_norm=True; pass use_norm=False"
             )
-        backbone = load_backbone(name, pretrained=pretrained, weights=backbone_weights)
+        backbone = load_backbone(name, pretrained=pretrained, weights=backbone_weights, layer=layer)
         if looks > 1:
             backbone = ShiftAndStitch(backbone, looks_per_side)
         model = UpsampledBackbone(
-            backbone, upsampler, norm=ChannelNorm(backbone.feat_dim) if use_norm else None
+            backbone,
+            stack,
+            norm=ChannelNorm(backbone.feat_dim) if use_norm else None,
+            image_size=row.image_size,
         )
         if norm is not None and model.norm is not None:
             load_into(model.norm, norm, origin=origin)
-    return model.eval()
+    return model.to(device or "cpu").eval()
 
 
 def load_backbone(
-    name: str, *, pretrained: bool = True, weights: str | Path | None = None
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    layer: int | None = None,
 ) -> Backbone:
     """Loads a model's backbone alone, see :func:`load`.
 
@@ -254,11 +393,14 @@ def load_backbone(
         name: One of :func:`list_models`, or any name of timm's.
         pretrained: Whether to load the file that the model's card names.
         weights: A file of your own, laid out as timm's, read in any case.
+        layer: Which features, see :class:`~featup_hub.TimmBackbone`; default: the card's.
 
     Returns:
         The backbone, on the CPU, in evaluation mode.
     """
     row, architecture, file = _card_with_backbone(name)
+    if layer is not None and row.kind != "timm":
+        raise ValueError(f"{name} has features of one layer only; got {layer=}; leave it out")
     with _undisturbed(pretrained):
         read = pretrained or weights is not None
         tensors = load_weights(file, path=weights) if read else None
@@ -268,21 +410,33 @@ def load_backbone(
         elif row.kind == "maskclip":
             backbone = MaskClipBackbone(architecture, weights=tensors)
         else:
-            backbone = TimmBackbone(architecture, weights=tensors, stride=row.patch_size)
+            backbone = TimmBackbone(
+                architecture,
+                weights=tensors,
+                layer=layer,
+                stride=row.patch_size if layer is None else None,
+            )
     return backbone.eval()
 
 
-def load_upsampler(*, pretrained: bool = True, weights: str | Path | None = None) -> JBUStack:
+def load_upsampler(
+    upsampler: str | Path | None = None,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> JBUStack:
     """Loads the upsampler alone, for features of your own.
 
     Args:
-        pretrained: Whether to load the stages that come with the package, which fit any number
+        upsampler: A shipped upsampler or a file of your own, see :func:`load`.
+        pretrained: Whether to load the weights that come with the package, which fit any number
             of channels.
-        weights: A file of your own, read in any case; or the name of one that is shipped, see
-            :func:`load`.
+        weights: Former name of ``upsampler``.
+        device: Where to put it; default: the CPU.
 
     Returns:
-        The upsampler ``(source, guidance) -> features``, on the CPU, in evaluation mode. Its
+        The upsampler ``(source, guidance) -> features``, in evaluation mode. Its
         guidance is an image normalised as ImageNet's.
 
     Raises:
@@ -294,14 +448,25 @@ def load_upsampler(*, pretrained: bool = True, weights: str | Path | None = None
         >>> upsampler(torch.randn(1, 5, 4, 6), torch.randn(1, 3, 56, 84)).shape
         torch.Size([1, 5, 56, 84])
     """
+    own = _one_of(upsampler, weights)
     with _undisturbed(pretrained):
-        upsampler, norm = _read_upsampler(JBU_UNIVERSAL, pretrained, weights)
+        stack, norm = _read_upsampler(JBU_UNIVERSAL, pretrained, own)
     if norm is not None:
         raise ValueError(
-            f"{weights} holds a channel norm, which belongs behind its backbone; "
-            "load both: load(NAME, weights=...)"
+            f"{own} holds a channel norm, which belongs behind its backbone; "
+            "load both: load(NAME, upsampler=...)"
         )
-    return upsampler.eval()
+    return stack.to(device or "cpu").eval()
+
+
+def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | Path | None:
+    """Returns what was given under the present name or the former one."""
+    if upsampler is not None and weights is not None:
+        raise ValueError(
+            f"weights is the former name of upsampler; got both, {upsampler} and {weights}; "
+            "leave weights out"
+        )
+    return weights if upsampler is None else upsampler
 
 
 def _card_with_backbone(name: str) -> tuple[ModelCard, str, WeightFile]:
@@ -329,6 +494,6 @@ def _read_upsampler(
 
 @contextmanager
 def _undisturbed(pretrained: bool) -> Iterator[None]:
-    """Builds on the CPU; what is drawn only to be overwritten leaves no trace."""
+    """Builds on the CPU, without changing the random state if weights will be overwritten."""
     with torch.random.fork_rng(devices=[], enabled=pretrained), torch.device("cpu"):
         yield

@@ -1,0 +1,159 @@
+"""From a photograph to features, and what is said of what is no image."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import featup_hub
+from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
+from featup_hub.image import preprocess
+
+NAME = "efficientnet_lite0"
+
+
+@pytest.fixture(scope="module")
+def model() -> UpsampledBackbone:
+    return featup_hub.load(NAME)
+
+
+@pytest.fixture
+def small() -> UpsampledBackbone:
+    backbone = ModuleBackbone(nn.Conv2d(3, 6, 8, stride=8), feat_dim=6, patch_size=8)
+    return UpsampledBackbone(backbone, JBUStack(num_stages=1, radius=1, key_dim=2)).eval()
+
+
+def test_a_path_a_picture_and_an_array_give_the_same_tensor(
+    model: UpsampledBackbone, root: Path
+) -> None:
+    path = root / "tests" / "data" / "chelsea.jpg"
+    photo = featup_hub.read_image(path)
+    expected = preprocess(photo, 224, mean=model.mean, std=model.std, multiple_of=16)
+    for given in (path, str(path), photo, np.asarray(photo)):
+        assert torch.equal(model.preprocess(given), expected)
+    assert model.preprocess(path, 64).shape[2:] == (64, 96)
+    assert model.preprocess(path, (64, 64)).shape[2:] == (64, 64)
+
+
+def test_without_a_card_a_photograph_keeps_its_size(small: UpsampledBackbone) -> None:
+    assert small.preprocess(Image.new("RGB", (50, 35))).shape == (1, 3, 32, 48)
+
+
+def test_a_photograph_comes_in_the_models_precision(small: UpsampledBackbone) -> None:
+    assert small.double().preprocess(Image.new("RGB", (16, 16))).dtype == torch.float64
+
+
+def test_the_first_steps_are_at_the_top_level(small: UpsampledBackbone) -> None:
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8))
+    image = small.preprocess(photo)
+    assert torch.equal(image, featup_hub.preprocess(photo, mean=small.mean, std=small.std))
+    with torch.inference_mode():
+        picture = featup_hub.comparison(photo, small.source(image), small(image))
+    assert isinstance(picture, Image.Image)
+
+
+@pytest.mark.parametrize("given", ["photo.jpg", Path("photo.jpg"), [[1]], np.zeros((8, 8, 3))])
+def test_what_is_no_tensor_is_refused_with_what_to_call(
+    small: UpsampledBackbone, given: Any
+) -> None:
+    for method in (small, small.source, small.forward_features):
+        with pytest.raises(TypeError, match=r"call model\(model\.preprocess\(photo\)\)"):
+            method(given)
+
+
+def test_an_image_of_another_precision_is_refused(small: UpsampledBackbone) -> None:
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(TypeError, match=rf"own precision, torch.float32; got {dtype}; conv"):
+            small(torch.randn(1, 3, 16, 16).to(dtype))
+
+
+def test_an_image_that_was_not_normalised_brings_one_warning(small: UpsampledBackbone) -> None:
+    for scale in (1.0, 255.0):
+        fresh = copy.deepcopy(small)
+        with pytest.warns(UserWarning, match=r"do not look normalised; use model\.preprocess"):
+            fresh(torch.rand(1, 3, 16, 16) * scale)
+        fresh(torch.rand(1, 3, 16, 16) * scale)  # warnings are errors here
+
+
+def test_bright_and_constant_images_bring_no_warning(small: UpsampledBackbone) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for image in (torch.rand(1, 3, 16, 16) + 1.5, torch.zeros(1, 3, 16, 16)):
+            copy.deepcopy(small)(image)
+        torch.func.vmap(copy.deepcopy(small))(torch.rand(2, 1, 3, 16, 16))
+        copy.deepcopy(small).to("meta")(torch.rand(1, 3, 16, 16, device="meta"))
+
+
+def test_a_backbone_of_other_bands_is_guided_by_rgb() -> None:
+    class Satellite(ModuleBackbone):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.features(image)
+
+    network = nn.Conv2d(13, 6, 8, stride=8)
+    whole = UpsampledBackbone(
+        Satellite(network, feat_dim=6, patch_size=8), JBUStack(num_stages=3).eval()
+    )
+    bands, rgb = torch.randn(1, 13, 16, 24), torch.randn(1, 3, 32, 48)
+    expected = whole.upsampler(network(bands), rgb)
+    assert torch.equal(whole(bands, guidance=rgb), expected)
+    assert torch.equal(whole.forward_features(bands, guidance=rgb), expected)
+    with pytest.raises(ValueError, match=r"got one of 13; pass RGB beside it: model\(image, guid"):
+        whole(bands)
+
+
+def test_options_of_load_have_one_name_each(root: Path) -> None:
+    image = torch.randn(1, 3, 32, 48)
+    named = featup_hub.load(NAME, upsampler="jbu_faithful", device="cpu")
+    former = featup_hub.load(NAME, weights="jbu_sharp")
+    alone = featup_hub.load_upsampler("jbu_faithful")
+    with torch.inference_mode():
+        assert torch.equal(named(image), former(image))
+        assert torch.equal(alone(named.source(image), image), named(image))
+    with pytest.raises(ValueError, match="weights is the former name of upsampler; got both"):
+        featup_hub.load(NAME, upsampler="jbu_faithful", weights="jbu_sharp")
+
+
+def test_a_layer_of_the_backbone_can_be_chosen() -> None:
+    shallow = featup_hub.load("test_resnet", pretrained=False, layer=1)
+    deep = featup_hub.load("test_resnet", pretrained=False)
+    assert shallow.patch_size < deep.patch_size
+    with pytest.raises(ValueError, match=r"clip has features of one layer only; got layer=3"):
+        featup_hub.load("clip", pretrained=False, layer=3)
+
+
+def test_random_and_pretrained_weights_have_one_architecture() -> None:
+    random = featup_hub.load(NAME, pretrained=False)
+    pretrained = featup_hub.load(NAME)
+    random.load_state_dict(pretrained.state_dict())
+    image = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        assert torch.equal(random(image), pretrained(image))
+    featup_hub.load_upsampler().load_state_dict(
+        featup_hub.load_upsampler(pretrained=False).state_dict()
+    )
+
+
+def test_a_model_is_copied_and_sent_to_other_processes(model: UpsampledBackbone) -> None:
+    image = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        expected = model(image)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(image), expected)
+
+
+def test_a_head_for_other_channels_is_refused_at_once(small: UpsampledBackbone) -> None:
+    with pytest.raises(ValueError, match="features of 6 channels is needed; got one that takes 5"):
+        small.fold_head(nn.Linear(5, 2))
+    image = torch.randn(1, 3, 16, 24)
+    head = nn.Linear(6, 2)
+    expected = head(small(image).movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(small.fold_head(head)(image), expected)
