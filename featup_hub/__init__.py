@@ -20,12 +20,13 @@ if TYPE_CHECKING:
         load_upsampler,
     )
     from featup_hub.ops import implementations
-    from featup_hub.training.implicit import fit
-    from featup_hub.upsamplers import ImplicitUpsampler, JBUStack, JBUStage
+    from featup_hub.training.fit import fit
+    from featup_hub.upsamplers import FittedFeatures, ImplicitUpsampler, JBUStack, JBUStage
     from featup_hub.visualize import comparison
 
 __all__ = [
     "Backbone",
+    "FittedFeatures",
     "ImplicitUpsampler",
     "JBUStack",
     "JBUStage",
@@ -52,8 +53,8 @@ _HOMES = {
     "image": ("preprocess", "read_image"),
     "model": ("UpsampledBackbone", "list_models", "load", "load_backbone", "load_upsampler"),
     "ops": ("implementations",),
-    "training.implicit": ("fit",),
-    "upsamplers": ("ImplicitUpsampler", "JBUStack", "JBUStage"),
+    "training.fit": ("fit",),
+    "upsamplers": ("FittedFeatures", "ImplicitUpsampler", "JBUStack", "JBUStage"),
     "visualize": ("comparison",),
 }
 

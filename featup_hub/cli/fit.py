@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -15,27 +15,26 @@ from featup_hub.cli.terminal import UsageError
 from featup_hub.files import write_atomically
 from featup_hub.image import preprocess, read_image, resize
 from featup_hub.model import load_upsampler
-from featup_hub.training.implicit import PRESETS, ImplicitConfig, fit
+from featup_hub.training.fit import PRESETS, FitConfig, fit
 from featup_hub.training.training_source import open_backbones
 from featup_hub.visualize import comparison
 from featup_hub.weights import metadata
 
 __all__ = ["add_parser"]
 
-_ANY_FORMAT = "featup_hub.implicit/"  # of what a fit notes as the upsampler, whatever its version
+_FORMATS = ("featup_hub.jbu_fit/", "featup_hub.implicit/")  # of fits, in any version
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "fit",
-        help="fit an implicit upsampler to one image",
+        help="fit the features of one image",
         description=(
-            "Fits a small network to one image, which then tells its features at any size: "
-            "ImplicitUpsampler.load(OUT).features((H, W)) in Python. A picture beside OUT "
-            "compares them with the backbone's."
+            "Finds the features of one image that explain the backbone's features of many views "
+            "of it. FittedFeatures.load(OUT).features((H, W)) in Python gives them at any size. A "
+            "picture beside OUT compares them with the backbone's."
         ),
-        epilog="A fit that was stopped goes on when the same command is given again.",
     )
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="the image")
@@ -51,69 +50,60 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--preset",
         choices=list(PRESETS),
         default="fast",
-        help="recipe that the options below change; their defaults are those of fast",
+        help="fast: exact least squares; upstream: FeatUp's network, for a GPU. The options below "
+        "change the preset; the defaults shown are those of fast",
     )
     add(
+        "--upsampler",
         "--start",
-        metavar="FILE",
-        help="weights of JBU stages whose features to start from, or a shipped one: jbu_denoise, "
-        "jbu_faithful",
+        metavar="NAME|FILE",
+        help="JBU stages that least squares use: a shipped upsampler, jbu_denoise or jbu_faithful, "
+        "or a file (default: the shipped default)",
     )
     add("--no-picture", action="store_true", help="make no picture")
     add("--overwrite", action="store_true", help="replace files that are of no earlier fit")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
-    add_flags(parser, ImplicitConfig)
+    add_flags(parser, FitConfig)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    given = {f.name: getattr(args, f.name) for f in fields(ImplicitConfig) if hasattr(args, f.name)}
-    # Before the work, for a fit takes long.
+    given = {f.name: getattr(args, f.name) for f in fields(FitConfig) if hasattr(args, f.name)}
+    # Before the fit, which takes a while.
     if args.size < 1:
         raise UsageError(f"--size must be positive; got {args.size}")
-    out, checkpoint, picture = _outputs(args)
+    out, picture = _outputs(args)
     if not args.overwrite:
         _check_earlier(out, picture)
     device = open_device(args.device)
     photo = read_image(args.image)
-    start = None
-    if args.start is not None:
-        start = load_upsampler(weights=args.start)
+    upsampler = load_upsampler(weights=args.upsampler).to(device)
     backbone = open_backbones([args.model])[args.model].eval().to(device)
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)
     image = preprocess(shown, mean=backbone.mean, std=backbone.std).to(device)
-    upsampler = fit(
-        image,
-        backbone,
-        PRESETS[args.preset],
-        start=start,
-        checkpoint=checkpoint,
-        progress=True,
-        **given,
-    )
-    upsampler.save(out)
+    config = replace(PRESETS[args.preset], **given)
+    fitted = fit(image, backbone, config, upsampler=upsampler, progress=True)
+    fitted.save(out)
     if picture is not None:
         with torch.no_grad():
-            drawn = comparison(shown, backbone(image).float(), upsampler.features())
+            drawn = comparison(shown, backbone(image).float(), fitted.features())
         with write_atomically(picture) as partial:
             drawn.save(partial, format="PNG")
-    checkpoint.unlink(missing_ok=True)
-    print(f"wrote {out}: " + ", ".join(f"{k} {v:.4g}" for k, v in upsampler.scores.items()))
+    print(f"wrote {out}: " + ", ".join(f"{k} {v:.4g}" for k, v in fitted.scores.items()))
     return 0
 
 
-def _outputs(args: argparse.Namespace) -> tuple[Path, Path, Path | None]:
-    """Returns the files of fit, checkpoint and picture, none of which replaces what is read."""
+def _outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Returns the files of the fit and the picture, and refuses those that would replace inputs."""
     out = args.out or Path(f"{args.image.stem}.safetensors")
     check_output(out)
     if out.suffix != ".safetensors":
         raise UsageError(f"the file to write must be named *.safetensors; got {out}")
-    checkpoint = out.with_suffix(".checkpoint.pt")
     picture = None if args.no_picture else out.with_suffix(".png")
     own_weights = args.model.partition("=")[2]
-    inputs = [Path(name).expanduser() for name in (args.image, args.start, own_weights) if name]
-    for file in filter(None, (out, checkpoint, picture)):
+    inputs = [Path(name).expanduser() for name in (args.image, args.upsampler, own_weights) if name]
+    for file in filter(None, (out, picture)):
         check_output(file)
         for source in inputs:
             if file.exists() and source.exists() and file.samefile(source):
@@ -121,7 +111,7 @@ def _outputs(args: argparse.Namespace) -> tuple[Path, Path, Path | None]:
                 raise UsageError(
                     f"writing {file} would replace {source}, which is read; give {advice}"
                 )
-    return out, checkpoint, picture
+    return out, picture
 
 
 def _check_earlier(out: Path, picture: Path | None) -> None:
@@ -132,7 +122,7 @@ def _check_earlier(out: Path, picture: Path | None) -> None:
             made_by = metadata(out).get("upsampler", "")
         except ValueError:
             made_by = ""
-        if not made_by.startswith(_ANY_FORMAT):
+        if not made_by.startswith(_FORMATS):
             raise ValueError(f"{out} exists, and is not of an earlier fit; {remedy}")
     # A picture is made after its features: one that has none beside it is somebody else's.
     elif picture is not None and picture.exists():

@@ -13,26 +13,23 @@ Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.upsamplers.coordinates import FourierFeatures, pixel_centres, sample
-from featup_hub.weights import load_into, metadata, read, write
+from featup_hub.upsamplers.fitted import FittedFeatures
 
 __all__ = ["ImplicitUpsampler"]
 
-FORMAT = "featup_hub.implicit/2"  # 2 notes dropout, and whether there is a base
+_TILE = 1 << 15  # points in one pass of the network
 
 
-class ImplicitUpsampler(nn.Module):
+class ImplicitUpsampler(FittedFeatures):
     """One image's features at any resolution, see :mod:`featup_hub.upsamplers.implicit`.
 
     Args:
@@ -58,7 +55,7 @@ class ImplicitUpsampler(nn.Module):
         (torch.Size([1, 8, 12, 18]), torch.Size([1, 8]))
     """
 
-    image: Tensor
+    FORMAT = "featup_hub.implicit/2"  # 2 notes dropout, and whether there is a base
     mean: Tensor
     directions: Tensor
     base: Tensor | None
@@ -78,15 +75,9 @@ class ImplicitUpsampler(nn.Module):
         backbone_digest: str = "",
         scores: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__()
-        if image.dim() != 4 or image.shape[:2] != (1, 3):
-            raise ValueError(
-                f"an implicit upsampler holds one RGB image, (1, 3, H, W); "
-                f"got {tuple(image.shape)}; fit one per image"
-            )
+        super().__init__(image, backbone=backbone, backbone_digest=backbone_digest, scores=scores)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}; 0 drops nothing")
-        self.register_buffer("image", image.detach().clone())
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("directions", directions.detach().clone())
         self.register_buffer("base", None if base is None else base.detach().half())
@@ -96,25 +87,14 @@ class ImplicitUpsampler(nn.Module):
         widths = (inputs, hidden, hidden, directions.shape[1])
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.dropout = float(dropout)
-        self.backbone, self.backbone_digest = backbone, backbone_digest
-        self.scores = _finite({} if scores is None else scores)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the image, in pixels."""
-        return self.image.shape[-2], self.image.shape[-1]
 
     @property
     def feat_dim(self) -> int:
         """Channels of the features."""
         return len(self.mean)
 
-    def forward(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Returns :meth:`features`."""
-        return self.features(size)
-
     @torch.no_grad()
-    def features(self, size: tuple[int, int] | None = None, *, tile: int = 1 << 15) -> Tensor:
+    def features(self, size: tuple[int, int] | None = None, *, tile: int = _TILE) -> Tensor:
         """Tells the features of the whole image.
 
         Args:
@@ -136,7 +116,7 @@ class ImplicitUpsampler(nn.Module):
 
     @torch.no_grad()
     def strips(
-        self, size: tuple[int, int] | None = None, *, tile: int = 1 << 15
+        self, size: tuple[int, int] | None = None, *, tile: int = _TILE
     ) -> Iterator[tuple[int, Tensor]]:
         """Tells the features strip by strip, for sizes that do not fit in memory.
 
@@ -161,34 +141,8 @@ class ImplicitUpsampler(nn.Module):
             yield top, self.restore(flat).t().unflatten(1, (count, width))[None]
 
     @torch.no_grad()
-    def features_at(self, points: Tensor | list[list[float]], *, tile: int = 1 << 15) -> Tensor:
-        """Tells the features at points of the image.
-
-        Args:
-            points: Rows and columns, (N, 2), in pixels of the image; whole numbers are the
-                centres of pixels, so that the image reaches from -0.5 to H - 0.5.
-            tile: Points to compute at a time.
-
-        Returns:
-            Features, (N, C).
-
-        Raises:
-            ValueError: If ``points`` is not (N, 2), or one lies outside of the image, or ``tile``
-                is not positive.
-        """
-        self._wanted(None, tile)
-        points = torch.as_tensor(points, dtype=self.mean.dtype, device=self.mean.device)
-        if points.dim() != 2 or points.shape[1] != 2:
-            raise ValueError(f"points must be (N, 2), row and column; got {tuple(points.shape)}")
-        size = points.new_tensor(self.image_size)
-        inside = ((points >= -0.5) & (points <= size - 0.5)).all(1)  # which no NaN is
-        if not inside.all():
-            raise ValueError(
-                f"points must lie in the image, -0.5 to {size[0] - 0.5:g} by -0.5 to "
-                f"{size[1] - 0.5:g} pixels; got {points[~inside][0].tolist()}; leave it out"
-            )
-        position = (points + 0.5) / size
-        parts = [self.restore(self.coordinates(p)) for p in position.split(tile)]
+    def _at(self, position: Tensor) -> Tensor:
+        parts = [self.restore(self.coordinates(part)) for part in position.split(_TILE)]
         return torch.cat(parts) if parts else self.mean.new_empty(0, self.feat_dim)
 
     def coordinates(self, position: Tensor, colour: Tensor | None = None) -> Tensor:
@@ -217,71 +171,24 @@ class ImplicitUpsampler(nn.Module):
         """Returns features, (N, C), of coordinates, (N, K)."""
         return torch.addmm(self.mean, coordinates.to(self.mean), self.directions.t())
 
-    def save(self, path: str | Path) -> None:
-        """Writes all that is needed to tell the same features again, as safetensors.
-
-        Raises:
-            OSError: If the file cannot be written.
-            ValueError: If a score is not a finite number.
-        """
-        notes = {
-            "upsampler": FORMAT,
-            "backbone": self.backbone,
-            "backbone_digest": self.backbone_digest,
-            "base": "no" if self.base is None else "yes",
-            "dropout": repr(self.dropout),
-            "scores": json.dumps(_finite(self.scores), sort_keys=True),
-        }
-        write(self.state_dict(), path, metadata=notes)
+    def _notes(self) -> dict[str, str]:
+        return {"base": "no" if self.base is None else "yes", "dropout": repr(self.dropout)}
 
     @classmethod
-    def load(cls, path: str | Path) -> ImplicitUpsampler:
-        """Reads what :meth:`save` wrote; nothing random is drawn.
-
-        Returns:
-            The upsampler, on the CPU, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, of another version, or no implicit upsampler.
-        """
-        tensors, notes = read(path), metadata(path)
-        if notes.get("upsampler") != FORMAT:
-            got = notes.get("upsampler", "a file of other weights")
-            raise ValueError(
-                f"{path} must be an implicit upsampler of format {FORMAT}; got {got}; "
-                "make one with: featup-hub fit IMAGE"
-            )
-        try:
-            # Without the note, a file that lost its base would tell other features.
-            if notes["base"] != ("yes" if "base" in tensors else "no"):
-                raise ValueError(f"base, noted as {notes['base']:.20}")
-            held = (tensors[name] for name in ("image", "mean", "directions"))
-            with torch.device("meta"):
-                module = cls(
-                    *(tensor.to("meta", torch.float32) for tensor in held),
-                    frequencies=len(tensors["fourier.frequency"]),
-                    hidden=len(tensors["layers.0.bias"]),
-                    dropout=float(notes["dropout"]),
-                    base=tensors["base"].to("meta") if "base" in tensors else None,
-                    backbone=notes["backbone"],
-                    backbone_digest=notes["backbone_digest"],
-                    scores=_finite(json.loads(notes["scores"])),  # of a file, "null" is wrong
-                )
-            # Parts may each be sound and not fit one another; notes may nest without end.
-            module._check_parts()
-        except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
-            raise ValueError(
-                f"{path} must hold all of an implicit upsampler; it lacks or spoils {error}; "
-                "save it anew"
-            ) from None
-        load_into(module, tensors, origin=path)
-        for name, tensor in module.state_dict().items():
-            if not tensor.isfinite().all():
-                raise ValueError(
-                    f"{path} must hold finite numbers; got others in {name}; fit the image anew"
-                )
-        return module.eval()
+    def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
+        # Without the note, a file that lost its base would give other features.
+        if notes["base"] != ("yes" if "base" in tensors else "no"):
+            raise ValueError(f"base, noted as {notes['base']:.20}")
+        held = (tensors[name] for name in ("image", "mean", "directions"))
+        module = cls(
+            *(tensor.to("meta", torch.float32) for tensor in held),
+            frequencies=len(tensors["fourier.frequency"]),
+            hidden=len(tensors["layers.0.bias"]),
+            dropout=float(notes["dropout"]),
+            base=tensors["base"].to("meta") if "base" in tensors else None,
+        )
+        module._check_parts()
+        return module
 
     def _check_parts(self) -> None:
         """Raises ValueError unless the tensors held belong to one image's features."""
@@ -312,13 +219,3 @@ class ImplicitUpsampler(nn.Module):
         # Apple's devices have no antialiasing in older releases of torch; one image is soon done.
         image = self.image.cpu() if self.image.device.type == "mps" else self.image
         return F.interpolate(image, size, mode="bilinear", antialias=True).to(self.image.device)
-
-
-def _finite(scores: Mapping[str, float]) -> dict[str, float]:
-    """Returns scores as a dict of floats, or raises ValueError unless all are finite numbers."""
-    most = sys.float_info.max
-    if not isinstance(scores, Mapping) or not all(
-        isinstance(score, int | float) and abs(score) <= most for score in scores.values()
-    ):
-        raise ValueError(f"scores must be finite numbers by name; got {scores!r:.100}")
-    return {name: float(score) for name, score in scores.items()}

@@ -37,15 +37,15 @@ def folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("b.png --out ../photos/b.safetensors", "../photos/b.png would replace b.png"),
         (f"a.jpg --start {STAGES} --out {STAGES}", f"{STAGES} would replace {STAGES}"),
         (f"a.jpg --model resnet18={OWN} --out {OWN}", f"{OWN} would replace {OWN}"),
-        ("c.png --out new.safetensors", "new.checkpoint.pt would replace c.png"),
+        ("c.png --out new.safetensors", "new.png would replace c.png"),
         ("a.jpg --out d.safetensors", "d.png is a folder; name a file in it"),
     ],
 )
 def test_an_output_that_would_replace_an_input_is_refused_before_the_work(
     line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "new.checkpoint.pt").write_text("an image of an odd name")
-    (folder / "c.png").symlink_to(folder / "new.checkpoint.pt")
+    (folder / "new.png").write_text("an image of an odd name")
+    (folder / "c.png").symlink_to(folder / "new.png")
     (folder / "d.png").mkdir()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(["fit", *line.split()]) == 2
@@ -105,9 +105,3 @@ def test_what_an_earlier_fit_made_is_made_anew_without_being_asked(folder: Path)
             (folder / "a.png").write_bytes((folder / "b.png").read_bytes())
         with pytest.raises(AssertionError, match="the work began"):
             main(["fit", "a.jpg"])
-
-
-def test_a_fit_that_was_stopped_goes_on_without_overwrite(folder: Path) -> None:
-    (folder / "a.checkpoint.pt").write_bytes(b"whatever: the fit checks it")
-    with pytest.raises(AssertionError, match="the work began"):
-        main(["fit", "a.jpg"])

@@ -6,8 +6,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from featup_hub.training.losses import ScaleNet, magnitude_tv, reconstruction_loss, sampled_crf
+from featup_hub.training.losses import (
+    ScaleNet,
+    blur_residual,
+    magnitude_tv,
+    mean_magnitude,
+    reconstruction_loss,
+    sampled_crf,
+)
 from featup_hub.training.seeds import seeded
 
 
@@ -90,3 +98,20 @@ def test_the_crf_prefers_features_whose_edges_are_the_images():
 def test_the_crf_refuses_features_of_another_size():
     with pytest.raises(ValueError, match=r"same pixels; got \(8, 8\) and \(4, 4\); resize"):
         sampled_crf(torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 4, 4))
+
+
+def test_the_blur_term_is_what_a_binomial_kernel_changes():
+    x = torch.randn(2, 3, 7, 5)
+    kernel = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    blurred = F.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None]).reshape(x.shape)
+    torch.testing.assert_close(blur_residual(x), (x - blurred).square().mean())
+    assert float(blur_residual(torch.full((1, 2, 4, 4), 3.0))) == 0
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)[None, None]
+    assert float(blur_residual(checks)) > 0.5  # the kernel removes the finest pattern
+
+
+def test_the_magnitude_is_the_mean_length():
+    x = torch.zeros(1, 2, 2, 2)
+    x[0, :, 0, 0] = torch.tensor([3.0, 4.0])
+    assert float(mean_magnitude(x)) == pytest.approx(5 / 4, rel=1e-4)

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from featup_hub import ImplicitUpsampler
-from featup_hub.upsamplers.implicit import FORMAT
 from featup_hub.weights import metadata, read, write
 from tests.upsamplers.small_implicit import make
 
@@ -35,20 +33,6 @@ def test_a_saved_file_reproduces_the_features_bit_for_bit(base: bool, tmp_path: 
     assert (tmp_path / "one.safetensors").read_bytes() == (
         tmp_path / "two.safetensors"
     ).read_bytes()
-
-
-def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"image": torch.zeros(1, 3, 4, 4)}, path)
-    with pytest.raises(ValueError, match=r"of format featup_hub.implicit/2; got a file of other"):
-        ImplicitUpsampler.load(path)
-    make().save(path)
-    for other in ("featup_hub.implicit/1", "featup_hub.implicit/3"):
-        write(read(path), path, metadata={**metadata(path), "upsampler": other})
-        with pytest.raises(ValueError, match=rf"implicit/2; got {other}; make one with"):
-            ImplicitUpsampler.load(path)
-    with pytest.raises(FileNotFoundError, match="no weights file"):
-        ImplicitUpsampler.load(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("name", ["image", "mean", "fourier.phase", "layers.1.weight", "base"])
@@ -144,29 +128,11 @@ def test_a_file_in_double_precision_tells_the_same(tmp_path: Path) -> None:
     assert torch.equal(ImplicitUpsampler.load(path).features(), module.features())
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    make().save(path)
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="is not the weights needed"):
-        ImplicitUpsampler.load(path)
-
-
 def test_the_format_names_its_version_and_holds_what_the_fit_needs(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     make(scores={"held_out_error": 0.25}).save(path)
     notes = metadata(path)
-    assert notes["upsampler"] == FORMAT
+    assert notes["upsampler"] == ImplicitUpsampler.FORMAT
     assert json.loads(notes["scores"]) == {"held_out_error": 0.25}
     assert (notes["base"], notes["dropout"]) == ("no", "0.2")
     assert {"image", "mean", "directions", "fourier.frequency", "fourier.phase"} <= set(read(path))
-
-
-def test_scores_spoilt_later_are_not_saved(tmp_path: Path) -> None:
-    module = make()
-    module.scores["held_out_error"] = math.inf
-    with pytest.raises(ValueError, match=r"scores must be finite .* got \{'held_out_error': inf\}"):
-        module.save(tmp_path / "x.safetensors")
-    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A backbone whose features are known at every pixel, a picture for it, and a short fit."""
+"""A backbone whose features are known at every pixel, and a picture for it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.backbones import Backbone
-from featup_hub.training.implicit import ImplicitConfig
-
-TINY = ImplicitConfig(
-    views=12,
-    held_out=3,
-    pca_views=6,
-    max_pad=6,
-    components=4,
-    frequencies=4,
-    hidden=16,
-    steps=6,
-    batch=2,
-    taps=2,
-    patch=8,
-    check_every=3,
-)
 
 
 class Blur(Backbone):
-    """Means of a few functions of the colours over each patch: a blur of what is to be found."""
+    """Means of a few functions of the colours over each cell of 8×8 pixels."""
 
     name = "blur"
 

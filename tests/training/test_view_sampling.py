@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from featup_hub.training.config import JBUTrainingConfig
-from featup_hub.training.implicit import PRESETS, fit
 from featup_hub.training.objective import consistency_loss
 from featup_hub.training.seeds import seeded
 from featup_hub.training.training_source import TrainingSource
@@ -74,15 +73,4 @@ def test_a_training_step_has_no_operation_without_a_deterministic_form(
         terms = consistency_loss(stack, source, rgb, (40, 56), config, seeded(3))
         terms["loss"].backward()
     assert {"jbu_apply_backward", "jbu_kernel_backward", "index_select"} <= recorder.names
-    assert not recorder.names & REFUSED
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_neither_has_a_fit_of_one_image(stem, preset):
-    config = replace(
-        PRESETS[preset], views=8, held_out=2, pca_views=4, components=4, steps=2, max_pad=6
-    )
-    with Recorder() as recorder:
-        fit(torch.rand(1, 3, 32, 48, generator=seeded(8)), stem, config)
-    assert {"_fused_adam_", "mm", "addmm"} & recorder.names
     assert not recorder.names & REFUSED

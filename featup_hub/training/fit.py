@@ -1,0 +1,193 @@
+"""Fits the features of one image: one map that explains the backbone's features of many views.
+
+Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from featup_hub.backbones import Backbone
+from featup_hub.files import sha256_of_tensors
+from featup_hub.model import load_upsampler
+from featup_hub.training.checkpoints import Progress
+from featup_hub.training.least_squares import fit_source
+from featup_hub.training.network import fit_network
+from featup_hub.training.seeds import seeded
+from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
+from featup_hub.upsamplers import FittedFeatures, JBUFit, JBUStack
+
+__all__ = ["PRESETS", "FitConfig", "fit"]
+
+_BATCH = 10  # views in one pass of the backbone
+_LEAST = {"views": 1, "held_out": 1, "max_pad": 0, "max_zoom": 1, "steps": 1, "batch": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """All that decides what a fit finds.
+
+    Attributes:
+        method: "least-squares" solves for the features exactly; "network" trains FeatUp's
+            coordinate network.
+        views: Views of the image to explain, the image itself among them.
+        held_out: Further views that are not fitted. They measure the error; least squares also
+            choose the ridge by them.
+        max_pad: Pixels by which a view may reach beyond the image.
+        max_zoom: Largest magnification of a view.
+        seed: Decides all that is random.
+        steps: Optimiser steps of the network.
+        batch: Views per step of the network.
+        components: Principal components of the features that the network fits, at most.
+        lr: Learning rate of the network.
+
+    Raises:
+        ValueError: If a value is none of those named here, not finite, or out of its range.
+    """
+
+    method: Literal["least-squares", "network"] = "least-squares"
+    views: int = 100
+    held_out: int = 12
+    max_pad: int = 30
+    max_zoom: float = 1.8
+    seed: int = 0
+    steps: int = 1200
+    batch: int = 10
+    components: int = 128
+    lr: float = 2e-3
+
+    def __post_init__(self) -> None:
+        if self.method not in ("least-squares", "network"):
+            raise ValueError(f"method must be 'least-squares' or 'network'; got {self.method!r}")
+        for name, least in {**_LEAST, "components": 1, "lr": 0}.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be finite and at least {least}; got {getattr(self, name)}"
+                )
+
+
+PRESETS: Mapping[str, FitConfig] = MappingProxyType(
+    {"fast": FitConfig(), "upstream": FitConfig(method="network", views=3000)}
+)
+"""Configurations by name: the exact fit, and the network with upstream's numbers."""
+
+
+def fit(
+    image: Tensor,
+    backbone: Backbone,
+    config: FitConfig = PRESETS["fast"],
+    *,
+    upsampler: JBUStack | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> FittedFeatures:
+    """Fits the features of one image, which can then be asked for at any size or point.
+
+    The default solves FeatUp's multi-view objective exactly, see
+    :mod:`featup_hub.training.least_squares`. ``method="network"`` trains FeatUp's coordinate
+    network; ``PRESETS["upstream"]`` has upstream's numbers and needs a GPU.
+
+    Args:
+        image: Normalised RGB of any size, (1, 3, H, W). The fit runs on its device.
+        backbone: The backbone, on the image's device.
+        config: The configuration.
+        upsampler: JBU stages whose kernels are the basis of least squares; default: the shipped
+            ones.
+        progress: Whether to show progress on the standard error stream.
+        **options: Fields of :class:`FitConfig` to change, such as ``views=50``.
+
+    Returns:
+        The fitted features, in evaluation mode. ``scores["held_out_error"]`` is the share of the
+        variation of the held-out views that they do not explain.
+
+    Raises:
+        ValueError: If ``image`` is not (1, 3, H, W), or an option is out of its range.
+        TypeError: If ``image`` is not float32, or there is no such option.
+        RuntimeError: If the backbone's features or the network's loss are not finite.
+
+    Example:
+        >>> from featup_hub import ModuleBackbone
+        >>> conv = torch.nn.Conv2d(3, 8, 8, stride=8)
+        >>> backbone = ModuleBackbone(conv, feat_dim=8, patch_size=8)
+        >>> fitted = fit(torch.rand(1, 3, 32, 40), backbone, views=20, max_pad=6)
+        >>> fitted.features((64, 80)).shape
+        torch.Size([1, 8, 64, 80])
+    """
+    if image.dim() != 4 or image.shape[:2] != (1, 3):
+        raise ValueError(
+            f"fit takes one normalised RGB image, (1, 3, H, W); got {tuple(image.shape)}; "
+            "fit several one by one"
+        )
+    if image.dtype != torch.float32:
+        raise TypeError(
+            f"a fit needs a normalised image of float32; got {image.dtype}; make it with "
+            "featup_hub.image.preprocess, or use image.float() if it is normalised"
+        )
+    config = replace(config, **options)
+    found: FittedFeatures
+    with _evaluating(backbone), Progress(config.views + config.held_out, 0, progress) as bar:
+        fitted = _observe(image, backbone, _draw(image, config, 0, config.views - 1), bar)
+        held_out = _observe(image, backbone, _draw(image, config, 1, config.held_out), bar)
+        if config.method == "network":
+            found, error = fit_network(image, fitted, held_out, backbone.patch_size, config)
+        else:
+            # A copy: the caller's own stays on its device and in its mode.
+            stages = load_upsampler() if upsampler is None else copy.deepcopy(upsampler)
+            stages.to(image.device).eval()
+            with torch.no_grad():
+                source, error = fit_source(image, stages, fitted, held_out)
+            found = JBUFit(image, source, stages)
+    found.backbone = str(getattr(backbone, "name", type(backbone).__name__))
+    found.backbone_digest = sha256_of_tensors(backbone.state_dict())
+    found.scores = {"held_out_error": error}
+    return found.eval().requires_grad_(False)
+
+
+def _draw(image: Tensor, config: FitConfig, kind: int, count: int) -> list[Jitter]:
+    """Draws views; the first of kind 0 is the image itself."""
+    generator, size = seeded(config.seed, 3, kind), (image.shape[-2], image.shape[-1])
+    return [Jitter()] * (kind == 0) + [
+        sample_jitter(size, max_pad=config.max_pad, max_zoom=config.max_zoom, generator=generator)
+        for _ in range(count)
+    ]
+
+
+def _observe(
+    image: Tensor, backbone: Backbone, jitters: Sequence[Jitter], bar: Progress
+) -> Iterator[tuple[Sequence[Jitter], Tensor]]:
+    """Yields views and the backbone's features of them, (V, C, h, w), a few at a time."""
+    for first in range(0, len(jitters), _BATCH):
+        part = jitters[first : first + _BATCH]
+        with torch.no_grad():
+            views = apply_jitter(image.expand(len(part), -1, -1, -1), part)
+            features = backbone(views.contiguous(memory_format=torch.channels_last)).float()
+        if not features.isfinite().all():
+            raise RuntimeError(
+                "a fit needs finite features; the backbone gave NaN or infinity; check that the "
+                "image is normalised, and the backbone's weights"
+            )
+        for _ in part:
+            bar.advance("views")
+        yield part, features
+
+
+@contextmanager
+def _evaluating(backbone: Backbone) -> Iterator[None]:
+    """Puts a backbone into evaluation mode, and restores the mode of every module afterwards."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        yield
+    finally:
+        # Not backbone.train(): frozen normalisations inside would start to learn.
+        for module, training in modes:
+            module.training = training

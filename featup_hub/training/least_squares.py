@@ -1,0 +1,220 @@
+r"""Multi-view consistency of one image as a linear least-squares problem, solved exactly.
+
+With a uniform downsampler FeatUp's objective is linear in the high-resolution features F. Write
+F = U z: z is a source of twice the backbone's resolution, U the JBU upsampler of this image, which
+is linear in its source. Then every channel is a ridge regression with the same matrix:
+
+.. math:: \min_z \sum_v \|D_v U z - f_v\|^2 + \lambda \|z - z_0\|^2
+
+f_v are the backbone's features of view v. D_v averages over the cells of that view. z_0 is the
+backbone's features of the image, interpolated bilinearly.
+
+:class:`NormalEquations` adds up AᵀA and Aᵀf with A = D_v U, a few views at a time. U reaches a few
+cells only. Impulses that are far apart therefore share a channel when the columns of U are
+computed, and the number of channels does not grow with the image (column grouping: Curtis, Powell,
+Reid, "On the Estimation of Sparse Jacobian Matrices", IMA J. Appl. Math. 13, 1974).
+
+Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), eq. 1 without the uncertainty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featup_hub.training.views import Jitter, positions
+from featup_hub.upsamplers import JBUStack
+from featup_hub.upsamplers.coordinates import sample
+
+__all__ = ["Basis", "NormalEquations", "fit_source"]
+
+Views = Iterable[tuple[Sequence[Jitter], Tensor]]
+
+RATIO = 2  # cells of z per cell of the backbone, along each side
+RIDGES = (0.003, 0.03, 0.3)
+TAPS = 3  # points along each side of a cell, whose mean is the cell's
+
+
+def fit_source(
+    image: Tensor, upsampler: JBUStack, fitted: Views, held_out: Views
+) -> tuple[Tensor, float]:
+    """Finds the source z whose upsampled features explain views of an image.
+
+    Args:
+        image: Normalised RGB, (1, 3, H, W).
+        upsampler: The stages, which make U.
+        fitted: Views and their features, (V, C, h, w), a few at a time. The first view of all is
+            the image itself.
+        held_out: Further views, which choose the ridge.
+
+    Returns:
+        z, (1, C, 2h, 2w), and the share of the variation of the held-out views that it does not
+        explain.
+    """
+    equations: NormalEquations | None = None
+    for jitters, features in fitted:
+        if equations is None:
+            grid = (features.shape[-2], features.shape[-1])
+            size = tuple(min(RATIO * n, m) for n, m in zip(grid, image.shape[-2:], strict=True))
+            prior = F.interpolate(features[:1], size, mode="bilinear")
+            equations = NormalEquations(Basis(image, upsampler, grid, (size[0], size[1])))
+        equations.add(jitters, features)
+    assert equations is not None
+    unseen = NormalEquations(equations.basis)
+    for jitters, features in held_out:
+        unseen.add(jitters, features)
+    found = [equations.solve(ridge, prior) for ridge in RIDGES]
+    errors = [unseen.error(source) for source in found]
+    best = min(range(len(found)), key=errors.__getitem__)
+    return found[best], errors[best] / unseen.variation
+
+
+class Basis:
+    """The columns of U, the JBU upsampler of one image.
+
+    Args:
+        image: Normalised RGB, (1, 3, H, W).
+        upsampler: The stages.
+        grid: Height and width of the backbone's features.
+        source_size: Height and width of z.
+    """
+
+    def __init__(
+        self,
+        image: Tensor,
+        upsampler: JBUStack,
+        grid: tuple[int, int],
+        source_size: tuple[int, int],
+    ) -> None:
+        self.source_size = source_size
+        reach = _reach(upsampler, image, source_size)
+        # The window of cells that one cell of a view depends on. No window holds two cells of
+        # the same group.
+        high, wide = (
+            min(2 * math.ceil(r + n / cells / 2 + 1.5) + 1, n)
+            for r, n, cells in zip(reach, source_size, grid, strict=True)
+        )
+        self.window = (high, wide)
+        rows, columns = (torch.arange(n, device=image.device) for n in source_size)
+        group = (rows % high)[:, None] * wide + columns % wide
+        impulses = F.one_hot(group, high * wide).permute(2, 0, 1)[None].to(image)
+        kernels = upsampler.kernels(image, source_size)
+        self.maps = torch.cat(
+            [upsampler.upsample(part, kernels) for part in impulses.split(64, dim=1)], dim=1
+        )  # (1, groups, H, W)
+
+
+class NormalEquations:
+    """The sums AᵀA, Aᵀf and fᵀf over views.
+
+    Memory: 4·n² bytes for n cells of z, beside the basis.
+
+    Args:
+        basis: The basis.
+    """
+
+    def __init__(self, basis: Basis) -> None:
+        self.basis = basis
+        count = math.prod(basis.source_size)
+        self.matrix = basis.maps.new_zeros(count, count)
+        self.moment = basis.maps.new_zeros(count, 0)
+        self.power = basis.maps.new_zeros(())
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    @property
+    def variation(self) -> float:
+        """The sum of squared deviations of the views' features from their mean."""
+        mean = self.total / max(self.count, 1)
+        return float(self.power - self.count * torch.as_tensor(mean).square().sum())
+
+    def add(self, jitters: Sequence[Jitter], observed: Tensor) -> None:
+        """Adds views.
+
+        Args:
+            jitters: The views.
+            observed: The backbone's features of them, (V, C, h, w).
+        """
+        (high, wide), (_, width) = self.basis.window, self.basis.source_size
+        weights, rows, columns = self._rows(jitters, (observed.shape[-2], observed.shape[-1]))
+        values = observed.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
+        if not self.moment.shape[1]:
+            self.moment = self.moment.new_zeros(len(self.moment), values.shape[1])
+        self.power = self.power + values.square().sum()
+        self.total, self.count = self.total + values.sum(0), self.count + len(values)
+        # All windows with the same top row are one dense block of A.
+        for top in rows.unique().tolist():
+            chosen = (rows == top).nonzero()[:, 0]
+            left = columns[chosen][:, None] + torch.arange(wide, device=chosen.device)
+            order = (top + torch.arange(high, device=chosen.device)) % high
+            part = weights[chosen][:, order]
+            part = part.gather(2, (left % wide)[:, None].expand_as(part))
+            block = part.new_zeros(len(chosen), high, width)
+            block = block.scatter(2, left[:, None].expand_as(part), part).flatten(1)
+            span = slice(top * width, (top + high) * width)
+            self.matrix[span, span] += block.t() @ block
+            self.moment[span] += block.t() @ values[chosen]
+
+    def _rows(
+        self, jitters: Sequence[Jitter], grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the rows of A: weights by group, and the first row and column of the window."""
+        maps, (high, wide) = self.basis.maps, self.basis.window
+        weights, tops, lefts = [], [], []
+        for jitter in jitters:
+            y, x = positions(jitter, (grid[0] * TAPS, grid[1] * TAPS))
+            place = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
+            points = sample(maps, place.to(maps)).unflatten(0, (grid[0], TAPS, grid[1], TAPS))
+            weights.append(points.mean((1, 3)).flatten(0, 1).unflatten(1, (high, wide)))
+            first = [
+                (axis.unflatten(0, (-1, TAPS)).mean(1) * n).long().sub(side // 2).clamp(0, n - side)
+                for axis, n, side in zip(
+                    (y, x), self.basis.source_size, self.basis.window, strict=True
+                )
+            ]
+            top, left = torch.meshgrid(*first, indexing="ij")
+            tops.append(top.flatten())
+            lefts.append(left.flatten())
+        return torch.cat(weights), *(torch.cat(part).to(maps.device) for part in (tops, lefts))
+
+    def solve(self, ridge: float, prior: Tensor) -> Tensor:
+        """Returns the z that minimises the ridge regression.
+
+        Args:
+            ridge: λ in units of the matrix' mean diagonal.
+            prior: z_0, (1, C, *source_size).
+
+        Returns:
+            z, (1, C, *source_size), differentiable in the features and in ``prior``.
+        """
+        start = prior[0].flatten(1).t()
+        matrix = self.matrix.clone()
+        matrix.diagonal().add_(ridge * float(self.matrix.diagonal().mean()))
+        factor = torch.linalg.cholesky(matrix)
+        step = torch.cholesky_solve(self.moment - self.matrix @ start, factor)
+        return (start + step).t().unflatten(1, self.basis.source_size)[None]
+
+    def error(self, source: Tensor) -> float:
+        """Returns the sum of squared errors of the views for a source z."""
+        z = source[0].flatten(1).t()
+        return float(self.power + (z * (self.matrix @ z - 2 * self.moment)).sum())
+
+
+def _reach(upsampler: JBUStack, image: Tensor, source_size: tuple[int, int]) -> tuple[float, float]:
+    """Returns how far a cell of z reaches in F, up and down and to the sides, in cells of z.
+
+    On a grey image, where no weight vanishes because colours differ.
+    """
+    middle = [n // 2 for n in source_size]
+    impulse = image.new_zeros(1, 1, *source_size)
+    impulse[0, 0, middle[0], middle[1]] = 1
+    hit = upsampler(impulse, torch.zeros_like(image))[0, 0] != 0
+    found = []
+    for axis, (n, cell) in enumerate(zip(source_size, middle, strict=True)):
+        places = (hit.any(1 - axis).nonzero().flatten() + 0.5) / hit.shape[axis] * n
+        found.append(float((places - cell - 0.5).abs().max()))
+    return found[0], found[1]

@@ -1,0 +1,262 @@
+"""The features of one image, as a fit leaves them: asked for at any size or point, saved, loaded.
+
+:func:`featup_hub.fit` makes these objects. There are two kinds: :class:`JBUFit`, which is exact,
+and :class:`featup_hub.upsamplers.implicit.ImplicitUpsampler`, FeatUp's coordinate network.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featup_hub.upsamplers.coordinates import sample
+from featup_hub.upsamplers.jbu import JBUStack
+from featup_hub.weights import load_into, metadata, read, write
+
+__all__ = ["FittedFeatures", "JBUFit"]
+
+
+class FittedFeatures(nn.Module):
+    """One image's features at any resolution. :meth:`load` reads a file of either kind.
+
+    Args:
+        image: The image, normalised RGB, (1, 3, H, W).
+        backbone: Name of the backbone.
+        backbone_digest: Digest of its weights.
+        scores: Scores of the fit by name.
+
+    Raises:
+        ValueError: If ``image`` is not (1, 3, H, W), or a score is not a finite number.
+    """
+
+    FORMAT: ClassVar[str] = ""
+    image: Tensor
+
+    def __init__(
+        self,
+        image: Tensor,
+        *,
+        backbone: str = "",
+        backbone_digest: str = "",
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if image.dim() != 4 or image.shape[:2] != (1, 3):
+            raise ValueError(
+                f"fitted features belong to one RGB image, (1, 3, H, W); "
+                f"got {tuple(image.shape)}; fit one per image"
+            )
+        self.register_buffer("image", image.detach().clone())
+        self.backbone, self.backbone_digest = backbone, backbone_digest
+        self.scores = _finite({} if scores is None else scores)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image, in pixels."""
+        return self.image.shape[-2], self.image.shape[-1]
+
+    @property
+    def feat_dim(self) -> int:
+        """Channels of the features."""
+        raise NotImplementedError
+
+    def forward(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Returns :meth:`features`."""
+        return self.features(size)
+
+    def features(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Returns the features of the whole image.
+
+        Args:
+            size: Height and width of the result; default: the image's.
+
+        Returns:
+            Features, (1, C, *size).
+
+        Raises:
+            ValueError: If ``size`` is not positive.
+        """
+        raise NotImplementedError
+
+    def features_at(self, points: Tensor | list[list[float]]) -> Tensor:
+        """Returns the features at points of the image.
+
+        Args:
+            points: Rows and columns, (N, 2), in pixels of the image. Whole numbers are the
+                centres of pixels, so the image reaches from -0.5 to H - 0.5.
+
+        Returns:
+            Features, (N, C).
+
+        Raises:
+            ValueError: If ``points`` is not (N, 2), or a point lies outside of the image.
+        """
+        points = torch.as_tensor(points, dtype=self.image.dtype, device=self.image.device)
+        if points.dim() != 2 or points.shape[1] != 2:
+            raise ValueError(f"points must be (N, 2), row and column; got {tuple(points.shape)}")
+        size = points.new_tensor(self.image_size)
+        inside = ((points >= -0.5) & (points <= size - 0.5)).all(1)  # false for NaN
+        if not inside.all():
+            raise ValueError(
+                f"points must lie in the image, -0.5 to {size[0] - 0.5:g} by -0.5 to "
+                f"{size[1] - 0.5:g} pixels; got {points[~inside][0].tolist()}; leave it out"
+            )
+        return self._at((points + 0.5) / size)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file from which :meth:`load` restores the same features.
+
+        Raises:
+            OSError: If the file cannot be written.
+            ValueError: If a score is not a finite number.
+        """
+        notes = {
+            "upsampler": self.FORMAT,
+            "backbone": self.backbone,
+            "backbone_digest": self.backbone_digest,
+            "scores": json.dumps(_finite(self.scores), sort_keys=True),
+        }
+        write(self.state_dict(), path, metadata={**notes, **self._notes()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what :meth:`save` wrote. No random number is drawn.
+
+        Returns:
+            The features, on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, of another version, or no fit.
+        """
+        tensors, notes = read(path), metadata(path)
+        kinds = {kind.FORMAT: kind for kind in (cls, *cls.__subclasses__()) if kind.FORMAT}
+        found = notes.get("upsampler", "a file of other weights")
+        if found not in kinds:
+            raise ValueError(
+                f"{path} must be a fit of format {' or '.join(kinds)}; got {found}; "
+                "make one with: featup-hub fit IMAGE"
+            )
+        try:
+            with torch.device("meta"):
+                module = kinds[found]._for(tensors, notes)
+            module.backbone, module.backbone_digest = notes["backbone"], notes["backbone_digest"]
+            module.scores = _finite(json.loads(notes["scores"]))
+        except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+            raise ValueError(
+                f"{path} must hold all of a fit; it lacks or spoils {error}; save it anew"
+            ) from None
+        load_into(module, tensors, origin=path)
+        for name, tensor in module.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{path} must hold finite numbers; got others in {name}; fit the image anew"
+                )
+        return module.eval().requires_grad_(False)
+
+    def _at(self, position: Tensor) -> Tensor:
+        """Returns features, (N, C), at fractions of height and width, (N, 2)."""
+        raise NotImplementedError
+
+    def _notes(self) -> dict[str, str]:
+        """Returns what a file notes beside the tensors."""
+        return {}
+
+    @classmethod
+    def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
+        """Makes a module that the tensors and notes of a file fit, without their values."""
+        raise NotImplementedError
+
+
+class JBUFit(FittedFeatures):
+    """One image's features, F = U z: a source, upsampled by JBU stages of the image.
+
+    Args:
+        image: The image, normalised RGB, (1, 3, H, W).
+        source: z, (1, C, h, w).
+        upsampler: The stages.
+        backbone: Name of the backbone.
+        backbone_digest: Digest of its weights.
+        scores: Scores of the fit by name.
+
+    Raises:
+        ValueError: If ``image`` is not (1, 3, H, W), or ``source`` not (1, C, h, w).
+
+    Example:
+        >>> fitted = JBUFit(torch.rand(1, 3, 6, 9), torch.rand(1, 8, 2, 3), JBUStack())
+        >>> fitted.features((12, 18)).shape, fitted.features_at([[2.5, 7.0]]).shape
+        (torch.Size([1, 8, 12, 18]), torch.Size([1, 8]))
+    """
+
+    FORMAT = "featup_hub.jbu_fit/1"
+    source: Tensor
+
+    def __init__(
+        self,
+        image: Tensor,
+        source: Tensor,
+        upsampler: JBUStack,
+        *,
+        backbone: str = "",
+        backbone_digest: str = "",
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(image, backbone=backbone, backbone_digest=backbone_digest, scores=scores)
+        if source.dim() != 4 or source.shape[0] != 1 or 0 in source.shape:
+            raise ValueError(f"source must be (1, C, h, w); got {tuple(source.shape)}")
+        self.register_buffer("source", source.detach().clone())
+        self.upsampler = upsampler
+
+    @property
+    def feat_dim(self) -> int:
+        """Channels of the features."""
+        return self.source.shape[1]
+
+    def features(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Returns the features of the whole image, differentiable in ``source``.
+
+        Args:
+            size: Height and width of the result; default: the image's. To other sizes the features
+                at the image's size are resized bilinearly, with antialiasing.
+
+        Returns:
+            Features, (1, C, *size).
+
+        Raises:
+            ValueError: If ``size`` is not positive.
+        """
+        if size is not None and min(size) < 1:
+            raise ValueError(
+                f"size must be positive; got {size}; leave it out for the image's own size"
+            )
+        features: Tensor = self.upsampler(self.source, self.image)
+        if size is None or size == self.image_size:
+            return features
+        return F.interpolate(features, size, mode="bilinear", antialias=True)
+
+    def _at(self, position: Tensor) -> Tensor:
+        return sample(self.features(), position)
+
+    @classmethod
+    def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
+        prefix = "upsampler."
+        stages = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        image, source = (tensors[name].to("meta", torch.float32) for name in ("image", "source"))
+        return cls(image, source, JBUStack.fitting(stages))
+
+
+def _finite(scores: Mapping[str, float]) -> dict[str, float]:
+    """Returns scores as a dict of floats, or raises ValueError unless all are finite numbers."""
+    most = sys.float_info.max
+    if not isinstance(scores, Mapping) or not all(
+        isinstance(score, int | float) and abs(score) <= most for score in scores.values()
+    ):
+        raise ValueError(f"scores must be finite numbers by name; got {scores!r:.100}")
+    return {name: float(score) for name, score in scores.items()}

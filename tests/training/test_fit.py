@@ -1,0 +1,169 @@
+"""The fit of one image: both methods find known features; wrong arguments are refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import featup_hub
+from featup_hub.cli import main
+from featup_hub.training.fit import PRESETS, FitConfig, fit
+from featup_hub.upsamplers import ImplicitUpsampler, JBUFit, JBUStack
+from tests.determinism import REFUSED, Recorder
+from tests.training.known_features import Blur, picture
+
+EXACT = {"max_pad": 6}
+NETWORK = {"method": "network", "views": 6, "held_out": 2, "max_pad": 6, "steps": 2, "batch": 2}
+
+
+@pytest.mark.parametrize(
+    "options", [EXACT, pytest.param({**NETWORK, "views": 60, "steps": 150}, marks=pytest.mark.slow)]
+)
+def test_a_fit_finds_the_features_that_were_averaged_better_than_bilinear(options: dict) -> None:
+    image, backbone = picture(), Blur()
+    fitted = fit(image, backbone, **options)
+    truth = backbone.pixels(image)
+    bilinear = F.interpolate(backbone(image), (40, 56), mode="bilinear")
+    error = (fitted.features() - truth).square().mean()
+    assert error < 0.5 * (bilinear - truth).square().mean()
+    assert fitted.scores["held_out_error"] < 0.1
+
+
+class Spotted(Blur):
+    """The same, plus a pattern that stays in place when the image moves, as ViTs have."""
+
+    def features(self, image: Tensor) -> Tensor:
+        seen = super().features(image)
+        pattern = torch.randn(seen.shape[1:], generator=torch.Generator().manual_seed(5))
+        return seen + 0.5 * pattern
+
+
+def test_a_pattern_that_does_not_move_with_the_image_is_averaged_out() -> None:
+    image, backbone = picture(), Spotted()
+    clean = Blur()(image)
+    noise = (backbone(image) - clean).square().mean()
+    left = F.avg_pool2d(fit(image, backbone, max_pad=16).features(), 8) - clean
+    assert left.square().mean() < 0.3 * noise
+
+
+@pytest.mark.parametrize("options", [EXACT, NETWORK])
+def test_a_fit_is_in_evaluation_mode_without_gradients_and_knows_its_backbone(
+    options: dict,
+) -> None:
+    fitted = fit(picture(), Blur(), **options)
+    assert isinstance(fitted, ImplicitUpsampler if "method" in options else JBUFit)
+    assert not any(module.training for module in fitted.modules())
+    assert not any(p.requires_grad for p in fitted.parameters())
+    assert (fitted.backbone, len(fitted.backbone_digest)) == ("blur", 64)
+    assert fitted.features().shape == (1, 5, 40, 56)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (33, 50), (9, 11), (8, 8)])
+@pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
+def test_any_size_of_image_is_fitted(size: tuple[int, int], options: dict) -> None:
+    features = fit(picture(*size), Blur(), **{**options, "max_pad": 3}).features()
+    assert features.shape == (1, 5, *size)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [EXACT, NETWORK])
+def test_the_same_seed_gives_the_same_features_and_leaves_the_global_generator_alone(
+    options: dict,
+) -> None:
+    before = torch.get_rng_state()
+    first, second, other = (
+        fit(picture(), Blur(), seed=seed, **options).features() for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
+def test_a_fit_has_no_operation_without_a_deterministic_form(options: dict) -> None:
+    with Recorder() as recorder:
+        fit(picture(), Blur(), **options)
+    assert "mm" in recorder.names
+    assert not recorder.names & REFUSED
+
+
+def test_stages_of_the_callers_are_the_basis_and_stay_as_they_are() -> None:
+    stack = JBUStack().train()
+    fitted = fit(picture(), Blur(), upsampler=stack, views=20, max_pad=6)
+    for name, value in fitted.upsampler.state_dict().items():
+        assert torch.equal(value, stack.state_dict()[name])
+    assert all(module.training for module in stack.modules())
+    assert all(p.requires_grad for p in stack.parameters())
+
+
+def test_every_module_of_the_backbone_gets_its_own_mode_back() -> None:
+    class Failing(Blur):
+        def features(self, image: Tensor) -> Tensor:
+            assert not any(module.training for module in self.modules())
+            raise RuntimeError("out of memory")
+
+    backbone = Failing().train()
+    backbone.norms = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    backbone.norms[0].eval()  # frozen
+    before = {name: module.training for name, module in backbone.named_modules()}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(picture(), backbone, views=20)
+    assert {name: module.training for name, module in backbone.named_modules()} == before
+
+
+def test_upstreams_recipe_has_upstreams_numbers() -> None:
+    recipe = PRESETS["upstream"]
+    assert (recipe.method, recipe.views, recipe.components) == ("network", 3000, 128)
+    assert (recipe.max_pad, recipe.max_zoom) == (30, 1.8)
+    assert (recipe.steps, recipe.batch, recipe.lr) == (1200, 10, 2e-3)
+    fitted = fit(picture(), Blur(), recipe, steps=1, views=3, batch=1, held_out=1)
+    assert [layer.weight.shape[1] for layer in fitted.layers] == [303, 128, 128]
+    assert (fitted.dropout, len(fitted.fourier.frequency)) == (0.2, 30)
+
+
+def test_features_that_are_not_finite_and_a_loss_that_diverges_are_errors() -> None:
+    with pytest.raises(RuntimeError, match="needs finite features; the backbone gave NaN or inf"):
+        fit(picture() * math.nan, Blur(), views=20)
+    with pytest.raises(RuntimeError, match=r"needs a finite loss; it diverged at step 2; lower lr"):
+        fit(picture(), Blur(), **{**NETWORK, "lr": 1e30})
+
+
+def test_wrong_images_and_options_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one normalised RGB image, \(1, 3, H, W\); got \(2, 3,"):
+        fit(torch.zeros(2, 3, 16, 16), Blur())
+    with pytest.raises(TypeError, match=r"image of float32; got torch.uint8; make it with"):
+        fit(picture().to(torch.uint8), Blur())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):
+        fit(picture(), Blur(), stepz=3)
+    with pytest.raises(ValueError, match="method must be 'least-squares' or 'network'; got 'gd'"):
+        fit(picture(), Blur(), method="gd")
+    for name, least in (("views", 1), ("held_out", 1), ("max_pad", 0), ("max_zoom", 1), ("lr", 0)):
+        for value in (least - 1, math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{name} must be finite and at least {least}; g"):
+                FitConfig(**{name: value})
+
+
+def test_fit_is_a_name_of_the_package() -> None:
+    assert featup_hub.fit is fit
+    with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
+        _ = featup_hub.fitt
+
+
+@pytest.mark.parametrize("options", [[], ["--preset", "upstream", "--steps", "2", "--batch", "1"]])
+def test_the_command_writes_a_fit_and_a_picture(
+    options: list[str], tmp_path: Path, photos: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("featup_hub.cli.fit.open_backbones", lambda names: {names[0]: Blur()})
+    out = tmp_path / "one.safetensors"
+    line = ["fit", str(photos / "p0.png"), "--out", str(out), "--size", "32", "--max-pad", "4"]
+    assert main([*line, "--views", "12", "--start", "jbu_faithful", *options]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {out}: held_out_error ")
+    fitted = featup_hub.FittedFeatures.load(out)
+    assert isinstance(fitted, ImplicitUpsampler if options else JBUFit)
+    assert min(fitted.image_size) == 32
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "one.safetensors"]

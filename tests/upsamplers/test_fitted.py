@@ -1,0 +1,153 @@
+"""Fitted features of both kinds: queries, files, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from featup_hub import FittedFeatures, ImplicitUpsampler, JBUStack
+from featup_hub.upsamplers import JBUFit
+from featup_hub.weights import metadata, read, write
+from tests.upsamplers import small_implicit
+
+
+def jbu_fit(**about) -> JBUFit:
+    draw = torch.Generator().manual_seed(3)
+    image, source = (
+        torch.randn(1, 3, 9, 13, generator=draw),
+        torch.randn(1, 7, 3, 4, generator=draw),
+    )
+    stack = JBUStack(num_stages=2, joint_first=True)
+    return JBUFit(image, source, stack, **about).eval().requires_grad_(False)
+
+
+KINDS = pytest.mark.parametrize("make", [jbu_fit, small_implicit.make])
+
+
+def test_a_jbu_fit_is_its_source_upsampled_by_its_stages() -> None:
+    fitted = jbu_fit()
+    expected = fitted.upsampler(fitted.source, fitted.image)
+    assert torch.equal(fitted.features(), expected)
+    assert torch.equal(fitted(), expected)
+    larger = F.interpolate(expected, (18, 26), mode="bilinear")
+    torch.testing.assert_close(fitted.features((18, 26)), larger)
+    assert fitted.features((3, 4)).shape == (1, 7, 3, 4)
+    fitted.source.requires_grad_()
+    fitted.features().sum().backward()
+    assert (fitted.source.grad != 0).all()
+
+
+@KINDS
+def test_points_at_pixels_have_the_features_of_the_map(make) -> None:
+    fitted = make()
+    points = torch.tensor([[0.0, 0.0], [8.0, 12.0], [3.0, 7.0]])
+    found, whole = fitted.features_at(points), fitted.features()[0]
+    for n, (row, column) in enumerate(points.long().tolist()):
+        torch.testing.assert_close(found[n], whole[:, row, column], atol=1e-5, rtol=1e-5)
+    assert fitted.features_at(torch.empty(0, 2)).shape == (0, 7)
+
+
+def test_points_between_pixels_have_the_features_of_a_larger_map() -> None:
+    fitted = jbu_fit()
+    twice = fitted.features((18, 26))[0]
+    # Pixel (2i, 2j) of twice the size lies a quarter of a pixel before the centre of (i, j).
+    found = fitted.features_at([[3.75, 6.25]])
+    torch.testing.assert_close(found[0], twice[:, 8, 13], atol=1e-4, rtol=1e-4)
+
+
+@KINDS
+def test_wrong_queries_are_refused(make) -> None:
+    fitted = make()
+    with pytest.raises(ValueError, match=r"points must be \(N, 2\), row and column; got \(3,\)"):
+        fitted.features_at(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"-0.5 to 8.5 by -0.5 to 12.5 pixels; got \[1.0, 13.0\]"):
+        fitted.features_at([[8.5, 12.5], [1.0, 13.0]])
+    with pytest.raises(ValueError, match=r"8.5 by -0.5 to 12.5 pixels; got \[nan, 0.0\]"):
+        fitted.features_at([[math.nan, 0.0]])
+    for size in ((0, 3), (5, -1)):
+        with pytest.raises(ValueError, match=rf"must be positive; got \({size[0]}, {size[1]}\)"):
+            fitted.features(size)
+
+
+def test_wrong_parts_are_refused() -> None:
+    for scores in ({"a": math.nan}, {"a": "b"}, [("a", 1.0)]):
+        with pytest.raises(ValueError, match=r"scores must be finite numbers by name; got "):
+            jbu_fit(scores=scores)
+    with pytest.raises(ValueError, match=r"\(1, 3, H, W\); got \(2, 3, 4, 4\); fit one per image"):
+        ImplicitUpsampler(torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match=r"source must be \(1, C, h, w\); got \(2, 7, 3, 4\)"):
+        JBUFit(torch.zeros(1, 3, 9, 13), torch.zeros(2, 7, 3, 4), JBUStack())
+
+
+@KINDS
+def test_a_saved_file_gives_the_same_features_and_kind(make, tmp_path: Path) -> None:
+    fitted = make(backbone="stem", backbone_digest="ab12", scores={"held_out_error": 0.25})
+    fitted.save(tmp_path / "one.safetensors")
+    before = torch.get_rng_state()
+    found = FittedFeatures.load(tmp_path / "one.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(found) is type(fitted)
+    assert torch.equal(found.features((31, 17)), fitted.features((31, 17)))
+    assert (found.backbone, found.backbone_digest) == ("stem", "ab12")
+    assert found.scores == {"held_out_error": 0.25}
+    assert not found.training
+    assert not found.features().requires_grad
+    found.save(tmp_path / "two.safetensors")
+    first, second = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("one", "two"))
+    assert first == second
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"image": torch.zeros(1, 3, 4, 4)}, path)
+    with pytest.raises(ValueError, match=r"jbu_fit/1 or .*implicit/2; got a file of other weights"):
+        FittedFeatures.load(path)
+    jbu_fit().save(path)
+    with pytest.raises(
+        ValueError, match=r"of format featup_hub.implicit/2; got featup_hub.jbu_fit"
+    ):
+        ImplicitUpsampler.load(path)
+    write(read(path), path, metadata={**metadata(path), "upsampler": "featup_hub.jbu_fit/3"})
+    with pytest.raises(ValueError, match=r"got featup_hub.jbu_fit/3; make one with"):
+        FittedFeatures.load(path)
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        FittedFeatures.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("change", ["image", "source", "upsampler.up1.range_temp", "shape", "inf"])
+def test_a_damaged_jbu_fit_is_refused(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    jbu_fit().save(path)
+    tensors, notes = read(path), metadata(path)
+    if change == "shape":
+        tensors["source"] = torch.zeros(2, 7, 3, 4)
+    elif change == "inf":
+        tensors["source"][0, 0, 0, 0] = math.inf
+    else:
+        del tensors[change]
+    write(tensors, path, metadata=notes)
+    with pytest.raises(ValueError, match=r"lacks or spoils|missing: |must hold finite numbers"):
+        FittedFeatures.load(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    jbu_fit().save(path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is not the weights needed"):
+        FittedFeatures.load(path)
+
+
+def test_scores_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    fitted = jbu_fit()
+    fitted.scores["held_out_error"] = math.inf
+    with pytest.raises(ValueError, match=r"scores must be finite .* got \{'held_out_error': inf\}"):
+        fitted.save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
