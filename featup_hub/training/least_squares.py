@@ -179,7 +179,7 @@ class NormalEquations:
             top, left = torch.meshgrid(*first, indexing="ij")
             tops.append(top.flatten())
             lefts.append(left.flatten())
-        return torch.cat(weights), *(torch.cat(part).to(maps.device) for part in (tops, lefts))
+        return torch.cat(weights), torch.cat(tops).to(maps.device), torch.cat(lefts).to(maps.device)
 
     def solve(self, ridge: float, prior: Tensor) -> Tensor:
         """Returns the z that minimises the ridge regression.

@@ -61,11 +61,13 @@ def fit_network(
     Raises:
         RuntimeError: If the loss is not a finite number.
     """
-    views, first = iter(fitted), []
+    views = iter(fitted)
+    first: list[tuple[Sequence[Jitter], Tensor]] = []
     while sum(len(part) for part, _ in first) < min(PCA_VIEWS, config.views):
         first.append(next(views))
     mean, directions = _components(torch.cat([raw for _, raw in first]), config.components)
-    jitters, kept = [], []
+    jitters: list[Jitter] = []
+    kept: list[Tensor] = []
     for part, raw in chain(first, views):
         jitters += part
         kept.append(_project(raw, mean, directions).half())

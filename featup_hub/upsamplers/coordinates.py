@@ -1,4 +1,4 @@
-"""Places in an image: the centres of pixels, their sines and cosines, a map's values there."""
+"""Positions in an image: pixel centres, their Fourier features, and sampling a map at them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FourierFeatures(nn.Module):
 
 
 def pixel_centres(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Returns every pixel's place in fractions of height and width, (H, W, 2)."""
+    """Returns the pixels' centres in fractions of height and width, (H, W, 2)."""
     y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (height, width))
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
 
@@ -41,11 +41,10 @@ def pixel_centres(height: int, width: int, device: torch.device | None = None) -
 def sample(x: Tensor, position: Tensor) -> Tensor:
     """Interpolates a map, (1, C, H, W), at fractions of its height and width, (N, 2): (N, C).
 
-    Beyond the centres of the outermost pixels their values go on.
+    Beyond the centres of the outermost pixels their values are repeated.
     """
-    # Moved to the centre itself, for Apple's devices lack grid_sample's padding_mode="border" in
-    # older releases of torch. In the positions' precision: a coarser one, as bfloat16 is, would
-    # move points at the edge back outside, where there are zeros.
+    # Clamping replaces padding_mode="border", which older releases of torch lack on Apple's
+    # devices. In the positions' precision: bfloat16 would round points at the edge to the outside.
     rows, columns = (
         part.clamp(0.5 / n, 1 - 0.5 / n)
         for part, n in zip(position.unbind(1), x.shape[-2:], strict=True)

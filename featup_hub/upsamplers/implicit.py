@@ -4,9 +4,8 @@ r"""The implicit upsampler: a small coordinate network that holds one image's fe
     \cos(\omega s + \psi), r, g, b])), \quad s \in \{y, x, r, g, b\}
 
 s are the position and the colour there, each scaled to [0, 1]; the phases φ, ψ are learned. The
-network answers in the coordinates of a principal component analysis, (μ, D). It is fitted by
-:func:`featup_hub.training.implicit.fit`; this module is what remains: it holds the image, and
-tells its features at any size or point.
+network predicts principal components, (μ, D). :func:`featup_hub.training.network.fit_network`
+trains it; the module holds the image and gives its features at any size or point.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2.
 """
@@ -39,11 +38,11 @@ class ImplicitUpsampler(FittedFeatures):
         frequencies: Number of frequencies.
         log_range: Natural logarithms of the lowest and the highest.
         hidden: Width of the network.
-        dropout: Chance that an input of the network is dropped, for all points alike.
+        dropout: Chance that an input of the network is dropped, at all points at once.
         base: Coordinates to which the network adds, (1, K, h, w), interpolated bilinearly.
         backbone: Name of the backbone.
         backbone_digest: Digest of its weights.
-        scores: How well the fit went, by metric.
+        scores: Scores of the fit by name.
 
     Raises:
         ValueError: If ``image`` is not (1, 3, H, W), ``dropout`` not in [0, 1), or a score not a
@@ -95,12 +94,12 @@ class ImplicitUpsampler(FittedFeatures):
 
     @torch.no_grad()
     def features(self, size: tuple[int, int] | None = None, *, tile: int = _TILE) -> Tensor:
-        """Tells the features of the whole image.
+        """Returns the features of the whole image.
 
         Args:
-            size: Height and width wanted; default: the image's own. For a smaller one the image
-                is reduced with antialiasing, and the features are those of what is left.
-            tile: Positions to compute at a time, which bounds the memory beside the result.
+            size: Height and width of the result; default: the image's. For a smaller size the image
+                is reduced with antialiasing first.
+            tile: Positions per pass of the network, which bounds the memory beside the result.
 
         Returns:
             Features, (1, C, *size).
@@ -118,10 +117,10 @@ class ImplicitUpsampler(FittedFeatures):
     def strips(
         self, size: tuple[int, int] | None = None, *, tile: int = _TILE
     ) -> Iterator[tuple[int, Tensor]]:
-        """Tells the features strip by strip, for sizes that do not fit in memory.
+        """Yields the features strip by strip, for sizes that do not fit in memory.
 
         Args:
-            size: Height and width wanted; default: the image's own.
+            size: Height and width of the result; default: the image's.
             tile: Positions per strip, rounded down to whole rows, but one row at least.
 
         Yields:
@@ -146,7 +145,7 @@ class ImplicitUpsampler(FittedFeatures):
         return torch.cat(parts) if parts else self.mean.new_empty(0, self.feat_dim)
 
     def coordinates(self, position: Tensor, colour: Tensor | None = None) -> Tensor:
-        """Runs the network; this is what is differentiable.
+        """Runs the network, differentiably.
 
         Args:
             position: Fractions of height and width, (N, 2), in [0, 1].
@@ -159,8 +158,8 @@ class ImplicitUpsampler(FittedFeatures):
         low, high = self.image.amin((0, 2, 3)), self.image.amax((0, 2, 3))
         colour = (colour - low) / (high - low).clamp(min=1e-6)
         x = torch.cat([self.fourier(torch.cat([position, colour], dim=1)), colour], dim=1)
-        # One mask for all points leaves a network of fewer inputs, not a noisy picture; on the
-        # weights it is almost free. It is drawn on the CPU, so that it is the same everywhere.
+        # One mask for all points removes inputs rather than adding noise between pixels. Masking
+        # the weights is almost free. Drawn on the CPU, it is the same on every device.
         keep = F.dropout(torch.ones(len(self.norm.weight)), self.dropout, self.training).to(x)
         first, second, last = (cast(nn.Linear, layer) for layer in self.layers)
         x = F.linear(self.norm(x), first.weight * keep, first.bias).relu()
@@ -191,7 +190,7 @@ class ImplicitUpsampler(FittedFeatures):
         return module
 
     def _check_parts(self) -> None:
-        """Raises ValueError unless the tensors held belong to one image's features."""
+        """Raises ValueError unless the shapes of the tensors fit one another."""
         channels, coordinates = self.feat_dim, self.layers[-1].out_features
         wanted = {"mean": (channels,), "directions": (channels, coordinates)}
         for name, tensor in self.named_buffers():
@@ -204,7 +203,7 @@ class ImplicitUpsampler(FittedFeatures):
             raise ValueError(f"base: {tuple(self.base.shape)}, needed (1, {coordinates}, h, w)")
 
     def _wanted(self, size: tuple[int, int] | None, tile: int) -> tuple[int, int]:
-        """Returns the size wanted, or raises ValueError unless it and ``tile`` are positive."""
+        """Returns the size, or raises ValueError unless it and ``tile`` are positive."""
         height, width = self.image_size if size is None else size
         if height < 1 or width < 1 or tile < 1:
             raise ValueError(
@@ -216,6 +215,6 @@ class ImplicitUpsampler(FittedFeatures):
     def _resized(self, size: tuple[int, int]) -> Tensor:
         if size == self.image_size:
             return self.image
-        # Apple's devices have no antialiasing in older releases of torch; one image is soon done.
+        # Apple's devices have no antialiasing in older releases of torch.
         image = self.image.cpu() if self.image.device.type == "mps" else self.image
         return F.interpolate(image, size, mode="bilinear", antialias=True).to(self.image.device)
