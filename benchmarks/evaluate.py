@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--protocols", nargs="+", choices=get_args(Protocol))
     parser.add_argument("--photo-images", type=int, default=200, help="of the activation maps")
     parser.add_argument("--metrics", nargs="+", help="show only these scores")
-    parser.add_argument("--versus", nargs="+", default=["bilinear", "bicubic"], metavar="NAME")
+    parser.add_argument("--versus", nargs="+", default=["bilinear"], metavar="NAME")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "featup_hub_eval")
     parser.add_argument("--out", type=Path, help="folder for results.json and results.csv")
     chosen = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
     images = chosen.images if chosen.images is not None else 60 if chosen.full else 12
     config = EvaluationConfig(
         data=tuple(f"{name}:{SHARED / 'data' / name}" for name in chosen.sets),
-        upsamplers=tuple(dict.fromkeys(["bilinear", "bicubic", *chosen.upsampler])),
+        upsamplers=tuple(dict.fromkeys(["bilinear", *chosen.upsampler])),
         backbones=tuple(SOURCES[name] for name in sources),
         protocols=tuple(protocols),
         looks=tuple(chosen.looks),
