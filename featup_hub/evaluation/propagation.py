@@ -28,8 +28,8 @@ __all__ = ["PROPAGATION", "measure_propagation", "propagate"]
 SHRINK = 4
 NEIGHBOURS = 7
 TEMPERATURE = 0.07
-RADIUS = 24
-TILE = 8
+RADIUS = 16
+TILE = 16
 
 
 def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
