@@ -43,7 +43,7 @@ class EvaluationConfig:
         versus: Upsamplers to give paired differences from; the default ones may be missing.
         train_images: Images a frozen probe is fitted on, evenly spread; 0 for all.
         transfer_images: Images a transfer probe is fitted on, evenly spread; 0 for all.
-        val_images: Images scored, evenly spread; 0 for all.
+        val_images: Images scored, or videos by propagation, evenly spread; 0 for all.
         cost_images: Images on which time and memory are taken.
         max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
         probe_steps: Optimiser steps of a segmentation probe.

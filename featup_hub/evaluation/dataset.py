@@ -16,7 +16,7 @@ from featup_hub.evaluation.segmentation import boundary_band, segmentation_sums
 from featup_hub.image import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["Dataset", "Sample"]
+__all__ = ["Dataset", "Sample", "evenly"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,9 @@ class Dataset:
         total = len(self)
         if not 0 < count < total:
             return self
-        keep = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
-        return replace(self.only(keep), block=max(round(self.block * count / total), 1))
+        return replace(
+            self.only(evenly(total, count)), block=max(round(self.block * count / total), 1)
+        )
 
     def only(self, keep: Sequence[int]) -> Dataset:
         """Keeps the images of these indices."""
@@ -214,6 +215,13 @@ class Dataset:
             lookup = torch.tensor([*self.label_map, -1])
             labels = lookup[labels.clamp(0, len(self.label_map))]
         return labels.masked_fill((labels < 0) | (labels >= self.classes), -1)
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """Returns ``count`` of ``total`` indices, evenly spread; all if 0 or if there are fewer."""
+    if not 0 < count < total:
+        return list(range(total))
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def _nearest(truth: Tensor, size: tuple[int, int]) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
-from featup_hub.evaluation.dataset import Sample
+from featup_hub.evaluation.dataset import Sample, evenly
 from featup_hub.evaluation.features import Bench
 from featup_hub.evaluation.statistics import Metric
 from featup_hub.evaluation.sums import Measurement
@@ -36,7 +36,9 @@ def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[M
     """Propagates the labels of the first frame of every video to its other frames."""
     found = bench.measurement("propagation")
     looks = {each.looks for each in candidates}
-    for video in bench.val.videos():
+    videos = bench.val.videos()
+    for number in evenly(len(videos), bench.config.val_images):
+        video = videos[number]
         first: dict[str, Tensor] = {}
         labels = torch.zeros(0)
         for index, (sample, sources) in enumerate(bench.features(video, looks)):

@@ -149,8 +149,9 @@ def _stages(
                 settings={**common, "oracle": stride, "reductions": config.reductions},
             )
         for source in sources:
-            bench = Bench(source=source, train=train, val=val, config=config)
             for protocol, run in ON_FEATURES.items():
+                scored = every if protocol == "propagation" else val
+                bench = Bench(source=source, train=train, val=scored, config=config)
                 if protocol in config.protocols:
                     kept = source.identity is not None and protocol != "cost"
                     yield Stage(

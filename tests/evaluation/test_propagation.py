@@ -13,8 +13,9 @@ from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.features import Bench, Source
 from featup_hub.evaluation.layouts import open_data
-from featup_hub.evaluation.propagation import propagate
+from featup_hub.evaluation.propagation import measure_propagation, propagate
 from featup_hub.evaluation.report import rows
+from featup_hub.evaluation.run import measure
 
 
 def unit(height, width):
@@ -70,8 +71,6 @@ def measured(video, *candidates):
     backbone = ModuleBackbone(torch.nn.AvgPool2d(16), feat_dim=3, patch_size=16)
     source = Source(name="colour", backbone=backbone)
     bench = Bench(source=source, train=video, val=video, config=EvaluationConfig())
-    from featup_hub.evaluation.propagation import measure_propagation
-
     found = rows(measure_propagation(bench, candidates), versus=(), resamples=20)
     return {(row.upsampler, row.metric): row.score.value for row in found}
 
@@ -87,5 +86,9 @@ def test_exact_features_carry_the_mask_and_coarse_ones_blur_it(video):
 
 
 def test_a_video_is_one_folder_and_its_first_frame_is_not_scored(video):
-    assert len(video) == 3
-    assert len(video.videos()) == 1
+    assert (len(video), len(video.videos())) == (3, 1)
+    backbone = ModuleBackbone(torch.nn.AvgPool2d(16), feat_dim=3, patch_size=16)
+    config = EvaluationConfig(protocols=("propagation",), val_images=1)
+    sources = [Source(name="colour", backbone=backbone)]
+    (found,) = measure([(video, video)], sources, [candidate("bilinear")], config)
+    assert len(found.sums["bilinear"]["jaccard"]) == 2

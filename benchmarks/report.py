@@ -1,0 +1,285 @@
+"""Draws every table and picture of measured numbers from the rows in ``benchmarks/results``.
+
+    python -m benchmarks.report
+
+A document marks where a table belongs by ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what
+lies between is replaced. No number of a table is typed. ``results/runs.json`` holds the command,
+commit and hardware of every CSV file; JSON files of ``results/looks`` and ``results/propagation``
+are what ``benchmarks.evaluate --out`` wrote.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("benchmarks/RESULTS.md", "README.md")
+LOWER_IS_BETTER = ("RMSE", "view error", "AbsRel", "Average Drop", "Complexity")
+UPSAMPLERS = ("bilinear", "bicubic", "FeatUp MaskCLIP", "AnyUp", "jbu_denoise", "jbu_faithful")
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """Reads the rows of a CSV file."""
+    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lays out a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bold_best(values: Sequence[str], score: str) -> list[str]:
+    """Sets the best value of a row in bold, whoever reached it; ties are all bold."""
+    numbers = [float(value) for value in values if value]
+    pick = min if any(name in score for name in LOWER_IS_BETTER) else max
+    best = pick(numbers) if numbers else None
+    return [f"**{v}**" if v and float(v) == best else v or "–" for v in values]
+
+
+def headline(protocols: Sequence[str] = ("frozen probe", "transfer probe", "consistency")) -> str:
+    """Scores on labels, ours beside interpolation, FeatUp's stages and AnyUp."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in [*read("labels.csv"), *read("peers.csv")]:
+        key = (row["protocol"], row["data"].split("/")[0], row["features"], row["score"])
+        found.setdefault(key, {})[row["upsampler"]] = row["value"]
+    lines = []
+    for protocol in protocols:
+        scores = ("view error",) if protocol == "consistency" else ("boundary accuracy", "mIoU")
+        for data, features in dict.fromkeys(key[1:3] for key in found if key[0] == protocol):
+            cells = [
+                bold_best([found[protocol, data, features, s].get(n, "") for n in UPSAMPLERS], s)
+                for s in scores
+            ]
+            joined = [" / ".join(cell) for cell in zip(*cells, strict=True)]
+            lines.append([protocol, data, features, *(c.replace("– / –", "–") for c in joined)])
+    return markdown(["protocol", "data", "features", *UPSAMPLERS], lines)
+
+
+def readme() -> str:
+    """Frozen probes alone: boundary accuracy and mIoU."""
+    return headline(("frozen probe",))
+
+
+def evaluations(folder: str) -> list[dict[str, Any]]:
+    """Reads the rows of every evaluation in a folder of the results."""
+    files = sorted((RESULTS / folder).glob("*.json"))
+    return [row for file in files for row in json.loads(file.read_text("utf-8"))["rows"]]
+
+
+def looks() -> str:
+    """Four looks against one look of jbu_denoise: one line per data set and features."""
+    found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in evaluations("looks"):
+        key = (row["data"].split("/")[0], row["backbone"], row["protocol"], row["metric"])
+        found.setdefault(key, {})[row["upsampler"]] = row
+    columns = [
+        (protocol, metric)
+        for protocol, metric in (
+            ("frozen probe", "boundary accuracy"),
+            ("frozen probe", "mIoU"),
+            ("transfer probe", "boundary accuracy"),
+            ("transfer probe", "mIoU"),
+            ("consistency", "view error"),
+        )
+        if any(key[2:] == (protocol, metric) for key in found)
+    ]
+    lines = []
+    for data, backbone in dict.fromkeys(key[:2] for key in found):
+        rows = [found.get((data, backbone, *column), {}) for column in columns]
+        images = next(r["images"] for by_name in rows for r in by_name.values())
+        cells = [_looks_cell(row, metric) for row, (_, metric) in zip(rows, columns, strict=True)]
+        lines.append([data, backbone, str(images), *cells])
+    head = [f"{protocol}, {metric}" for protocol, metric in columns]
+    return markdown(["data", "features", "images", *head], lines)
+
+
+def _looks_cell(rows: dict[str, dict[str, Any]], metric: str) -> str:
+    """Writes bilinear, one look and four looks, and the paired difference of the last two."""
+    names = ("bilinear", "jbu_denoise", "jbu_denoise ×4")
+    if not set(names) <= set(rows):
+        return "–"
+    values = [f"{100 * rows[name]['score']['value']:.1f}" for name in names]
+    return f"{', '.join(bold_best(values, metric))} ({difference(rows[names[2]], names[1])})"
+
+
+def difference(row: dict[str, Any], reference: str) -> str:
+    """Writes a paired difference with its interval, in percent."""
+    versus = row["versus"].get(reference)
+    if not versus:
+        return "–"
+    value, low, high = (f"{100 * versus[part]:+.1f}" for part in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def propagation() -> str:
+    """Masks of a first frame, carried by features alone: boundary accuracy and J."""
+    by_source: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for row in evaluations("propagation"):
+        source = by_source.setdefault(f"{row['backbone']}, {row['images']} frames", {})
+        source.setdefault(row["upsampler"], {})[row["metric"]] = row
+    lines = []
+    for source, upsamplers in by_source.items():
+        best = [
+            bold_best([f"{100 * m[score]['score']['value']:.1f}" for m in upsamplers.values()], "")
+            for score in ("boundary accuracy", "J")
+        ]
+        for index, (name, metrics) in enumerate(upsamplers.items()):
+            ends = [difference(metrics[s], "jbu_denoise") for s in ("boundary accuracy", "J")]
+            lines.append([source, name, best[0][index], ends[0], best[1][index], ends[1]])
+    against = "against jbu_denoise"
+    head = ["features", "upsampler", "boundary accuracy", against, "J", against]
+    return markdown(head, lines) if lines else "Not measured yet."
+
+
+def stack_cost() -> str:
+    """Time and memory of the whole stack by size."""
+    rows: dict[tuple[str, ...], list[Row]] = {}
+    for row in read("cpu_stack.csv"):
+        rows.setdefault((row["pass"], row["channels"], row["size"]), []).append(row)
+    lines = [
+        [*key, *(f"{row['seconds']} s, {row['peak MiB']} MiB" for row in group)]
+        for key, group in rows.items()
+    ]
+    names = [row["implementation"] for row in next(iter(rows.values()))]
+    return markdown(["pass", "channels", "size", *names], lines)
+
+
+def peers_cost() -> str:
+    """Time and memory beside AnyUp."""
+    lines = [
+        [row["features"], row["upsampler"], row["CPU seconds"], row["peak MiB"]]
+        for row in read("peers_cost.csv")
+        if row["run"] == "main"
+    ]
+    return markdown(["features", "upsampler", "CPU seconds", "peak MiB"], lines)
+
+
+def runs() -> str:
+    """Where every file of rows came from."""
+    known = json.loads((RESULTS / "runs.json").read_text(encoding="utf-8"))
+    lines = [
+        [f"[{name}](results/{name})", run["title"], f"`{run['command']}`", run["commit"]]
+        for name, run in known.items()
+    ]
+    return markdown(["rows", "what", "command", "commit"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "readme": readme,
+    "looks": looks,
+    "propagation": propagation,
+    "stack_cost": stack_cost,
+    "peers_cost": peers_cost,
+    "runs": runs,
+}
+
+
+def filled(text: str) -> str:
+    """Replaces the tables of a document."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- begin {name} -->\n{TABLES[name]()}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", table, text, flags=re.DOTALL)
+
+
+def draw_intervals(path: Path) -> None:
+    """Draws differences from bilinear with their 95 % intervals, better to the right."""
+    from matplotlib.figure import Figure
+
+    shown = ("boundary accuracy", "mIoU", "view error")
+    rows = [r for r in read("labels.csv") if r["against"] == "bilinear" and r["score"] in shown]
+    kinds = ("frozen probe", "transfer probe", "consistency")
+    places = list(
+        dict.fromkeys(
+            f"{kind}, {r['data'].split('/')[0]}, {r['features']}"
+            for kind in kinds[:2]
+            for r in rows
+            if r["protocol"] == kind
+        )
+    )
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for panel, score in zip(panels, shown, strict=True):
+        for number, name in enumerate(("bicubic", "jbu_denoise", "jbu_faithful")):
+            drawn = [r for r in rows if r["score"] == score and r["upsampler"] == name]
+            for row in drawn:
+                kind = "frozen probe" if row["protocol"] == "consistency" else row["protocol"]
+                place = f"{kind}, {row['data'].split('/')[0]}, {row['features']}"
+                if place not in places:
+                    continue
+                turn = -1 if score == "view error" else 1
+                value, low, high = (turn * float(row[k]) for k in ("difference", "low", "high"))
+                low, high = min(low, high), max(low, high)
+                panel.errorbar(
+                    [value],
+                    [places.index(place) + 0.25 * (number - 1)],
+                    xerr=[[max(value - low, 0)], [max(high - value, 0)]],
+                    fmt="o",
+                    markersize=3,
+                    linewidth=1,
+                    color=f"C{number}",
+                    label=name,
+                )
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_title(f"{score}: better than bilinear →", fontsize=9)
+        panel.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(places)), places)
+    panels[0].invert_yaxis()
+    handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, path)
+
+
+def draw_quality(path: Path) -> None:
+    """Draws quality against cost, one point per upsampler, from the rows of one evaluation."""
+    from matplotlib.figure import Figure
+
+    rows = evaluations("quality")
+    cost = {r["upsampler"]: r for r in rows if r["metric"] == "CPU seconds with backbone"}
+    quality = [r for r in rows if r["metric"] == "boundary accuracy"]
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    panel = figure.subplots()
+    for row in quality:
+        name, seconds = row["upsampler"], cost[row["upsampler"]]["score"]["value"]
+        score = {part: 100 * row["score"][part] for part in ("value", "low", "high")}
+        panel.plot(seconds, score["value"], "o", color="C1" if "jbu" in name else "C0")
+        panel.annotate(name, (seconds, score["value"]), (5, 4), textcoords="offset points")
+    panel.set_xscale("log")
+    panel.set_xlabel("CPU seconds per image, backbone included")
+    panel.set_ylabel("boundary accuracy, %")
+    panel.margins(x=0.2, y=0.15)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes an SVG file that depends on nothing but what is drawn."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "featup_hub", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Fills the documents and draws the pictures."""
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_intervals(ROOT / "docs" / "intervals.svg")
+    if (RESULTS / "quality").is_dir():
+        draw_quality(ROOT / "docs" / "quality.svg")
+
+
+if __name__ == "__main__":
+    main()
