@@ -45,7 +45,7 @@ def bold_best(values: Sequence[str], score: str) -> list[str]:
     return [f"**{v}**" if v and float(v) == best else v or "–" for v in values]
 
 
-def headline(protocols: Sequence[str] = ("frozen probe", "transfer probe", "consistency")) -> str:
+def headline(protocols: Sequence[str] = ("frozen probe", "consistency")) -> str:
     """Scores on labels, ours beside interpolation, FeatUp's stages and AnyUp."""
     found: dict[tuple[str, ...], Row] = {}
     for row in [*read("labels.csv"), *read("peers.csv")]:
@@ -163,16 +163,6 @@ def peers_cost() -> str:
     return markdown(["features", "upsampler", "CPU seconds", "peak MiB"], lines)
 
 
-def runs() -> str:
-    """Where every file of rows came from."""
-    known = json.loads((RESULTS / "runs.json").read_text(encoding="utf-8"))
-    lines = [
-        [f"[{name}](results/{name})", run["title"], f"`{run['command']}`", run["commit"]]
-        for name, run in known.items()
-    ]
-    return markdown(["rows", "what", "command", "commit"], lines)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "readme": readme,
@@ -180,7 +170,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "propagation": propagation,
     "stack_cost": stack_cost,
     "peers_cost": peers_cost,
-    "runs": runs,
 }
 
 
@@ -212,7 +201,7 @@ def draw_intervals(path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for panel, score in zip(panels, shown, strict=True):
-        for number, name in enumerate(("bicubic", "jbu_denoise", "jbu_faithful")):
+        for number, name in enumerate(("jbu_denoise", "jbu_faithful")):
             drawn = [r for r in rows if r["score"] == score and r["upsampler"] == name]
             for row in drawn:
                 kind = "frozen probe" if row["protocol"] == "consistency" else row["protocol"]
@@ -224,12 +213,12 @@ def draw_intervals(path: Path) -> None:
                 low, high = min(low, high), max(low, high)
                 panel.errorbar(
                     [value],
-                    [places.index(place) + 0.25 * (number - 1)],
+                    [places.index(place) + 0.25 * (number - 0.5)],
                     xerr=[[max(value - low, 0)], [max(high - value, 0)]],
                     fmt="o",
                     markersize=3,
                     linewidth=1,
-                    color=f"C{number}",
+                    color=f"C{number + 1}",
                     label=name,
                 )
         panel.axvline(0, color="black", linewidth=0.8)
