@@ -1,17 +1,17 @@
-r"""Filtering with one kernel per pixel, as batched matrix products on the low-resolution map.
+r"""Filtering with one kernel per pixel, as batched matrix products on the source.
 
-For a tile of source pixels, every output pixel above it reads the same small window of the
-source. With the taps folded onto that window (:mod:`featup_hub.ops.tables`), a tile is one
-matrix product, (output pixels × window) · (window × channels). The three functions here are that
-map and its two adjoints:
+All output pixels of a tile read the same small window of the source. With the taps folded onto
+that window (:mod:`featup_hub.ops.tables`), a tile is one matrix product, (output pixels × window) ·
+(window × channels). The three functions here are that map and its two adjoints:
 
 * :func:`apply`: y = K(k)·s
 * :func:`source_gradient`: ds = K(k)ᵀ·dy
 * :func:`kernel_gradient`: dk, the correlation of dy with the windows of s
 
-All work on channels-last tensors, (B, H, W, C), in bands of tile rows that bound the memory.
-A source of the output's own size is filtered as it is; one of half the size is doubled
-bicubically on the way, without ever being formed.
+All work on channels-last tensors, (B, H, W, C), one row of tiles after another, which bounds the
+memory. The output may have any size: the source is resized bicubically on the way, without ever
+being formed at the output's size. Pixels within a tile are ordered column by column, so that
+folding ends in the layout that the product needs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.ops.tables import fold_table, reach
+from featup_hub.ops.tables import FoldedAxis, fold_axis
 
 __all__ = ["apply", "kernel_gradient", "source_gradient"]
 
-# Elements of the windows gathered per band: large enough to keep the matrix products busy, small
-# enough to stay in a CPU's last-level cache.
-BAND_ELEMENTS = 1 << 19
+# Elements of the windows that one product reads: enough to keep it busy, few enough to stay in a
+# CPU's cache.
+PART_ELEMENTS = 1 << 19
+TILE_HEIGHT, TILE_WIDTH = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,165 +38,148 @@ class Tiling:
     """How a map is cut into tiles.
 
     Attributes:
-        scale: Output pixels per source pixel along an axis, 1 or 2.
-        height: Source rows of a tile.
-        width: Source columns of a tile.
-        margin: Source pixels a window extends beyond its tile.
-        rows: Tile rows.
-        columns: Tile columns.
-        table_y: Folding along y, (rows·scale·height, D, window height).
-        table_x: Folding along x, (columns·scale·width, D, window width).
+        source: Height and width of the source.
+        output: Height and width of the output.
+        y: The vertical axis.
+        x: The horizontal axis.
+        window: Where the pixels of a row's windows lie, counted from the first window's row,
+            (columns, window height, window width).
     """
 
-    scale: int
-    height: int
-    width: int
-    margin: int
-    rows: int
-    columns: int
-    table_y: Tensor
-    table_x: Tensor
+    source: tuple[int, int]
+    output: tuple[int, int]
+    y: FoldedAxis
+    x: FoldedAxis
+    window: Tensor
 
     @classmethod
     def plan(cls, source: tuple[int, int], output: tuple[int, int], like: Tensor) -> Tiling:
         """Plans tiles for a source and output size; ``like`` gives D², dtype and device."""
-        (h, w), scale = source, output[0] // source[0]
-        if output != (scale * h, scale * w) or scale not in (1, 2):
-            raise ValueError(
-                f"tiles need an output of the source's size or its double; got {output} of {source}"
-            )
         radius = round(like.shape[-1] ** 0.5) // 2
-        height, width = (2, 8) if scale == 2 else (4, 8)
-        return cls(
-            scale=scale,
-            height=height,
-            width=width,
-            margin=reach(radius, scale),
-            rows=-(-h // height),
-            columns=-(-w // width),
-            table_y=fold_table(h, scale, height, radius).to(like),
-            table_x=fold_table(w, scale, width, radius).to(like),
+        y, x = (
+            fold_axis(size_in, size_out, tile, radius, like.dtype, like.device)
+            for size_in, size_out, tile in zip(
+                source, output, (TILE_HEIGHT, TILE_WIDTH), strict=True
+            )
         )
+        rows = source[1] * torch.arange(y.window)[:, None]
+        columns = torch.tensor(x.starts)[:, None, None] + torch.arange(x.window)
+        return cls(source=source, output=output, y=y, x=x, window=(rows + columns).to(like.device))
 
     @property
-    def window(self) -> tuple[int, int]:
-        """Height and width of a window in source pixels."""
-        return self.height + 2 * self.margin, self.width + 2 * self.margin
+    def columns(self) -> int:
+        """Tiles of a row."""
+        return len(self.x.starts)
 
     @property
     def area(self) -> int:
-        """Output pixels of a tile."""
-        return self.scale**2 * self.height * self.width
+        """Source pixels of a window."""
+        return self.y.window * self.x.window
 
-    def pad(self, source: Tensor) -> Tensor:
-        """Surrounds (B, h, w, C) by the zeros that windows at the border reach into."""
-        bottom = self.rows * self.height - source.shape[1] + self.margin
-        right = self.columns * self.width - source.shape[2] + self.margin
-        return F.pad(source, (0, 0, self.margin, right, self.margin, bottom))
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """Yields number, first and last-but-one output row of every row of tiles."""
+        for row in range(len(self.y.starts)):
+            first = row * self.y.tile
+            yield row, first, min(first + self.y.tile, self.output[0])
 
-    def buffer(self, rows: int, channels: int, like: Tensor) -> Tensor:
-        """Returns memory for a band; one per call, fresh pages cost more than the filter."""
-        count = next(self.bands(channels))[1] * self.columns
-        return like.new_empty(count, rows, channels)
+    def parts(self, channels: int) -> Iterator[slice]:
+        """Yields the tiles of a row that one product computes."""
+        count = max(1, PART_ELEMENTS // (self.area * max(channels, 1)))
+        for first in range(0, self.columns, count):
+            yield slice(first, min(first + count, self.columns))
 
-    def bands(self, channels: int) -> Iterator[tuple[int, int]]:
-        """Yields (first tile row, number of tile rows) of each band."""
-        window = self.window[0] * self.window[1]
-        per_row = self.columns * window * max(channels, window)
-        count = max(1, min(self.rows, BAND_ELEMENTS // per_row))
-        for first in range(0, self.rows, count):
-            yield first, min(count, self.rows - first)
-
-    def gather(self, padded: Tensor, first: int, count: int, out: Tensor) -> Tensor:
-        """Copies a band's windows out of one padded map, into (count·columns, window, C)."""
-        (wy, wx), (sy, sx, sc) = self.window, padded.stride()
-        view = padded.as_strided(
-            (count, self.columns, wy, wx, padded.shape[-1]),
-            (self.height * sy, self.width * sx, sy, sx, sc),
-            padded.storage_offset() + first * self.height * sy,
+    def buffers(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns memory for windows and tiles; fresh memory costs more than the products."""
+        count = next(self.parts(channels)).stop
+        return (
+            like.new_empty(count * self.area, channels),
+            like.new_empty(count, self.x.tile * self.y.tile, channels),
         )
-        windows = out[: count * self.columns]
-        windows.view(view.shape).copy_(view)
-        return windows
 
-    def fold(self, kernel: Tensor, first: int, count: int) -> Tensor:
-        """Folds a band's taps onto the windows.
+    def pixels(self, row: int) -> Tensor:
+        """Returns which source pixels the windows of a row of tiles hold, (columns, area)."""
+        return (self.window + self.y.starts[row] * self.source[1]).flatten(1)
+
+    def fold(self, kernel: Tensor, first: int, stop: int, buffer: Tensor) -> Tensor:
+        """Folds the taps of a row of tiles onto the windows.
 
         Args:
             kernel: Kernels of one sample, (H, W, D²).
-            first: First tile row.
-            count: Tile rows.
+            first: First output row.
+            stop: The output row behind the last.
+            buffer: Memory, zero at first, (tile height, D, columns·tile width, D).
 
         Returns:
-            (count·columns, output pixels of a tile, window).
+            (columns, output pixels of a tile, source pixels of a window).
         """
-        (wy, wx), d = self.window, self.table_y.shape[1]
-        high, wide = self.scale * self.height, self.scale * self.width
-        rows, cols = count * high, self.columns * wide
-        band = _rows(kernel, first * high, rows, cols).view(rows, cols, d, d)
-        t = band.permute(0, 2, 1, 3).reshape(rows, d, cols * d)
-        t = torch.bmm(self.table_y[first * high :][:rows].transpose(1, 2), t)
-        t = t.view(rows, wy, cols, d).permute(2, 0, 1, 3).reshape(cols, rows * wy, d)
-        t = torch.bmm(t, self.table_x)
-        t = t.view(self.columns, wide, count, high, wy, wx).permute(2, 0, 3, 1, 4, 5)
-        return t.reshape(count * self.columns, high * wide, wy * wx)
+        height, d = self.y.tile, buffer.shape[1]
+        taps = kernel[first:stop].unflatten(2, (d, d)).transpose(1, 2)
+        buffer[: stop - first, :, : kernel.shape[1]] = taps
+        if stop - first < height:
+            buffer[stop - first :] = 0
+        table = self.y.table[first : first + height].transpose(1, 2)
+        down = torch.bmm(table, buffer.view(height, d, -1))  # (tile height, window height, W·D)
+        across = down.view(height * self.y.window, -1, d).transpose(0, 1)
+        return torch.bmm(across, self.x.table).view(self.columns, -1, self.area)
 
-    def unfold(self, folded: Tensor, first: int, count: int) -> Tensor:
-        """The adjoint of :meth:`fold`, (rows, columns, D²) of the band, padding included."""
-        (wy, wx), d = self.window, self.table_y.shape[1]
-        high, wide = self.scale * self.height, self.scale * self.width
-        rows, cols = count * high, self.columns * wide
-        t = folded.view(count, self.columns, high, wide, wy, wx).permute(1, 3, 0, 2, 4, 5)
-        t = torch.bmm(t.reshape(cols, rows * wy, wx), self.table_x.transpose(1, 2))
-        t = t.view(cols, rows, wy, d).permute(1, 2, 0, 3).reshape(rows, wy, cols * d)
-        t = torch.bmm(self.table_y[first * high :][:rows], t)
-        return t.view(rows, d, cols, d).permute(0, 2, 1, 3).reshape(rows, cols, d * d)
+    def unfold(self, folded: Tensor, first: int) -> Tensor:
+        """The adjoint of :meth:`fold`, (tile height, columns·tile width, D²)."""
+        height, d = self.y.tile, self.x.table.shape[1]
+        across = folded.reshape(-1, height * self.y.window, self.x.window)
+        down = torch.bmm(across, self.x.table.transpose(1, 2)).transpose(0, 1)
+        taps = torch.bmm(
+            self.y.table[first : first + height], down.reshape(height, self.y.window, -1)
+        )
+        return taps.view(height, d, -1, d).transpose(1, 2).flatten(2)
 
-    def tiles(self, output: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Cuts a band of (H, W, C) into tiles, (count·columns, output pixels of a tile, C)."""
-        high, wide = self.scale * self.height, self.scale * self.width
-        band = _rows(output, first * high, count * high, self.columns * wide)
-        band = band.view(count, high, self.columns, wide, -1).transpose(1, 2)
-        return band.to(dtype).reshape(count * self.columns, high * wide, -1)
-
-    def untile(self, tiles: Tensor, output: Tensor, first: int, count: int) -> None:
-        """Writes a band of tiles to where it belongs in (H, W, C)."""
-        high, wide = self.scale * self.height, self.scale * self.width
-        tiles = tiles.view(count, self.columns, high, wide, -1).transpose(1, 2)
-        target = output[first * high :][: count * high]
-        if target.shape[:2] == (count * high, self.columns * wide):
-            target.view(count, high, self.columns, wide, -1).copy_(tiles)
+    def cut(self, output: Tensor, first: int, stop: int, part: slice, out: Tensor) -> Tensor:
+        """Copies tiles out of (H, W, C), zero beyond it, into (tiles, output pixels, C)."""
+        width, tiles = self.x.tile, out[: part.stop - part.start]
+        band = output[first:stop, part.start * width : part.stop * width]
+        view = tiles.view(-1, width, self.y.tile, output.shape[-1])
+        if band.shape[:2] == (self.y.tile, len(tiles) * width):
+            view.copy_(band.view(self.y.tile, -1, width, output.shape[-1]).permute(1, 2, 0, 3))
         else:
-            whole = tiles.reshape(count * high, self.columns * wide, -1)
-            target.copy_(whole[: target.shape[0], : target.shape[1]])
+            flat = view.flatten(0, 1).zero_()
+            flat[: band.shape[1], : band.shape[0]] = band.transpose(0, 1)
+        return tiles
+
+    def paste(self, tiles: Tensor, output: Tensor, first: int, stop: int, part: slice) -> None:
+        """Writes tiles to where they belong in (H, W, C)."""
+        width = self.x.tile
+        band = output[first:stop, part.start * width : part.stop * width]
+        pixels = tiles.view(-1, self.y.tile, tiles.shape[-1]).transpose(0, 1)
+        band.copy_(pixels[: band.shape[0], : band.shape[1]])
 
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Filters a source, doubling it on the way where the kernels are twice its size.
+    """Resizes a source to the kernels' size and filters it.
 
     Args:
         source: (B, h, w, C).
-        kernel: (B, H, W, D²), H×W being h×w or 2h×2w; sums have its precision.
+        kernel: (B, H, W, D²); sums have its precision.
         bias: (C,).
 
     Returns:
         (B, H, W, C) in the source's dtype.
     """
     batch, height, width, _ = kernel.shape
-    tiling = Tiling.plan((source.shape[1], source.shape[2]), (height, width), kernel)
     channels = source.shape[3]
+    tiling = Tiling.plan((source.shape[1], source.shape[2]), (height, width), kernel)
     output = source.new_empty(batch, height, width, channels)
-    padded = tiling.pad(source)
-    window_buffer = tiling.buffer(tiling.window[0] * tiling.window[1], channels, kernel)
-    tile_buffer = tiling.buffer(tiling.area, channels, kernel)
-    for b in range(batch):
-        for first, count in tiling.bands(channels):
-            folded = tiling.fold(kernel[b], first, count)
-            windows = tiling.gather(padded[b], first, count, window_buffer)
-            tiles = torch.bmm(folded, windows, out=tile_buffer[: len(windows)])
-            if bias is not None:
-                tiles += bias
-            tiling.untile(tiles, output[b], first, count)
+    flat = source.to(kernel.dtype).reshape(batch, -1, channels)
+    window_buffer, tile_buffer = tiling.buffers(channels, kernel)
+    fold_buffer = _fold_buffer(tiling, kernel)
+    for row, first, stop in tiling.rows():
+        pixels = tiling.pixels(row)
+        for b in range(batch):
+            folded = tiling.fold(kernel[b], first, stop, fold_buffer)
+            for part in tiling.parts(channels):
+                windows = _gather(flat[b], pixels[part], window_buffer)
+                tiles = torch.bmm(folded[part], windows, out=tile_buffer[: len(windows)])
+                if bias is not None:
+                    tiles += bias
+                tiling.paste(tiles, output[b], first, stop, part)
     return output
 
 
@@ -212,24 +196,20 @@ def source_gradient(grad: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tens
     """
     batch, height, width, channels = grad.shape
     tiling = Tiling.plan(size, (height, width), kernel)
-    total = tiling.pad(kernel.new_zeros(batch, *size, channels))
-    (wy, wx), step = tiling.window, tiling.width
-    for b in range(batch):
-        for first, count in tiling.bands(channels):
-            folded = tiling.fold(kernel[b], first, count)
-            tiles = tiling.tiles(grad[b], first, count, kernel.dtype)
-            windows = torch.bmm(folded.transpose(1, 2), tiles)
-            windows = windows.view(count, tiling.columns, wy, wx, channels)
-            sy, sx, sc = total[b].stride()
-            for row in range(count):
-                target = total[b, (first + row) * tiling.height :]
-                # Windows overlap: add them in blocks of a tile's width, which do not.
-                for x in range(0, wx, step):
-                    block = windows[row, :, :, x : x + step].transpose(0, 1)
-                    offset = target.storage_offset() + x * sx
-                    target.as_strided(block.shape, (sy, step * sx, sx, sc), offset).add_(block)
-    margin = tiling.margin
-    return total[:, margin : margin + size[0], margin : margin + size[1]]
+    total = kernel.new_zeros(batch, *size, channels)
+    window_buffer, tile_buffer = tiling.buffers(channels, kernel)
+    fold_buffer = _fold_buffer(tiling, kernel)
+    sums = [_Overlap(tiling, part) for part in tiling.parts(channels)]
+    for row, first, stop in tiling.rows():
+        top = tiling.y.starts[row]
+        for b in range(batch):
+            folded = tiling.fold(kernel[b], first, stop, fold_buffer)
+            for part, overlap in zip(tiling.parts(channels), sums, strict=True):
+                tiles = tiling.cut(grad[b], first, stop, part, tile_buffer)
+                windows = window_buffer[: len(tiles) * tiling.area].view(len(tiles), -1, channels)
+                torch.bmm(folded[part].transpose(1, 2), tiles, out=windows)
+                overlap.add(windows, total[b, top : top + tiling.y.window])
+    return total
 
 
 def kernel_gradient(grad: Tensor, source: Tensor, diameter: int, dtype: torch.dtype) -> Tensor:
@@ -247,23 +227,55 @@ def kernel_gradient(grad: Tensor, source: Tensor, diameter: int, dtype: torch.dt
     batch, height, width, channels = grad.shape
     output = grad.new_empty(batch, height, width, diameter * diameter, dtype=dtype)
     tiling = Tiling.plan((source.shape[1], source.shape[2]), (height, width), output)
-    padded = tiling.pad(source)
-    window_buffer = tiling.buffer(tiling.window[0] * tiling.window[1], channels, output)
-    high = tiling.scale * tiling.height
-    for b in range(batch):
-        for first, count in tiling.bands(channels):
-            tiles = tiling.tiles(grad[b], first, count, dtype)
-            windows = tiling.gather(padded[b], first, count, window_buffer)
-            folded = torch.bmm(tiles, windows.transpose(1, 2))
-            target = output[b, first * high :][: count * high]
-            band = tiling.unfold(folded, first, count)
-            target.copy_(band[: target.shape[0], :width])
+    flat = source.to(dtype).reshape(batch, -1, channels)
+    window_buffer, tile_buffer = tiling.buffers(channels, output)
+    folded = output.new_empty(tiling.columns, tile_buffer.shape[1], tiling.area)
+    for row, first, stop in tiling.rows():
+        pixels = tiling.pixels(row)
+        for b in range(batch):
+            for part in tiling.parts(channels):
+                tiles = tiling.cut(grad[b], first, stop, part, tile_buffer)
+                windows = _gather(flat[b], pixels[part], window_buffer)
+                torch.bmm(tiles, windows.transpose(1, 2), out=folded[part])
+            output[b, first:stop] = tiling.unfold(folded, first)[: stop - first, :width]
     return output
 
 
-def _rows(x: Tensor, first: int, count: int, width: int) -> Tensor:
-    """Returns rows of (H, W, C), with zeros where they lie beyond the map."""
-    band = x[first : first + count]
-    if band.shape[:2] == (count, width):
-        return band
-    return F.pad(band, (0, 0, 0, width - band.shape[1], 0, count - band.shape[0]))
+class _Overlap:
+    """Adds up windows of neighbouring tiles where they overlap, always in the same order.
+
+    Args:
+        tiling: How the map is cut into tiles.
+        part: The tiles.
+    """
+
+    def __init__(self, tiling: Tiling, part: slice) -> None:
+        device, width = tiling.window.device, tiling.x.window
+        starts = torch.tensor(tiling.x.starts[part])
+        self.left, right = int(starts[0]), int(starts[-1]) + width
+        # Of every source column: which tiles' windows hold it, and in which of their columns.
+        column = torch.arange(self.left, right)[:, None] - starts
+        held = (column >= 0) & (column < width)
+        tile = held.nonzero()[:, 1]
+        rows = torch.arange(tiling.y.window)[:, None] * width
+        places = (tile * tiling.area + column[held] + rows).flatten()
+        counts = held.sum(1).repeat(tiling.y.window)
+        self.places, self.bags = places.to(device), (counts.cumsum(0) - counts).to(device)
+
+    def add(self, windows: Tensor, target: Tensor) -> None:
+        """Adds windows, (tiles, area, C), to the rows of the source that they cover."""
+        sums = F.embedding_bag(self.places, windows.flatten(0, 1), self.bags, mode="sum")
+        sums = sums.view(len(target), -1, target.shape[-1])
+        target[:, self.left : self.left + sums.shape[1]] += sums
+
+
+def _gather(source: Tensor, pixels: Tensor, buffer: Tensor) -> Tensor:
+    """Copies windows out of (h·w, C), into (tiles, area, C)."""
+    out = buffer[: pixels.numel()]
+    torch.index_select(source, 0, pixels.flatten(), out=out)
+    return out.view(*pixels.shape, -1)
+
+
+def _fold_buffer(tiling: Tiling, kernel: Tensor) -> Tensor:
+    diameter = tiling.x.table.shape[1]
+    return kernel.new_zeros(tiling.y.tile, diameter, tiling.columns * tiling.x.tile, diameter)

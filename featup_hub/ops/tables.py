@@ -1,9 +1,9 @@
 r"""One-dimensional tables that fold resizing and border reflection into the taps.
 
 A stage resizes its source bicubically, pads it by reflection and filters it with D×D taps. Along
-one axis, tap i of output pixel x therefore reads :math:`\sum_m A_{x,i,m}\, source_m` with at most
-four low-resolution pixels m, all within a short window around x. Tabulating A once per size makes
-the whole chain one adaptive filter on the low-resolution map, borders included, exactly.
+one axis, tap t of output pixel x therefore reads :math:`\sum_m A_{x,t,m}\, source_m` with at most
+four source pixels m, all in a short window around x. With A tabulated once per size, the whole
+chain is one filter on the source, for any ratio of the sizes, borders included.
 
 Source: bicubic as PyTorch's ``interpolate`` (Keys 1981, a = -0.75, ``align_corners=False``).
 """
@@ -12,21 +12,37 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["bicubic_matrix", "fold_table", "reach", "reflect"]
+__all__ = ["FoldedAxis", "bicubic_matrix", "bicubic_row", "fold_axis", "reflect"]
 
 BICUBIC_A = -0.75
 
 
-def reflect(index: int, size: int) -> int:
-    """Mirrors an index into [0, size), as often as needed (NumPy's ``reflect``)."""
-    if size == 1:
-        return 0
-    index = abs(index) % (2 * (size - 1))
-    return min(index, 2 * (size - 1) - index)
+class FoldedAxis(NamedTuple):
+    """One axis of a stage, its output cut into tiles that share a window of the source.
+
+    Attributes:
+        tile: Output pixels of a tile; the last tile may reach beyond the output.
+        window: Source pixels of a window.
+        starts: First source pixel of each tile's window; a window lies within the source.
+        table: Weights A, (tiles·tile, D, window); zero beyond the output.
+    """
+
+    tile: int
+    window: int
+    starts: list[int]
+    table: Tensor
+
+
+def reflect(index: Tensor, size: int) -> Tensor:
+    """Mirrors indices into [0, size), as often as needed (NumPy's ``reflect``)."""
+    period = max(2 * (size - 1), 1)
+    index = index.abs() % period
+    return torch.minimum(index, (period - index) % period) if size > 1 else torch.zeros_like(index)
 
 
 def bicubic_row(index: int, size_in: int, size_out: int) -> dict[int, float]:
@@ -36,57 +52,71 @@ def bicubic_row(index: int, size_in: int, size_out: int) -> dict[int, float]:
     row: dict[int, float] = {}
     for offset in (-1, 0, 1, 2):
         pixel = min(max(first + offset, 0), size_in - 1)
-        row[pixel] = row.get(pixel, 0.0) + _cubic(abs(position - first - offset))
+        weight = _cubic(torch.tensor(position - first - offset, dtype=torch.float64).abs())
+        row[pixel] = row.get(pixel, 0.0) + weight.item()
     return row
 
 
-def _cubic(x: float) -> float:
+def _cubic(x: Tensor) -> Tensor:
     a = BICUBIC_A
-    if x <= 1:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-    return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, far)
+
+
+def _bicubic(size_in: int, size_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns the four pixels that each output pixel mixes and their weights, (size_out, 4).
+
+    Positions are rounded as PyTorch rounds them for maps of this dtype.
+    """
+    scale = torch.tensor(size_in, dtype=dtype) / size_out
+    position = scale * (torch.arange(size_out, dtype=dtype) + 0.5) - 0.5
+    first = position.floor()
+    offsets = torch.tensor([-1, 0, 1, 2])
+    weights = _cubic(((position - first)[:, None].double() - offsets).abs())
+    pixels = (first.long()[:, None] + offsets).clamp(0, size_in - 1)
+    return pixels, weights
 
 
 @functools.lru_cache(64)
 def bicubic_matrix(size_in: int, size_out: int) -> Tensor:
     """Returns bicubic resizing along one axis as a matrix, (size_out, size_in), float64."""
-    matrix = torch.zeros(size_out, size_in, dtype=torch.float64)
-    for index in range(size_out):
-        for pixel, weight in bicubic_row(index, size_in, size_out).items():
-            matrix[index, pixel] += weight
-    return matrix
+    pixels, weights = _bicubic(size_in, size_out, torch.float64)
+    return torch.zeros(size_out, size_in, dtype=torch.float64).scatter_add_(1, pixels, weights)
 
 
-def reach(radius: int, scale: int) -> int:
-    """Low-resolution pixels that the taps of one output pixel see to either side."""
-    return radius if scale == 1 else radius // 2 + 2
-
-
-@functools.lru_cache(128)
-def fold_table(size: int, scale: int, tile: int, radius: int) -> Tensor:
+@functools.lru_cache(256)
+def fold_axis(
+    size_in: int, size_out: int, tile: int, radius: int, dtype: torch.dtype, device: torch.device
+) -> FoldedAxis:
     """Tabulates which source pixels the taps of each output pixel read along one axis.
 
-    ``tile`` source pixels, and the ``scale · tile`` output pixels above them, share one window
-    that begins ``reach`` pixels before the tile.
-
     Args:
-        size: Source pixels n.
-        scale: 1 (taps reflect at the border, nothing is resized) or 2 (doubled bicubically).
-        tile: Source pixels that share a window.
+        size_in: Source pixels.
+        size_out: Output pixels.
+        tile: Output pixels that share a window.
         radius: Reach of the taps, in output pixels.
+        dtype: Precision of the maps.
+        device: Where the table is needed.
 
     Returns:
-        Weights, (N, D, tile + 2·reach), float64; N = scale·n rounded up to whole tiles, the
-        rows beyond scale·n zero.
+        Tiles, windows and weights.
     """
-    output, margin = scale * size, reach(radius, scale)
-    rows = -(-size // tile) * scale * tile
-    table = torch.zeros(rows, 2 * radius + 1, tile + 2 * margin, dtype=torch.float64)
-    for x in range(output):
-        start = x // (scale * tile) * tile - margin
-        for tap in range(2 * radius + 1):
-            mirrored = reflect(x + tap - radius, output)
-            for pixel, weight in bicubic_row(mirrored, size, output).items():
-                if weight:
-                    table[x, tap, pixel - start] += weight
-    return table
+    pixels, weights = _bicubic(size_in, size_out, dtype)
+    # Where the sizes agree, three of the four weights are zero; they need no room in a window.
+    pixels = torch.where(weights == 0, pixels[:, 1:2], pixels)
+    taps = reflect(torch.arange(size_out)[:, None] + torch.arange(-radius, radius + 1), size_out)
+    pixels, weights = pixels[taps].flatten(1), weights[taps].flatten(1)  # (size_out, D·4)
+    tiles = -(-size_out // tile)
+    owner = torch.arange(size_out) // tile
+    low = torch.full((tiles,), size_in).scatter_reduce_(0, owner, pixels.amin(1), "amin")
+    high = torch.zeros(tiles, dtype=torch.long).scatter_reduce_(0, owner, pixels.amax(1), "amax")
+    window = int((high - low).max()) + 1
+    starts = low.clamp(max=size_in - window)
+    diameter = 2 * radius + 1
+    table = torch.zeros(tiles * tile, diameter * window, dtype=torch.float64)
+    tap = torch.arange(diameter).repeat_interleave(4)
+    place = tap * window + pixels - starts[owner][:, None]
+    table[:size_out].scatter_add_(1, place, weights)
+    table = table.view(-1, diameter, window).to(device, dtype)
+    return FoldedAxis(tile, window, starts.tolist(), table)

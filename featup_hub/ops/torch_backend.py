@@ -6,15 +6,18 @@ maps as (B, C, H, W), in channels_last memory format, which is how the filters w
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.ops import folded, reference
 from featup_hub.ops.prediction import predict, predict_backward
 from featup_hub.ops.reference import StageWeights
-from featup_hub.ops.tables import bicubic_matrix
 
 __all__ = ["apply", "apply_backward", "joint_kernel_backward", "kernel", "kernel_backward"]
+
+
+HUGE = 1e18  # the product of two smaller values is finite in float32
 
 
 def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
@@ -31,26 +34,27 @@ def kernel_backward(
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`featup_hub.ops.reference.jbu_apply`."""
-    source = _to_scale(source, kernel)
-    output = folded.apply(_channels_last(source), _channels_last(kernel), bias)
-    return output.permute(0, 3, 1, 2)
+    source_last, kernel_last = _channels_last(source), _channels_last(kernel)
+    if _moderate(source_last) and _moderate(kernel_last):
+        return folded.apply(source_last, kernel_last, bias).permute(0, 3, 1, 2)
+    output = reference.jbu_apply(source.to(kernel.dtype), kernel, bias).to(source.dtype)
+    return _channels_last(output).permute(0, 3, 1, 2)
 
 
 def apply_backward(
     grad: Tensor, source: Tensor, kernel: Tensor, need_source: bool, need_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of source and kernel; empty tensors where they are not needed."""
-    upstream, scaled = _channels_last(grad), _to_scale(source, kernel)
-    grad_source, grad_kernel = grad.new_empty(0), kernel.new_empty(0)
+    upstream = _channels_last(grad)
+    grad_source, grad_kernel = source.new_empty(0), kernel.new_empty(0)
     if need_source:
-        size = (scaled.shape[2], scaled.shape[3])
+        size = (source.shape[2], source.shape[3])
         grad_source = folded.source_gradient(upstream, _channels_last(kernel), size)
-        grad_source = _from_scale(grad_source, source).to(source.dtype)
-        grad_source = _channels_last(grad_source).permute(0, 3, 1, 2)
+        grad_source = grad_source.to(source.dtype).permute(0, 3, 1, 2)
     if need_kernel:
         diameter = round(kernel.shape[1] ** 0.5)
         grad_kernel = folded.kernel_gradient(
-            upstream, _channels_last(scaled), diameter, kernel.dtype
+            upstream, _channels_last(source), diameter, kernel.dtype
         ).permute(0, 3, 1, 2)
     return grad_source, grad_kernel
 
@@ -72,24 +76,16 @@ def joint_kernel_backward(grad: Tensor, query: Tensor, key: Tensor) -> tuple[Ten
     return grad_query.permute(0, 3, 1, 2), grad_key.permute(0, 3, 1, 2)
 
 
-def _to_scale(source: Tensor, kernel: Tensor) -> Tensor:
-    """Resizes a source that is neither the kernels' size nor half of it."""
-    height, width = kernel.shape[-2:]
-    h, w = source.shape[-2:]
-    if (height, width) in ((h, w), (2 * h, 2 * w)):
-        return source
-    return F.interpolate(source, (height, width), mode="bicubic", align_corners=False)
-
-
-def _from_scale(grad: Tensor, source: Tensor) -> Tensor:
-    """The adjoint of :func:`_to_scale`, from (B, H, W, C) to (B, C, h, w)."""
-    grad = grad.permute(0, 3, 1, 2)
-    (h, w), (height, width) = source.shape[-2:], grad.shape[-2:]
-    if (height, width) == (h, w):
-        return grad
-    rows, columns = bicubic_matrix(h, height).to(grad), bicubic_matrix(w, width).to(grad)
-    return rows.t() @ grad @ columns
-
-
 def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _moderate(x: Tensor) -> bool:
+    """Whether folding gives what the definition gives: no NaN, no infinity, no huge value.
+
+    A window holds pixels that a tap does not read; their weight is zero, and zero times NaN is NaN.
+    """
+    if x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return True
+    low, high = x.view(-1).aminmax()
+    return bool(low > -HUGE) and bool(high < HUGE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from featup_hub.ops.tables import bicubic_matrix, fold_table, reach
+from featup_hub.ops.tables import bicubic_matrix, fold_axis
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,20 @@ def test_the_bicubic_matrix_is_pytorchs_interpolation(size_in: int, size_out: in
     torch.testing.assert_close(x @ bicubic_matrix(size_in, size_out).t(), expected)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 14])
-@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (3, 3), (5, 9), (14, 28), (16, 28), (4, 18)])
 @pytest.mark.parametrize("tile", [1, 4, 8])
-def test_every_tap_of_a_fold_table_sums_to_one_inside_and_to_zero_beyond(
-    size: int, scale: int, tile: int
+def test_every_tap_of_a_table_sums_to_one_inside_and_to_zero_beyond(
+    sizes: tuple[int, int], tile: int
 ) -> None:
-    table = fold_table(size, scale, tile, 3)
-    sums = table.sum(2)
-    torch.testing.assert_close(sums[: scale * size], torch.ones(scale * size, 7).double())
-    assert sums[scale * size :].abs().sum() == 0
-    assert table.shape == (-(-size // tile) * scale * tile, 7, tile + 2 * reach(3, scale))
+    axis = fold_axis(*sizes, tile, 3, torch.float64, torch.device("cpu"))
+    sums = axis.table.sum(2)
+    torch.testing.assert_close(sums[: sizes[1]], torch.ones(sizes[1], 7).double())
+    assert sums[sizes[1] :].abs().sum() == 0
+    assert axis.table.shape == (tile * len(axis.starts), 7, axis.window)
+    assert all(0 <= start <= sizes[0] - axis.window for start in axis.starts)
+
+
+def test_a_doubled_axis_has_the_narrowest_windows_there_are() -> None:
+    axis = fold_axis(20, 40, 4, 3, torch.float64, torch.device("cpu"))
+    assert axis.window == 8  # ten output pixels, half a pixel apart, and a cubic's reach
+    assert fold_axis(40, 40, 4, 3, torch.float64, torch.device("cpu")).window == 4 + 2 * 3

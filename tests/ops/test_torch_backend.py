@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -40,6 +42,64 @@ def test_filtering_and_its_adjoints_are_the_definitions(
         results.append((filtered, *gradients))
     for ours, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_filtering_and_its_adjoints_are_the_definitions_at_40_random_sizes_and_ratios(
+    dtype: torch.dtype, limit: float
+) -> None:
+    chance = random.Random(0)
+    for case in range(40):
+        source = chance.randint(1, 50), chance.randint(1, 50)
+        ratios = (chance.choice([1, 2, 1.75, 1.99, chance.uniform(1, 4)]) for _ in "yx")
+        output = [round(ratio * size) for ratio, size in zip(ratios, source, strict=True)]
+        if case == 0:
+            source, output = (214, 47), [427, 80]
+        features = torch.randn(2, 3, *source, dtype=dtype, requires_grad=True)
+        kernel = torch.randn(2, 49, *output, dtype=dtype, requires_grad=True)
+        upstream = torch.randn(2, 3, *output, dtype=dtype)
+        results = []
+        for impl in ("reference", "torch"):
+            filtered = jbu_apply(features, kernel, impl=impl)
+            gradients = torch.autograd.grad(filtered, (features, kernel), upstream)
+            results.append((filtered, *gradients))
+        for expected, ours in zip(*results, strict=True):
+            assert (ours - expected).abs().max() <= limit * expected.abs().max(), (source, output)
+
+
+BAD = [float("nan"), float("inf"), float("-inf"), 3e38, 1e-42]
+
+
+@pytest.mark.parametrize("sizes", [((8, 9), (16, 18)), ((8, 9), (15, 14)), ((9, 9), (9, 9))])
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_not_finite_reaches_what_the_definition_lets_it_reach(
+    bad: float, sizes: tuple[tuple[int, int], tuple[int, int]]
+) -> None:
+    source, kernel = torch.randn(1, 2, *sizes[0]), torch.randn(1, 49, *sizes[1])
+    source[0, 0, 4, 5] = bad
+    for features, kernels in ((source, kernel), (torch.randn_like(source), kernel.clone())):
+        if features is not source:
+            kernels[0, 20, 7, 3] = bad
+        expected, ours = (jbu_apply(features, kernels, impl=i) for i in ("reference", "torch"))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_guidance_that_is_not_finite_gives_the_definitions_kernels(bad: float) -> None:
+    stage, guidance = randomise(JBUStage()), torch.randn(1, 3, 12, 14)
+    guidance[0, 1, 5, 6] = bad
+    expected, ours = (
+        jbu_kernel(guidance, stage.weights(), impl=impl) for impl in ("reference", "torch")
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_sample_is_filtered_alike_alone_and_in_a_batch() -> None:
+    source, kernel = torch.randn(3, 6, 7, 9), torch.randn(3, 49, 13, 18)
+    together = jbu_apply(source, kernel, impl="torch")
+    for index in range(3):
+        alone = jbu_apply(source[index : index + 1], kernel[index : index + 1], impl="torch")
+        assert torch.equal(alone[0], together[index])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 3), (4, 7), (20, 9)])
@@ -81,7 +141,7 @@ def test_results_do_not_depend_on_where_bands_end(monkeypatch: pytest.MonkeyPatc
             ]
 
     whole = run()
-    monkeypatch.setattr(folded, "BAND_ELEMENTS", 1)
+    monkeypatch.setattr(folded, "PART_ELEMENTS", 1)
     monkeypatch.setattr(prediction, "BAND_ELEMENTS", 1)
     for banded, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(banded, expected, rtol=1e-11, atol=1e-11)
@@ -170,7 +230,7 @@ def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> N
         torch_backend.apply_backward(output, source.detach(), kernel, True, True)
         torch_backend.kernel_backward(kernel, guidance, weights)
     unfolded_keys = 32 * 49 * 96 * 96
-    assert seen.elements <= 1.2 * max(output.numel(), kernel.numel(), folded.BAND_ELEMENTS)
+    assert seen.elements <= 1.2 * max(output.numel(), kernel.numel(), folded.PART_ELEMENTS)
     assert seen.elements < unfolded_keys / 10
 
 
