@@ -56,7 +56,7 @@ class Compiler:
 
 
 def forget() -> None:
-    for remembered in (programs._prepare, choice._warn_once, cache._warn_once):
+    for remembered in (programs._load, programs._compile_once, choice._warn_once, cache._warn_once):
         remembered.cache_clear()
 
 
@@ -183,6 +183,20 @@ def test_what_went_wrong_is_found_out_once_per_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(nvrtc, "load", load)
     assert [backend.apply_unsupported_reason(SOURCE, KERNEL) for _ in range(3)] == ["missing"] * 3
     assert len(calls) == 1
+
+
+def test_a_failure_to_load_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([CudaDriverError("error 2 in loading: out of memory"), None])
+
+    def load(self: Driver, *args: Any) -> dict[str, Any]:
+        if error := next(answers):
+            raise error
+        return {}
+
+    monkeypatch.setattr(Driver, "load", load)
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert choose("auto") is torch_path
+    assert choose("auto") is backend
 
 
 @pytest.mark.parametrize(("device", "code"), [(90, 90), (89, 80), (121, 120)])

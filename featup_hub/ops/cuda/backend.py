@@ -45,7 +45,7 @@ def kernel_program(channels: int) -> Program:
     """Returns the program that predicts kernels from ``channels`` guidance channels."""
     kernels = {
         "range_forward": Kernel("PPPPPPi", 128),
-        "kernel_forward": Kernel("PPPPPPPPPii", 112, 528 * (TAPS + channels)),
+        "kernel_forward": Kernel("PPPPPPPPPii", 224, 768 * (TAPS + channels)),
     }
     return Program("jbu_kernel.cu", f"JBU_GUIDANCE={channels}", kernels)
 
@@ -54,8 +54,8 @@ def kernel_program(channels: int) -> Program:
 def apply_program(dtype: torch.dtype) -> Program:
     """Returns the program that filters features of a dtype."""
     kernels = {
-        "apply_forward_x1": Kernel("PPPPiiii", 128, 38144),
-        "apply_forward_x2": Kernel("PPPPiiii", 128, 29792),
+        "apply_forward_7": Kernel("PPPPiiiiii", 128, 29840),
+        "apply_forward_8": Kernel("PPPPiiiiii", 128, 38704),
     }
     return Program("jbu_apply.cu", f"JBU_TYPE={FEATURE_TYPES[dtype]}", kernels)
 
@@ -64,12 +64,12 @@ def apply_program(dtype: torch.dtype) -> Program:
 def apply_backward_program(dtype: torch.dtype) -> Program:
     """Returns the program with the adjoints of filtering features of a dtype."""
     kernels = {
-        "fold_x1": Kernel("PPii", 256, 38144),
-        "fold_x2": Kernel("PPii", 256, 29792),
-        "apply_backward_source_x1": Kernel("PPPiiii", 128, 8192),
-        "apply_backward_source_x2": Kernel("PPPiiii", 128, 25088),
-        "apply_backward_kernel_x1": Kernel("PPPiii", 256, 38144),
-        "apply_backward_kernel_x2": Kernel("PPPiii", 224, 29792),
+        "fold_7": Kernel("PPiiii", 256, 29840),
+        "fold_8": Kernel("PPiiii", 256, 38704),
+        "apply_backward_source_7": Kernel("PPPiiiiii", 128, 25280),
+        "apply_backward_source_8": Kernel("PPPiiiiii", 128, 41712),
+        "apply_backward_kernel_7": Kernel("PPPiiiii", 224, 29840),
+        "apply_backward_kernel_8": Kernel("PPPiiiii", 256, 38704),
     }
     return Program("jbu_apply_backward.cu", f"JBU_TYPE={FEATURE_TYPES[dtype]}", kernels)
 
@@ -140,18 +140,19 @@ def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`featup_hub.ops.reference.jbu_apply`."""
-    batch, channels = source.shape[:2]
+    maps, window = _fit(source, kernel)
+    batch, h, w, channels = maps.shape
     height, width = kernel.shape[-2:]
-    scaled, scale = _to_scale(source, kernel)
-    output = scaled.new_empty(batch, height, width, channels)
+    output = maps.new_empty(batch, height, width, channels)
     if output.numel():
-        fused = prepare(apply_program(scaled.dtype), source.device)
+        fused = prepare(apply_program(maps.dtype), source.device)
         bias = None if bias is None else bias.contiguous()
         tiles = _cell_tiles(height, width)
         span = _span(channels, tiles * batch, fused)
         grid = (tiles, blocks(channels, span), batch)
-        maps = (scaled, _channels_last(kernel), bias, output)
-        fused.launch(f"apply_forward_x{scale}", grid, *maps, *scaled.shape[1:], span)
+        inputs = (maps, _channels_last(kernel), bias, output)
+        sizes = (h, w, height, width, channels, span)
+        fused.launch(f"apply_forward_{window}", grid, *inputs, *sizes)
     return output.to(source.dtype).permute(0, 3, 1, 2)
 
 
@@ -165,58 +166,47 @@ def apply_backward(
             torch.zeros_like(source) if need_source else grad_source,
             torch.zeros_like(kernel) if need_kernel else grad_kernel,
         )
-    scaled, scale = _to_scale(source, kernel)
-    fused = prepare(apply_backward_program(scaled.dtype), source.device)
-    upstream = _channels_last(grad.to(scaled.dtype))
+    maps, window = _fit(source, kernel)
+    batch, h, w, channels = maps.shape
+    height, width = kernel.shape[-2:]
+    fused = prepare(apply_backward_program(maps.dtype), source.device)
+    upstream = _channels_last(grad.to(maps.dtype))
+    grid = (_cell_tiles(height, width), 1, batch)
     if need_source:
-        grad_source = _source_gradient(fused, upstream, scaled, _channels_last(kernel), scale)
-        grad_source = _from_scale(grad_source, source)
+        cells = (blocks(height, 2), blocks(width, 2))
+        folded = kernel.new_empty(batch, *cells, window**2, 4)
+        sizes = (h, w, height, width)
+        fused.launch(f"fold_{window}", grid, _channels_last(kernel), folded, *sizes)
+        grad_maps = torch.empty_like(maps)
+        tiles = blocks(w, 8) * blocks(h, 4)
+        span = _span(channels, tiles * batch, fused)
+        inputs = (upstream, folded, grad_maps, *sizes, channels, span)
+        grid_source = (tiles, blocks(channels, span), batch)
+        fused.launch(f"apply_backward_source_{window}", grid_source, *inputs)
+        grad_source = _resize_backward(grad_maps, source)
     if need_kernel:
-        batch, height, width, _ = upstream.shape
         grad_kernel = kernel.new_empty(batch, height, width, TAPS)
-        grid = (_cell_tiles(height, width), 1, batch)
-        maps = (scaled, upstream, grad_kernel)
-        fused.launch(f"apply_backward_kernel_x{scale}", grid, *maps, *scaled.shape[1:])
+        inputs = (maps, upstream, grad_kernel, h, w, height, width, channels)
+        fused.launch(f"apply_backward_kernel_{window}", grid, *inputs)
         grad_kernel = grad_kernel.permute(0, 3, 1, 2)
     return grad_source, grad_kernel
 
 
-def _source_gradient(
-    fused: FusedKernels, grad: Tensor, source: Tensor, kernel: Tensor, scale: int
-) -> Tensor:
-    """Returns the gradient of the source; all maps channels last, (B, h, w, C)."""
-    batch, h, w, channels = source.shape
-    height, width = kernel.shape[1:3]
-    window = DIAMETER**2 if scale == 2 else (DIAMETER + 1) ** 2
-    folded = kernel.new_empty(batch, blocks(height, 2), blocks(width, 2), window, 4)
-    grid = (_cell_tiles(height, width), 1, batch)
-    fused.launch(f"fold_x{scale}", grid, kernel, folded, h, w)
-    total = torch.empty_like(source)
-    tiles = blocks(w, 8) * blocks(h, 4)
-    span = _span(channels, tiles * batch, fused)
-    grid = (tiles, blocks(channels, span), batch)
-    fused.launch(f"apply_backward_source_x{scale}", grid, grad, folded, total, h, w, channels, span)
-    return total
+def _fit(source: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
+    """Returns the source channels last, (B, h, w, C), and the width of the kernels' window.
 
-
-def _to_scale(source: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
-    """Returns the source channels last, (B, h, w, C), at the kernels' size or half of it.
-
-    A source of another size is resized bicubically, in the kernels' precision.
+    The kernels take axes that keep their size or grow by 1.75 to 2. A source of another ratio,
+    which only the first and smallest stage of a stack meets, is resized before.
     """
-    height, width = kernel.shape[-2:]
-    h, w = source.shape[-2:]
-    if (height, width) == (2 * h, 2 * w):
-        return _channels_last(source), 2
-    if (height, width) != (h, w):
-        source = F.interpolate(
-            source.to(kernel.dtype), (height, width), mode="bicubic", align_corners=False
-        )
-    return _channels_last(source), 1
+    size = kernel.shape[-2:]
+    axes = list(zip(source.shape[-2:], size, strict=True))
+    if not all(small == large or 7 * small <= 4 * large <= 8 * small for small, large in axes):
+        source = F.interpolate(source.to(kernel.dtype), size, mode="bicubic", align_corners=False)
+    return _channels_last(source), 7 if all(2 * n == m for n, m in axes) else 8
 
 
-def _from_scale(grad: Tensor, source: Tensor) -> Tensor:
-    """The adjoint of :func:`_to_scale`, from (B, H, W, C) to the source's (B, C, h, w).
+def _resize_backward(grad: Tensor, source: Tensor) -> Tensor:
+    """The adjoint of :func:`_fit`, from (B, h, w, C) to the source's (B, C, h, w).
 
     By matrix products: torch's own adjoint of bicubic resizing adds in no fixed order.
     """

@@ -23,6 +23,9 @@ import torch
 __all__ = ["CudaDriver", "CudaDriverError", "Function", "Launcher", "Signature", "open_driver"]
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
+CAPTURE_MODE_RELAXED = 2  # a CUstreamCaptureMode
+# Faults of work that was queued earlier, by whomever; the driver reports them at the next call.
+ASYNCHRONOUS_ERRORS = {700, 702, 710, *range(714, 720)}
 # Beyond this a kernel must be told that it may.
 DEFAULT_SHARED_BYTES = 48 * 1024
 
@@ -143,6 +146,9 @@ class CudaDriver:
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()
         functions = {}
         pushed = self._enter(device)
+        # While a CUDA graph is captured, other modes forbid to load.
+        mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
+        self._cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         try:
             self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), image), "loading")
             for name, codes in kernels.items():
@@ -152,6 +158,7 @@ class CudaDriver:
                 )
                 functions[name] = Function(name, device, handle.value or 0, Signature(codes))
         finally:
+            self._cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
             if pushed:
                 self._leave()
         return functions
@@ -242,6 +249,12 @@ class CudaDriver:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorString(status, ctypes.byref(text))
             words = (text.value or b"unknown error").decode(errors="replace")
+            if status in ASYNCHRONOUS_ERRORS:
+                raise CudaDriverError(
+                    f"an operation queued earlier on this device failed, CUDA driver error "
+                    f"{status}: {words}; it was noticed in {what}; run with "
+                    "CUDA_LAUNCH_BLOCKING=1 to see which operation it was"
+                )
             raise CudaDriverError(f"CUDA driver error {status} in {what}: {words}")
 
 

@@ -169,7 +169,9 @@ def search_path() -> Iterator[str]:
     majors = [torch.version.cuda.split(".")[0]] if torch.version.cuda else ["13", "12"]
     packages = [Path(torch.__file__).parent.parent, *map(Path, sys.path)]
     for major in majors:
-        soname = f"nvrtc64_{major}0_0.dll" if os.name == "nt" else f"libnvrtc.so.{major}"
+        version = "11.2" if major == "11" else major  # all of CUDA 11.2 to 11.8 are called 11.2
+        digits = version.replace(".", "").ljust(3, "0")
+        soname = f"nvrtc64_{digits}_0.dll" if os.name == "nt" else f"libnvrtc.so.{version}"
         for package in dict.fromkeys(packages):
             for folder in (f"nvidia/cu{major}/lib", "nvidia/cuda_nvrtc/lib"):
                 yield from map(str, _existing(package / folder / soname))

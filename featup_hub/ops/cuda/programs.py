@@ -159,11 +159,7 @@ def prepare(program: Program, device: torch.device) -> FusedKernels:
             f"the fused kernels need tensors on a CUDA device; got {device}; move them, or use "
             "impl='torch', which runs anywhere"
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    outcome = _prepare(program, index)
-    if isinstance(outcome, str):
-        raise UnavailableError(outcome)
-    return outcome
+    return _load(program, torch.cuda.current_device() if device.index is None else device.index)
 
 
 def blocks(count: int, size: int) -> int:
@@ -171,16 +167,19 @@ def blocks(count: int, size: int) -> int:
     return -(-count // size)
 
 
-@functools.cache
-def _prepare(program: Program, index: int) -> FusedKernels | str:
+@functools.cache  # which keeps no exception: the next call tries again
+def _load(program: Program, index: int) -> FusedKernels:
     major, minor = torch.cuda.get_device_capability(index)
     parameters = {name: kernel.parameters for name, kernel in program.kernels.items()}
+    compiled = _compile_once(program, 10 * major + minor)
+    if isinstance(compiled, str):
+        raise UnavailableError(compiled)
+    cubin, compiler = compiled
     try:
-        cubin, compiler = compile_program(program, 10 * major + minor)
         launcher = open_driver()
         functions = launcher.load(index, cubin.image, parameters)
-    except (UnavailableError, nvrtc.NvrtcError, CudaDriverError) as error:
-        return str(error)
+    except CudaDriverError as error:
+        raise UnavailableError(str(error)) from error
     return FusedKernels(
         device=index,
         multiprocessors=torch.cuda.get_device_properties(index).multi_processor_count,
@@ -190,6 +189,14 @@ def _prepare(program: Program, index: int) -> FusedKernels | str:
         cubin=cubin,
         compiler=compiler,
     )
+
+
+@functools.cache  # with its failures, which take seconds and would be the same again
+def _compile_once(program: Program, architecture: int) -> tuple[cache.Cubin, str] | str:
+    try:
+        return compile_program(program, architecture)
+    except (UnavailableError, nvrtc.NvrtcError) as error:
+        return str(error)
 
 
 def compile_program(program: Program, architecture: int) -> tuple[cache.Cubin, str]:

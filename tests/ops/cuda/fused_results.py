@@ -11,6 +11,7 @@ from torch import Tensor
 from featup_hub.ops import reference
 from featup_hub.ops.cuda import backend
 from featup_hub.ops.reference import StageWeights
+from tests.ops.cuda.emulator import Emulator
 
 Emulate = Callable[..., None]
 
@@ -100,3 +101,46 @@ def halves() -> list[Tensor]:
     sizes = {torch.bfloat16: (5, 9, 40), torch.float16: (6, 3, 8)}
     results = [output_and_gradients(*draw_maps(*size), dtype)[0] for dtype, size in sizes.items()]
     return [tensor for found in results for tensor in found.values()]
+
+
+def far_sample(emulator: Emulator) -> tuple[float, float]:
+    """Errors of both operations in the last sample of a batch of more than 2^31 numbers.
+
+    Only that sample is written and computed: untouched memory costs nothing.
+    """
+    torch.manual_seed(0)
+    batch, size, channels = 44_000, 32, 4
+    weights, device = single(draw_weights()), torch.device("cpu")
+    image = torch.empty(batch, 3, size, size)
+    image[-1] = torch.randn(3, size, size)
+    projection = torch.empty(batch, 32, size, size)
+    kernel = torch.empty(batch, size, size, 49)
+    assert kernel.numel() > 2**31
+    predict = emulator.prepare(backend.kernel_program(3), device)
+    layers = [weights.range_w0, weights.range_b0, weights.range_w1, weights.range_b1]
+    arguments = [image, *layers, projection, size**2]
+    for x in range(2):
+        block = (x, batch - 1, 0)
+        predict.launch_bare("range_forward", (2, batch, 1), arguments, block=block)
+    layers = [weights.fixup_w0, weights.fixup_b0, weights.fixup_w1, weights.fixup_b1]
+    numbers = [weights.range_temp, weights.sigma_spatial]
+    arguments = [image, projection, *numbers, *layers, kernel, size, size]
+    for y in range(8):
+        block = (0, y, batch - 1)
+        predict.launch_bare("kernel_forward", (1, 8, batch), arguments, block=block)
+    double = StageWeights(*(w.double() for w in weights))
+    exact = reference.jbu_kernel(image[-1:].double(), double)
+
+    source = torch.empty(batch, size // 2, size // 2, channels)
+    source[-1] = torch.randn(size // 2, size // 2, channels)
+    output = torch.empty(batch, size, size, channels)
+    filters = emulator.prepare(backend.apply_program(torch.float32), device)
+    arguments = [source, kernel, None, output, *[size // 2] * 2, size, size, channels, 128]
+    for tile in range(8):
+        block = (tile, 0, batch - 1)
+        filters.launch_bare("apply_forward_7", (8, 1, batch), arguments, block=block)
+    filtered = reference.jbu_apply(source[-1:].permute(0, 3, 1, 2).double(), exact)
+    return (
+        error(kernel[-1:].permute(0, 3, 1, 2), exact),
+        error(output[-1:].permute(0, 3, 1, 2), filtered),
+    )

@@ -117,7 +117,7 @@ def test_kernels_read_sources_channels_last_whatever_their_layout(
     recorder: Recorder, layout: str, dtype: torch.dtype
 ) -> None:
     source = layouts(torch.randn(2, 5, 3, 4).to(dtype))[layout]
-    recorder.read = ("apply_forward_x2", 0, source.numel() * BYTES[dtype])
+    recorder.read = ("apply_forward_7", 0, source.numel() * BYTES[dtype])
     output = backend.apply(source, torch.randn(2, 49, 6, 8), None)
     expected = source.permute(0, 2, 3, 1).contiguous()
     assert torch.equal(as_tensor(recorder.seen[0], expected), expected)
@@ -132,7 +132,7 @@ def test_channels_last_sources_and_kernels_are_not_copied(recorder: Recorder) ->
     output = backend.apply(source, kernel, bias)
     (launch,) = recorder.launches
     assert launch.arguments[:4] == [x.data_ptr() for x in (source, kernel, bias, output)]
-    assert launch.arguments[4:7] == [3, 4, 5]
+    assert launch.arguments[4:9] == [3, 4, 6, 8, 5]
 
 
 def test_launches_go_to_the_current_stream_of_the_tensors_device(recorder: Recorder) -> None:
@@ -140,7 +140,7 @@ def test_launches_go_to_the_current_stream_of_the_tensors_device(recorder: Recor
     backend.kernel(torch.randn(1, 3, 6, 8), JBUStage().weights())
     assert {(launch.stream, launch.device) for launch in recorder.launches} == {(999, CPU)}
     assert [launch.name for launch in recorder.launches] == [
-        "apply_forward_x2",
+        "apply_forward_7",
         "range_forward",
         "kernel_forward",
     ]
@@ -152,20 +152,29 @@ def test_without_a_bias_the_kernel_gets_a_null_pointer(recorder: Recorder) -> No
 
 
 @pytest.mark.parametrize(
-    ("size", "name"),
-    [((6, 8), "x1"), ((3, 4), "x2"), ((4, 5), "x1"), ((6, 4), "x1"), ((2, 2), "x1")],
+    ("size", "window", "resized"),
+    [
+        ((4, 7), 7, False),  # doubled
+        ((8, 14), 8, False),  # the same size
+        ((8, 7), 8, False),
+        ((4, 8), 8, False),  # 1.75 times
+        ((5, 7), 8, True),
+        ((4, 9), 8, True),
+        ((3, 7), 8, True),
+        ((9, 7), 8, True),
+    ],
 )
-def test_the_ratio_decides_the_kernel_and_odd_ratios_are_resized_first(
-    recorder: Recorder, size: tuple[int, int], name: str
+def test_the_ratio_decides_the_window_and_few_sources_are_resized_first(
+    recorder: Recorder, size: tuple[int, int], window: int, resized: bool
 ) -> None:
-    source, kernel = torch.randn(1, 5, *size), torch.randn(1, 49, 6, 8)
+    source, kernel = torch.randn(1, 5, *size), torch.randn(1, 49, 8, 14)
     given = source
-    if size not in ((6, 8), (3, 4)):
-        given = F.interpolate(source, (6, 8), mode="bicubic", align_corners=False)
-    recorder.read = (f"apply_forward_{name}", 0, 4 * given.numel())
+    if resized:
+        given = F.interpolate(source, (8, 14), mode="bicubic", align_corners=False)
+    recorder.read = (f"apply_forward_{window}", 0, 4 * given.numel())
     backend.apply(source, kernel, None)
     (launch,) = recorder.launches
-    assert launch.arguments[4:6] == list(given.shape[-2:])
+    assert launch.arguments[4:8] == [*given.shape[-2:], 8, 14]
     expected = given.permute(0, 2, 3, 1).contiguous()
     assert torch.equal(as_tensor(recorder.seen[0], expected), expected)
 
@@ -175,7 +184,7 @@ def test_half_precision_sources_of_an_odd_ratio_are_resized_in_float32(
 ) -> None:
     source = torch.randn(1, 5, 4, 5).bfloat16()
     given = F.interpolate(source.float(), (6, 8), mode="bicubic", align_corners=False)
-    recorder.read = ("apply_forward_x1", 0, 4 * given.numel())
+    recorder.read = ("apply_forward_8", 0, 4 * given.numel())
     output = backend.apply(source, torch.randn(1, 49, 6, 8), None)
     expected = given.permute(0, 2, 3, 1).contiguous()
     assert torch.equal(as_tensor(recorder.seen[0], expected), expected)
@@ -194,20 +203,15 @@ def test_backward_results_look_like_the_torch_paths(
     expected = torch_backend.apply_backward(grad, source, kernel, *needs)
     for a, b in zip(found, expected, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-    names = {launch.name.split("_x")[0] for launch in recorder.launches}
+    names = {launch.name.rpartition("_")[0] for launch in recorder.launches}
     assert ("apply_backward_source" in names, "apply_backward_kernel" in names) == needs
 
 
-def test_the_gradient_of_a_resized_source_is_the_adjoint_of_resizing(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grad = torch.randn(2, 5, 6, 8)
-    # The kernels' own adjoint left out: what comes in goes on to the resizing's.
-    monkeypatch.setattr(backend, "_source_gradient", lambda fused, grad, *rest: grad)
-    source = torch.randn(2, 5, 4, 5, requires_grad=True)
+def test_the_gradient_of_a_resized_source_is_the_adjoint_of_resizing() -> None:
+    source, grad = torch.randn(2, 5, 4, 5, requires_grad=True), torch.randn(2, 5, 6, 8)
     resized = F.interpolate(source, (6, 8), mode="bicubic", align_corners=False)
     (expected,) = torch.autograd.grad(resized, source, grad)
-    found, _ = backend.apply_backward(grad, source, torch.randn(2, 49, 6, 8), True, False)
+    found = backend._resize_backward(grad.permute(0, 2, 3, 1).contiguous(), source)
     torch.testing.assert_close(found, expected)
 
 
@@ -263,7 +267,12 @@ def test_every_launch_matches_its_kernels_parameters(recorder: Recorder, guidanc
 
 def declared(source: str) -> dict[str, str]:
     """Reads the kernels a source declares, and their parameters in the letters of Signature."""
-    text = (Path(programs.__file__).with_name("csrc") / source).read_text()
+    text = (Path(programs.__file__).with_name("csrc") / source).read_text().replace("\\\n", "\n")
+    for name in re.findall(r"(\w+)##WINDOW", text):  # of a macro that is used for both windows
+        macro = re.search(rf'extern "C"(?:(?!extern).)*{name}##WINDOW\([^)]*\)', text, re.DOTALL)
+        assert macro is not None
+        for window in "78":
+            text += macro[0].replace("##WINDOW", window)
     found = re.findall(
         r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(([^)]*)\)', text
     )

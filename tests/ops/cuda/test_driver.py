@@ -24,6 +24,8 @@ class RecordingLibrary:
         self.loaded_in: list[int] = []
         self.fail: dict[str, int] = {}
         self.sizes: tuple[int, ...] = ()
+        self.capture_mode = 0
+        self.loaded_while: list[int] = []
 
     def cuInit(self, flags: int) -> int:
         return self.fail.get("cuInit", 0)
@@ -54,7 +56,12 @@ class RecordingLibrary:
         self.current = self.stack.pop()
         return 0
 
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        self.capture_mode, mode._obj.value = mode._obj.value, self.capture_mode
+        return 0
+
     def cuModuleLoadData(self, module: Any, image: bytes) -> int:
+        self.loaded_while.append(self.capture_mode)
         self.loaded_in.append(self.current)
         module._obj.value = 77
         return self.fail.get("cuModuleLoadData", 0)
@@ -167,6 +174,30 @@ def test_shared_memory_above_the_default_is_asked_for_once_per_kernel(
     for name, size in (("a", 48 * 1024), ("a", 90_000), ("a", 90_000), ("a", 1), ("bb", 60_000)):
         driver.launch(kernels[name], (1, 1, 1), (1, 1, 1), size, 0, [])
     assert library.limits == [(kernels["a"].handle, 90_000), (kernels["bb"].handle, 60_000)]
+
+
+def test_a_program_can_be_loaded_while_a_graph_is_captured(library: RecordingLibrary) -> None:
+    relaxed, everywhere = 2, 0
+    library.capture_mode = everywhere
+    CudaDriver().load(0, b"image", {"fill": ""})
+    assert library.loaded_while == [relaxed]
+    library.fail["cuModuleLoadData"] = 200
+    with pytest.raises(CudaDriverError):
+        CudaDriver().load(0, b"image", {"fill": ""})
+    assert library.capture_mode == everywhere
+
+
+@pytest.mark.parametrize("status", [700, 710, 716, 719])
+def test_a_fault_of_earlier_work_is_not_blamed_on_the_kernel_that_meets_it(
+    library: RecordingLibrary, status: int
+) -> None:
+    driver = CudaDriver()
+    kernel = driver.load(0, b"image", {"fill": ""})["fill"]
+    library.fail["cuLaunchKernel"] = status
+    with pytest.raises(
+        CudaDriverError, match=rf"earlier .* failed.* {status}: a reason; .*CUDA_LAUNCH_BLOCKING=1"
+    ):
+        driver.launch(kernel, (1, 1, 1), (1, 1, 1), 0, 0, [])
 
 
 def test_a_missing_driver_is_reported_with_the_remedy() -> None:

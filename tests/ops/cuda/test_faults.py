@@ -9,7 +9,13 @@ import torch
 
 from featup_hub.ops.cuda import backend
 from tests.ops.cuda.emulator import COMPILER, SOURCES, Barrier, Edit, EmulationError
-from tests.ops.cuda.fused_results import Emulate, draw_weights, everything, halves, single
+from tests.ops.cuda.fused_results import (
+    Emulate,
+    draw_weights,
+    everything,
+    halves,
+    single,
+)
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernels with")
 
@@ -44,14 +50,18 @@ def test_no_barrier_can_be_missing(emulate: Emulate, file: str, line: int) -> No
 
 
 FAULTS: dict[str, Edit] = {
-    "a wrong tap": ("jbu_apply.cu", "folded.weight[cell][u][v]", "folded.weight[cell][v][u]"),
-    "a tap too far": ("tile.cuh", "centre[p] * near[1 + a + p]", "centre[p] * near[2 + a + p]"),
+    "a wrong tap": ("jbu_apply.cu", "tile_x + kx, u, 0)", "tile_x + kx, 6 - u, 0)"),
+    "a tap too far": (
+        "jbu_kernel.cu",
+        "centre[p] * near[1 + a + p]",
+        "centre[p] * near[2 + a + p]",
+    ),
     "a mirror that repeats the border": ("device.cuh", "2 * (size - 1) - at", "2 * size - 1 - at"),
-    "a window one short": ("jbu_apply.cu", "row < SPAN", "row < SPAN - 1"),
+    "a window one short": ("jbu_apply.cu", "row < WINDOW + below", "row < WINDOW"),
     "a border that is not clamped": (
         "cell.cuh",
-        "row[clamp(first + i, source_size) - start]",
-        "row[min(max(first + i - start, 0), 6)]",
+        "to[clamp(below - 1 + i, source) - start]",
+        "to[min(max(below - 1 + i - start, 0), WINDOW - 1)]",
     ),
     "a lane's column": ("mma.cuh", "- RADIUS + pair + 1, w)", "- RADIUS + pair, w)"),
     "a row of a product": ("mma.cuh", "u = 2 * step + r / 2 - ky", "u = 2 * step + r % 2 - ky"),
@@ -60,7 +70,7 @@ FAULTS: dict[str, Edit] = {
         "multiply(sum[n], weights.low[step]",
         "multiply(sum[n], weights.high[step]",
     ),
-    "a reader forgotten": ("jbu_apply_backward.cu", "i < 2 * (REACH + 1)", "i < 2 * REACH + 1"),
+    "a reader forgotten": ("jbu_apply_backward.cu", "i < 2 * (REACH + APART)", "i < 2 * REACH"),
 }
 
 
@@ -72,8 +82,16 @@ def test_planted_faults_are_found(emulate: Emulate, name: str) -> None:
 
 UNFORGIVABLE: list[tuple[str, str, str]] = [
     ("RANGE_THREADS < pixels)", "RANGE_THREADS <= pixels)", "beyond its ends"),
-    ("shared[(tile.group * PX + p) * TAPS", "shared[(tile.group * PX + p) * 60", "behind its end"),
-    ("    multiply(sum, tile, fixup_w1", "if (threadIdx.x < 9) __syncthreads();", "barriers"),
+    (
+        "shared[(p * GROUPS + tile.group) * TAPS",
+        "shared[(p * GROUPS + tile.group) * 90",
+        "behind its end",
+    ),
+    (
+        "    multiply(sum, tile, layer, shared, TAPS);",
+        "if (threadIdx.x < 9) __syncthreads();",
+        "barriers",
+    ),
 ]
 
 

@@ -78,13 +78,16 @@ def test_a_damaged_cubin_is_compiled_anew(
 ) -> None:
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path))
     program = backend.usual_programs()[0]
-    programs._prepare.cache_clear()
+    programs._load.cache_clear()
+    programs._compile_once.cache_clear()
     path = programs.prepare(program, cuda).cubin.path
     assert path is not None
     path.write_bytes(path.read_bytes()[:-100] + bytes(100))
-    programs._prepare.cache_clear()
+    programs._load.cache_clear()
+    programs._compile_once.cache_clear()
     assert not programs.prepare(program, cuda).cubin.hit
-    programs._prepare.cache_clear()
+    programs._load.cache_clear()
+    programs._compile_once.cache_clear()
     assert programs.prepare(program, cuda).cubin.hit
 
 

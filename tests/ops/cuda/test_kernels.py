@@ -17,6 +17,7 @@ from tests.ops.cuda.fused_results import (
     draw_weights,
     error,
     everything,
+    far_sample,
     halves,
     kernel_pair,
     output_and_gradients,
@@ -81,7 +82,9 @@ def test_doubling_and_its_gradients_match_the_definition(
     ("h", "w", "size"),
     [
         *[(n, m, (n, m)) for n, m in [(1, 1), (2, 1), (3, 5), (9, 19), (16, 4), (5, 34)]],
-        *[(4, 4, (7, 7)), (5, 3, (9, 6)), (2, 2, (2, 5))],
+        *[(4, 4, (7, 7)), (5, 3, (9, 6)), (8, 20, (14, 35)), (1, 2, (2, 3)), (9, 18, (17, 18))],
+        *[(n, m, (2 * n - 1, 2 * m - 1)) for n, m in [(2, 3), (4, 10), (11, 33)]],
+        (2, 2, (2, 5)),
     ],
 )
 def test_other_ratios_and_their_gradients_match_the_definition(
@@ -131,6 +134,28 @@ def test_unaligned_features_are_doubled_without_tensor_cores(emulate: Emulate) -
     assert torch.equal(actual["output"], expected["output"])
 
 
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_what_is_not_finite_reaches_the_pixels_that_read_it_and_no_others(
+    emulate: Emulate, dtype: torch.dtype
+) -> None:
+    source, kernel, bias = draw_maps(9, 17, 40)
+    source[0, 5, 4, 8], source[0, 17, 0, 0], source[0, 33, 8, 3] = (
+        float("inf"), float("nan"), float("-inf"),
+    )  # fmt: skip
+    output = backend.apply(source.to(dtype), kernel.float(), bias.float())
+    expected = reference.jbu_apply(source.to(dtype).double(), kernel, bias)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    assert output[0, 5].isinf().any(), "infinity has become something else"
+
+
+def test_weights_beyond_the_range_of_float16_are_taken(emulate: Emulate) -> None:
+    source, kernel, _ = draw_maps(5, 9, 16)
+    source, kernel = (1e-4 * source).half(), (1e5 * kernel).float()
+    expected = reference.jbu_apply(source.double(), kernel.double())
+    found = backend.apply(source, kernel, None)
+    assert error(found, expected) <= 2**-11
+
+
 def test_rounding_is_torchs_to_the_last_bit(emulate: Emulate) -> None:
     centre = torch.zeros(1, 49, 1, 1)
     centre[:, 24] = 1
@@ -167,6 +192,11 @@ def test_any_memory_format_is_taken(emulate: Emulate) -> None:
     assert first.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_batch_may_hold_more_than_two_to_the_31_numbers(folder: Path) -> None:
+    kernel, filtered = far_sample(Emulator(folder))
+    assert max(kernel, filtered) <= TOLERANCE
+
+
 def test_offsets_go_beyond_two_to_the_31(folder: Path) -> None:
     """Runs the last block of maps that are too large to fill: untouched memory costs nothing."""
     h, channels, size = 3328, 64, 6656
@@ -179,8 +209,8 @@ def test_offsets_go_beyond_two_to_the_31(folder: Path) -> None:
     corner, below = torch.randn(12, 12, channels).bfloat16(), torch.randn(8, 16, 49)
     source[-12:, -12:], kernel[-8:, -16:] = corner, below
     tiles = (h // 4) * (h // 8)
-    arguments = [source, kernel, None, output, h, h, channels, 128]
-    kernels.launch_bare("apply_forward_x2", (tiles, 1, 1), arguments, block=(tiles - 1, 0, 0))
+    arguments = [source, kernel, None, output, h, h, size, size, channels, 128]
+    kernels.launch_bare("apply_forward_7", (tiles, 1, 1), arguments, block=(tiles - 1, 0, 0))
     padded = torch.zeros(24, 24, 49)
     padded[-8:, -16:] = below
     expected = reference.jbu_apply(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,23 @@ def test_a_library_that_is_not_nvrtc_is_passed_over(monkeypatch: pytest.MonkeyPa
     with pytest.raises(nvrtc.NvrtcError, match=r"other\.so: .*no attribute"):
         nvrtc.load()
     nvrtc.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "system", "name"),
+    [
+        ("11.8", "posix", "libnvrtc.so.11.2"),
+        ("11.8", "nt", "nvrtc64_112_0.dll"),
+        ("12.6", "posix", "libnvrtc.so.12"),
+        ("12.6", "nt", "nvrtc64_120_0.dll"),
+    ],
+)
+def test_every_version_of_cuda_has_its_own_name_for_the_library(
+    monkeypatch: pytest.MonkeyPatch, cuda: str, system: str, name: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(nvrtc, "os", SimpleNamespace(name=system, environ={}))
+    assert name in list(nvrtc.search_path())
 
 
 def test_wheels_beside_torch_come_before_cuda_home_and_the_system(

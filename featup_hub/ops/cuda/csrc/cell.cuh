@@ -1,19 +1,74 @@
 // Resizing folded into the taps: cells, windows and the operator of one axis.
 //
-// A cell is a 2x2 block of outputs. Bicubic doubling, mirrored padding and seven taps together are
-// one linear operator per axis; both outputs of a cell read source positions of one window, which
-// starts 3 before the cell's own and is WINDOW wide. With A the two axes' operators (tap x window),
-// a pixel's 7x7 taps k become A_y^T k A_x: 686 products a pixel, however many channels follow, and
-// exact at the borders, which A knows about.
+// A cell is a 2x2 block of outputs. Bicubic resizing, mirrored padding and seven taps together are
+// one linear operator per axis. Both outputs of a cell read one window of the source, WINDOW
+// positions wide. With A the two axes' operators (tap x window), a pixel's 7x7 taps k become
+// A_y^T k A_x: 686 products a pixel, however many channels follow, and exact at the borders, which
+// A knows about.
+//
+// WINDOW is 7 where both axes are doubled. It is 8 where an axis keeps its size or grows by 1.75 to
+// 2; then the distance between the windows of neighbouring cells varies.
 #pragma once
 
 #include "features.cuh"
 
-template <int SCALE>
-struct Cell {
-    static constexpr int STEP = 2 / SCALE;                // source positions from cell to cell
-    static constexpr int WINDOW = DIAMETER + STEP - 1;    // 7 at scale 2; 8 at scale 1
-    static constexpr int WEIGHTS = WINDOW * WINDOW;
+static __device__ __forceinline__ int floor_divide(long long a, long long b)
+{
+    return a / b - (a % b < 0);
+}
+
+template <int WINDOW>
+struct Axis {
+    int source, output;    // sizes
+
+    __device__ int cells() const { return (output + 1) / 2; }
+
+    // The first source position of a cell's window: what output 2 cell - 3 reads first.
+    __device__ int start(int cell) const
+    {
+        if (WINDOW == 7)
+            return cell - RADIUS;
+        if (source == output)
+            return 2 * cell - RADIUS;
+        return floor_divide((4LL * cell - 5) * source - output, 2LL * output) - 1;
+    }
+
+    // The first cell whose window holds a source position: the least with start >= at - 7.
+    __device__ int first_reader(int at) const
+    {
+        if (source == output)
+            return (at - RADIUS) >> 1;
+        return -floor_divide(-(2LL * at - 11) * output - 5LL * source, 4LL * source);
+    }
+
+    // What tap `tap` of output `at` reads of its cell's window, which begins at `start`.
+    __device__ void row(float* to, int at, int tap, int start) const
+    {
+#pragma unroll
+        for (int i = 0; i < WINDOW; i++)
+            to[i] = 0.f;
+        if (at >= output)
+            return;
+        const int read = reflect(at + tap - RADIUS, output);
+        if (WINDOW == 8 && source == output) {
+            to[read - start] = 1.f;
+            return;
+        }
+        int below = (read + 1) / 2 - 1;    // the source position before the one to be read
+        float t = read % 2 ? 0.25f : 0.75f;
+        if (WINDOW == 8) {
+            const long long doubled = (2LL * read + 1) * source - output;
+            below = floor_divide(doubled, 2LL * output);
+            t = (float)(doubled - 2LL * output * below) / (2.f * output);
+        }
+        // Cubic convolution, a = -0.75.
+        const float s = 1.f - t;
+        const float cubic[4] = {-0.75f * t * s * s, (1.25f * t - 2.25f) * t * t + 1.f,
+                                (1.25f * s - 2.25f) * s * s + 1.f, -0.75f * s * t * t};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            to[clamp(below - 1 + i, source) - start] += cubic[i];
+    }
 };
 
 // A block's tile, of cells (of source pixels where the source's gradient is gathered); a warp takes
@@ -22,79 +77,73 @@ constexpr int TILE_Y = 4, TILE_X = 8, TILE = TILE_Y * TILE_X;
 constexpr int QUAD = 2, QUADS_X = TILE_X / QUAD, QUADS = TILE / (QUAD * QUAD);
 constexpr int CHANNELS = 4;
 
-template <int SCALE>
+template <int WINDOW>
 struct Folded {
-    static constexpr int WINDOW = Cell<SCALE>::WINDOW;
-    float weight[TILE][WINDOW][WINDOW][4];    // of cell, window row and column, output 2 dy + dx
+    // Of a cell: window row and column, output 2 dy + dx. Four floats more, so that the same weight
+    // of eight cells is in different banks.
+    static constexpr int PITCH = 4 * (WINDOW * WINDOW + (WINDOW == 8));
+    float weight[TILE][PITCH];
     float along_y[2 * TILE_Y][DIAMETER][WINDOW];
     float along_x[2 * TILE_X][DIAMETER][WINDOW];
+    int start_y[TILE_Y], start_x[TILE_X];
+
+    __device__ float* of(int cell, int u, int v) { return weight[cell] + 4 * (u * WINDOW + v); }
+    __device__ const float* of(int cell, int u, int v) const
+    {
+        return weight[cell] + 4 * (u * WINDOW + v);
+    }
+    // Weight (u, v) of output (y, x) of the tile.
+    __device__ float& at(int y, int x, int u, int v)
+    {
+        return of(y / 2 * TILE_X + x / 2, u, v)[y % 2 * 2 + x % 2];
+    }
 };
 
-// One row of an axis' operator: what tap `tap` of output `at` reads of its cell's window.
-template <int SCALE>
-static __device__ __forceinline__ void operator_row(float* row, int at, int tap, int source_size)
-{
-    constexpr int WINDOW = Cell<SCALE>::WINDOW;
-#pragma unroll
-    for (int i = 0; i < WINDOW; i++)
-        row[i] = 0.f;
-    if (at >= SCALE * source_size)
-        return;
-    const int start = at / 2 * Cell<SCALE>::STEP - RADIUS;
-    const int read = reflect(at + tap - RADIUS, SCALE * source_size);
-    if (SCALE == 1) {
-        row[read - start] = 1.f;
-    } else {
-        // Cubic convolution, a = -0.75, a quarter pixel off the source's grid.
-        const float cubic[4] = {-0.10546875f, 0.87890625f, 0.26171875f, -0.03515625f};
-        const int first = (read + 1) / 2 - 2;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            row[clamp(first + i, source_size) - start] += cubic[read % 2 ? i : 3 - i];
-    }
-}
-
-// Fills both operators for the tile whose first output is (y, x).
-template <int SCALE>
+// Fills both operators for the tile whose first cell is (y, x).
+template <int WINDOW>
 static __device__ __forceinline__ void prepare_operators(
-    Folded<SCALE>& folded, int y, int x, int h, int w)
+    Folded<WINDOW>& folded, Axis<WINDOW> rows, Axis<WINDOW> columns, int y, int x)
 {
     for (int i = threadIdx.x; i < 2 * (TILE_Y + TILE_X) * DIAMETER; i += blockDim.x) {
-        const int at = i / DIAMETER, tap = i % DIAMETER;
-        if (at < 2 * TILE_Y)
-            operator_row<SCALE>(folded.along_y[at][tap], y + at, tap, h);
-        else
-            operator_row<SCALE>(folded.along_x[at - 2 * TILE_Y][tap], x + at - 2 * TILE_Y, tap, w);
+        const int n = i / DIAMETER, tap = i % DIAMETER, m = n - 2 * TILE_Y;
+        const bool vertical = n < 2 * TILE_Y;
+        const Axis<WINDOW> axis = vertical ? rows : columns;
+        const int at = vertical ? 2 * y + n : 2 * x + m, start = axis.start(at / 2);
+        axis.row(vertical ? folded.along_y[n][tap] : folded.along_x[m][tap], at, tap, start);
+        if (tap == 0)
+            (vertical ? folded.start_y[n / 2] : folded.start_x[m / 2]) = start;
     }
 }
 
-// Where weight (i, j) of output (y, x) of the tile lies.
-template <int SCALE>
-static __device__ __forceinline__ float& weight_of(Folded<SCALE>& folded, int y, int x, int i, int j)
-{
-    return folded.weight[y / 2 * TILE_X + x / 2][i][j][y % 2 * 2 + x % 2];
-}
+// A tap of the tile: the i-th, pixel by pixel and row by row.
+struct Tap {
+    static constexpr int ROW = 2 * TILE_X * TAPS, COUNT = 2 * TILE_Y * ROW;
+    int y, x, tap;
 
-// Calls visit(weight, address in a (H,W,49) kernel) for every tap of the tile that exists.
-template <int SCALE, typename Visit>
-static __device__ __forceinline__ void visit_taps(
-    Folded<SCALE>& folded, int top, int left, int H, int W, Visit visit)
-{
-    constexpr int WIDTH = 2 * TILE_X * TAPS;
-    for (int i = threadIdx.x; i < 2 * TILE_Y * WIDTH; i += blockDim.x) {
-        const int y = i / WIDTH, x = i % WIDTH / TAPS, tap = i % TAPS;
-        const bool inside = top + y < H && left + x < W;
-        visit(weight_of<SCALE>(folded, y, x, tap / DIAMETER, tap % DIAMETER), inside,
-              ((long long)(top + y) * W + left + x) * TAPS + tap);
+    __device__ Tap(int i) : y(i / ROW), x(i % ROW / TAPS), tap(i % TAPS) {}
+
+    template <int WINDOW>
+    __device__ float& in(Folded<WINDOW>& folded) const
+    {
+        return folded.at(y, x, tap / DIAMETER, tap % DIAMETER);
     }
-}
+    // Where it lies in a (H,W,49) kernel, the tile's first output being (top, left).
+    __device__ long long address(int top, int left, int W) const
+    {
+        return ((long long)(top + y) * W + left + x) * TAPS + tap;
+    }
+    __device__ bool inside(int top, int left, int H, int W) const
+    {
+        return top + y < H && left + x < W;
+    }
+};
 
 // Multiplies along x, in place: every row of taps by A_x, or, adjoint, of weights by its transpose.
 // A thread keeps one column's operator and passes over rows.
-template <int SCALE, bool ADJOINT>
-static __device__ __forceinline__ void fold_rows(Folded<SCALE>& folded)
+template <int WINDOW, bool ADJOINT>
+static __device__ __forceinline__ void fold_rows(Folded<WINDOW>& folded)
 {
-    constexpr int WINDOW = Cell<SCALE>::WINDOW, WIDTH = 2 * TILE_X;
+    constexpr int WIDTH = 2 * TILE_X;
     float axis[DIAMETER][WINDOW];
     const int x = threadIdx.x % WIDTH;
 #pragma unroll
@@ -107,7 +156,7 @@ static __device__ __forceinline__ void fold_rows(Folded<SCALE>& folded)
         float from[WINDOW], to[WINDOW] = {};
 #pragma unroll
         for (int v = 0; v < (ADJOINT ? WINDOW : DIAMETER); v++)
-            from[v] = weight_of<SCALE>(folded, y, x, i, v);
+            from[v] = folded.at(y, x, i, v);
 #pragma unroll
         for (int j = 0; j < DIAMETER; j++)
 #pragma unroll
@@ -115,15 +164,15 @@ static __device__ __forceinline__ void fold_rows(Folded<SCALE>& folded)
                 to[ADJOINT ? j : v] += from[ADJOINT ? v : j] * axis[j][v];
 #pragma unroll
         for (int v = 0; v < (ADJOINT ? DIAMETER : WINDOW); v++)
-            weight_of<SCALE>(folded, y, x, i, v) = to[v];
+            folded.at(y, x, i, v) = to[v];
     }
 }
 
 // The same along y, for every column of the window. A warp keeps one row's operator.
-template <int SCALE, bool ADJOINT>
-static __device__ __forceinline__ void fold_columns(Folded<SCALE>& folded)
+template <int WINDOW, bool ADJOINT>
+static __device__ __forceinline__ void fold_columns(Folded<WINDOW>& folded)
 {
-    constexpr int WINDOW = Cell<SCALE>::WINDOW, WIDTH = 2 * TILE_X;
+    constexpr int WIDTH = 2 * TILE_X;
     for (int y = threadIdx.x / 32; y < 2 * TILE_Y; y += blockDim.x / 32) {
         float axis[DIAMETER][WINDOW];
 #pragma unroll
@@ -136,7 +185,7 @@ static __device__ __forceinline__ void fold_columns(Folded<SCALE>& folded)
             float from[WINDOW], to[WINDOW] = {};
 #pragma unroll
             for (int u = 0; u < (ADJOINT ? WINDOW : DIAMETER); u++)
-                from[u] = weight_of<SCALE>(folded, y, x, u, v);
+                from[u] = folded.at(y, x, u, v);
 #pragma unroll
             for (int i = 0; i < DIAMETER; i++)
 #pragma unroll
@@ -144,38 +193,57 @@ static __device__ __forceinline__ void fold_columns(Folded<SCALE>& folded)
                     to[ADJOINT ? i : u] += from[ADJOINT ? u : i] * axis[i][u];
 #pragma unroll
             for (int u = 0; u < (ADJOINT ? DIAMETER : WINDOW); u++)
-                weight_of<SCALE>(folded, y, x, u, v) = to[u];
+                folded.at(y, x, u, v) = to[u];
         }
     }
 }
 
-// Loads the taps of a tile, whose first output is (y, x), and folds them: k -> A_y^T k A_x.
-template <int SCALE>
+constexpr int TAP_LOADS = 14;    // in flight, of a thread
+
+// Loads the taps of a tile, whose first cell is (y, x), and folds them: k -> A_y^T k A_x.
+template <int WINDOW>
 static __device__ __forceinline__ void load_weights(
-    Folded<SCALE>& folded, const float* __restrict__ kernel, int y, int x, int h, int w)
+    Folded<WINDOW>& folded, const float* __restrict__ kernel, Axis<WINDOW> rows,
+    Axis<WINDOW> columns, int y, int x)
 {
-    prepare_operators<SCALE>(folded, y, x, h, w);
-    visit_taps<SCALE>(folded, y, x, SCALE * h, SCALE * w,
-        [&](float& weight, bool inside, long long at) { weight = inside ? kernel[at] : 0.f; });
+    prepare_operators(folded, rows, columns, y, x);
+#pragma unroll 1
+    for (int first = threadIdx.x; first < Tap::COUNT; first += TAP_LOADS * blockDim.x) {
+        float value[TAP_LOADS];
+#pragma unroll
+        for (int k = 0; k < TAP_LOADS; k++) {
+            const Tap tap(first + k * blockDim.x);
+            const bool inside = first + k * blockDim.x < Tap::COUNT &&
+                                tap.inside(2 * y, 2 * x, rows.output, columns.output);
+            value[k] = inside ? kernel[tap.address(2 * y, 2 * x, columns.output)] : 0.f;
+        }
+#pragma unroll
+        for (int k = 0; k < TAP_LOADS; k++)
+            if (first + k * blockDim.x < Tap::COUNT)
+                Tap(first + k * blockDim.x).in(folded) = value[k];
+    }
     __syncthreads();
-    fold_rows<SCALE, false>(folded);
+    fold_rows<WINDOW, false>(folded);
     __syncthreads();
-    fold_columns<SCALE, false>(folded);
+    fold_columns<WINDOW, false>(folded);
     __syncthreads();
 }
 
 // Adjoint: turns the gradient of a tile's weights into that of its taps and stores them.
-template <int SCALE>
+template <int WINDOW>
 static __device__ __forceinline__ void store_taps(
-    Folded<SCALE>& folded, float* __restrict__ grad_kernel, int y, int x, int h, int w)
+    Folded<WINDOW>& folded, float* __restrict__ grad_kernel, int y, int x, int H, int W)
 {
     __syncthreads();
-    fold_columns<SCALE, true>(folded);
+    fold_columns<WINDOW, true>(folded);
     __syncthreads();
-    fold_rows<SCALE, true>(folded);
+    fold_rows<WINDOW, true>(folded);
     __syncthreads();
-    visit_taps<SCALE>(folded, y, x, SCALE * h, SCALE * w,
-        [&](float& weight, bool inside, long long at) { if (inside) grad_kernel[at] = weight; });
+    for (int i = threadIdx.x; i < Tap::COUNT; i += blockDim.x) {
+        const Tap tap(i);
+        if (tap.inside(2 * y, 2 * x, H, W))
+            grad_kernel[tap.address(2 * y, 2 * x, W)] = tap.in(folded);
+    }
 }
 
 // The tile of a block: its first cell.

@@ -1,4 +1,4 @@
-// Words all kernels use: the window, the mirror, the activation, sums over a tile.
+// What all kernels use: the taps, the mirror, the activation, vectors of four.
 #pragma once
 
 constexpr int RADIUS = 3;
@@ -22,14 +22,6 @@ static __device__ __forceinline__ int clamp(int at, int size)
 static __device__ __forceinline__ float gelu(float x)
 {
     return 0.5f * x * (1.f + erff(x * 0.70710678f));
-}
-
-// The same, and x becomes the slope there, cdf(x) + x * pdf(x).
-static __device__ __forceinline__ float gelu_and_slope(float& x)
-{
-    const float cdf = 0.5f * (1.f + erff(x * 0.70710678f)), value = x * cdf;
-    x = cdf + x * 0.39894228f * expf(-0.5f * x * x);
-    return value;
 }
 
 static __device__ __forceinline__ void load4(float* to, const float* from)

@@ -1,11 +1,12 @@
-// Doubling of half-precision features on tensor cores (sm_80 on); what jbu_apply.cu does elsewhere.
+// Doubling of half-precision features on tensor cores, from sm_80 on.
 //
 // The four cells of a quad are one matrix product: 16 outputs (M) times the 8x8 source positions
 // that their windows span (K) times 32 channels (N). 49 of 64 products are useful; the others have
 // weight zero. Sums are float32. A weight is split in two of the features' type, w = high + low,
 // 16 bits of it with bfloat16 and 22 with float16, so that what is lost is less than the rounding
-// of the result; weights of float16 features must be below 65504. What is not finite spreads to
-// all outputs of a quad.
+// of the result. Where a sum is not finite (a feature was not, or a weight is beyond float16), the
+// quad is filtered again without tensor cores, so that infinity stays infinity and reaches no pixel
+// whose taps do not read it.
 //
 // Nothing passes through shared memory but the weights: columns of a product may stand for any
 // channels, and are dealt out so that a lane loads four and stores eight that follow one another.
@@ -47,7 +48,7 @@ constexpr int MMA_CHANNELS = 8 * MMA_COLUMNS;
 struct Fragments {
     unsigned high[MMA_STEPS][4], low[MMA_STEPS][4];
 
-    __device__ __forceinline__ Fragments(const Folded<2>& folded, int tile_y, int tile_x)
+    __device__ __forceinline__ Fragments(const Folded<7>& folded, int tile_y, int tile_x)
     {
         const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
         const int kx = group / 4, output = group % 4;
@@ -62,7 +63,7 @@ struct Fragments {
                     const int v = pair + i - kx;
                     if (0 <= u && u < DIAMETER && 0 <= v && v < DIAMETER)
                         weight[i] =
-                            folded.weight[(tile_y + ky) * TILE_X + tile_x + kx][u][v][output];
+                            folded.of((tile_y + ky) * TILE_X + tile_x + kx, u, v)[output];
                 }
                 const unsigned rounded = narrow_pair(weight[0], weight[1]);
                 high[step][r] = rounded;
@@ -80,8 +81,8 @@ struct __align__(4 * WORDS) Pairs {
 
 // Filters a quad, the upper left cell being (cell_y, cell_x), in channels base, ... base + 31.
 // Column `col` of product n is channel base + 4 col + n: a lane loads one column of all products
-// and stores two that follow one another.
-static __device__ __forceinline__ void filter_channels(
+// and stores two that follow one another. Returns whether all of the lane's sums are finite.
+static __device__ __forceinline__ bool filter_channels(
     const Fragments& weights, const Feature* source, const float* bias, Feature* output, int cell_y,
     int cell_x, int h, int w, int C, int base)
 {
@@ -122,6 +123,12 @@ static __device__ __forceinline__ void filter_channels(
             multiply(sum[n], weights.high[step], operand);
         }
     }
+    float check = 0.f;
+#pragma unroll
+    for (int n = 0; n < MMA_COLUMNS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            check += 0.f * sum[n][i];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int y = 2 * (cell_y + r) + group % 4 / 2, x = 2 * (cell_x + group / 4) + group % 2;
@@ -135,4 +142,5 @@ static __device__ __forceinline__ void filter_channels(
             *reinterpret_cast<Pairs<4>*>(
                 output + ((long long)y * 2 * w + x) * C + stored) = eight;
     }
+    return check == 0.f;
 }

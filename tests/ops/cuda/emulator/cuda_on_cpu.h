@@ -147,6 +147,12 @@ void multiply(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
     }
 }
 
+inline bool all(bool mine)
+{
+    const auto words = exchange({mine});
+    return std::all_of(words, words + WARP, [](const unsigned* lane) { return lane[0]; });
+}
+
 static void fiber_main()
 {
     enter();
@@ -155,6 +161,8 @@ static void fiber_main()
 }
 
 }  // namespace emulator
+
+inline bool __all_sync(unsigned, bool mine) { return emulator::all(mine); }
 
 alignas(16) static float shared[emulator::SHARED_FLOATS + emulator::GUARD_FLOATS];
 
