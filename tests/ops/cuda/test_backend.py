@@ -268,11 +268,8 @@ def test_every_launch_matches_its_kernels_parameters(recorder: Recorder, guidanc
 def declared(source: str) -> dict[str, str]:
     """Reads the kernels a source declares, and their parameters in the letters of Signature."""
     text = (Path(programs.__file__).with_name("csrc") / source).read_text().replace("\\\n", "\n")
-    for name in re.findall(r"(\w+)##WINDOW", text):  # of a macro that is used for both windows
-        macro = re.search(rf'extern "C"(?:(?!extern).)*{name}##WINDOW\([^)]*\)', text, re.DOTALL)
-        assert macro is not None
-        for window in "78":
-            text += macro[0].replace("##WINDOW", window)
+    for macro in re.findall(r"#define \w+\(WINDOW\)(.*?)\n\n", text, re.DOTALL):
+        text += macro.replace("##WINDOW", "7") + macro.replace("##WINDOW", "8")
     found = re.findall(
         r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(([^)]*)\)', text
     )
