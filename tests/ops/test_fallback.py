@@ -143,7 +143,7 @@ def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word() -> No
 
 
 @faults
-def test_auto_takes_the_torch_path_with_one_warning_that_names_reason_and_remedy(
+def test_auto_takes_the_torch_backend_with_one_warning_that_names_reason_and_remedy(
     monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
 ) -> None:
     break_it(monkeypatch)
@@ -195,7 +195,7 @@ def test_a_failure_to_load_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Driver, "load", load)
     with pytest.warns(UserWarning, match="out of memory"):
-        assert choose("auto") is torch_path
+        assert choose("auto") is torch_backend
     assert choose("auto") is backend
 
 
@@ -206,7 +206,7 @@ def test_a_newer_minor_version_runs_code_for_an_older_one(device: int, code: int
     assert f"-sm_{code}-" in path.name
 
 
-def test_tensors_on_the_cpu_take_the_torch_path_silently_unless_cuda_is_named() -> None:
+def test_tensors_on_the_cpu_take_the_torch_backend_silently_unless_cuda_is_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose("auto", torch.zeros(1, 8, 4, 4)) is torch_backend
@@ -223,7 +223,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_path(case: str) -> None:
+def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_backend(case: str) -> None:
     tensors, words = UNSUPPORTED[case]
     with pytest.warns(UserWarning, match=words):
         assert choose("auto", *tensors) is torch_backend
@@ -232,7 +232,7 @@ def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_path(case: str)
 
 
 @pytest.mark.parametrize("stage", [JBUStage(radius=2), JBUStage(key_dim=16), JBUStage(15)])
-def test_stages_of_another_make_are_left_to_the_torch_path(stage: JBUStage) -> None:
+def test_stages_of_another_make_are_left_to_the_torch_backend(stage: JBUStage) -> None:
     guidance = Tensor(1, stage.range_proj[0].in_channels, 8, 8)
     with pytest.warns(UserWarning, match="made for 7×7 taps, 32 key channels and at most 14"):
         chosen = choice.choose("auto", backend.kernel_unsupported_reason, guidance, stage.weights())

@@ -194,7 +194,7 @@ def test_half_precision_sources_of_an_odd_ratio_are_resized_in_float32(
 @pytest.mark.parametrize("dtype", BYTES)
 @pytest.mark.parametrize("size", [(3, 4), (6, 8), (4, 5)])
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_backward_results_look_like_the_torch_paths(
+def test_backward_results_look_like_the_torch_backends(
     recorder: Recorder, needs: tuple[bool, bool], size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     source, kernel = torch.randn(2, 5, *size).to(dtype), torch.randn(2, 49, 6, 8)
