@@ -34,6 +34,7 @@ __all__ = ["predict", "predict_backward"]
 
 # Elements of one temporary in a band; measured best between cache misses and call overhead.
 BAND_ELEMENTS = 1 << 19
+GPU_BAND_ELEMENTS = 1 << 26  # few large operations keep a GPU busy
 
 
 def predict(guidance: Tensor, weights: StageWeights) -> Tensor:
@@ -190,6 +191,7 @@ def _with_guidance(kernel: Tensor, guidance: Tensor, first: int, count: int) -> 
 
 def _bands(batch: int, height: int, width: int, weights: StageWeights) -> Iterator[tuple[int, int]]:
     widest = max(weights.fixup_w0.shape[1], weights.range_b0.shape[0])
-    count = max(1, min(height, BAND_ELEMENTS // (batch * width * widest)))
+    elements = GPU_BAND_ELEMENTS if weights.fixup_w0.is_cuda else BAND_ELEMENTS
+    count = max(1, min(height, elements // (batch * width * widest)))
     for first in range(0, height, count):
         yield first, min(count, height - first)

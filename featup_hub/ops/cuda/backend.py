@@ -186,8 +186,8 @@ def apply_backward(
         grad_source = _resize_backward(grad_maps, source)
     if need_kernel:
         grad_kernel = kernel.new_empty(batch, height, width, TAPS)
-        inputs = (maps, upstream, grad_kernel, h, w, height, width, channels)
-        fused.launch(f"apply_backward_kernel_{window}", grid, *inputs)
+        outputs = (grad_kernel, h, w, height, width, channels)
+        fused.launch(f"apply_backward_kernel_{window}", grid, maps, upstream, *outputs)
         grad_kernel = grad_kernel.permute(0, 3, 1, 2)
     return grad_source, grad_kernel
 
