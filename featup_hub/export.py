@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -93,6 +94,9 @@ def check_onnx() -> None:
 def write_onnx(program: ExportedProgram, path: str | Path) -> None:
     """Writes a program as an ONNX graph, its output named ``features``.
 
+    Weights of more than 1.5 GiB go to a second file beside it, ``*.onnx.data``; the two belong
+    together and can be moved together.
+
     Args:
         program: What :func:`trace` returned.
         path: A file named ``*.onnx``.
@@ -112,8 +116,12 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
             # Graphs are long, so its rewriting costs time, and runtimes rewrite them anyway.
             optimize=False,
         )
-    with write_atomically(path) as partial:
-        graph.save(partial)  # type: ignore[union-attr]  # None for the exporter not used here
+    path = Path(path)
+    # Under its final name, which is written into a graph whose weights lie in a second file.
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        graph.save(Path(folder, path.name))  # type: ignore[union-attr]  # None if not dynamo
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            file.replace(path.parent / file.name)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from featup_hub import JBUStack, UpsampledBackbone
+from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
 from featup_hub.model import load
@@ -95,6 +95,22 @@ def test_onnxruntime_agrees_on_a_whole_model_at_other_sizes(
     run = in_onnxruntime(tmp_path / "model.onnx")
     for batch, height, width in IMAGES:
         assert_same(run, complete, torch.randn(batch, 3, height, width))
+
+
+def test_large_weights_lie_in_a_second_file_that_moves_with_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    limit = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    monkeypatch.setattr(limit, 0)  # 1.5 GiB otherwise
+    backbone = ModuleBackbone(nn.Conv2d(3, 4, 2, stride=2), feat_dim=4, patch_size=2)
+    large = UpsampledBackbone(backbone, JBUStack(num_stages=1, radius=1, key_dim=2)).eval()
+    image = torch.randn(1, 3, 8, 8)
+    (tmp_path / "here").mkdir()
+    write_onnx(trace(large, image, dynamic=False), tmp_path / "here" / "big.onnx")
+    assert {p.name for p in (tmp_path / "here").iterdir()} == {"big.onnx", "big.onnx.data"}
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert_same(in_onnxruntime(tmp_path / "there" / "big.onnx"), large, image)
 
 
 def test_a_model_in_training_mode_is_not_exported(upsampler: JBUStack) -> None:
