@@ -1,7 +1,8 @@
-"""Keeping a module in a folder or a Hugging Face Hub repository, and getting it back.
+"""Saving a module to a folder or a Hugging Face Hub repository, and loading it again.
 
-The Hub's own layout: ``config.json`` with the constructor's arguments, ``model.safetensors``,
-and ``README.md``, the model card.
+The layout is that of ``huggingface_hub.PyTorchModelHubMixin``: ``config.json`` with the
+constructor's arguments, ``model.safetensors``, and ``README.md``, the model card. The mixin itself
+would need the Hub's library to be installed for every use of an upsampler.
 """
 
 from __future__ import annotations
@@ -24,14 +25,34 @@ if TYPE_CHECKING:
 __all__ = ["Pretrained"]
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_LARGEST = 1 << 16  # of any number in a config: one from elsewhere must not fill the memory
+_CARD = """---
+library_name: featup_hub
+pipeline_tag: image-feature-extraction
+{licence}tags:
+- feature-upsampling
+---
+
+# {name}
+
+This is an upsampler of featup_hub, `{name}`, with {parameters:,} parameters. It brings the features
+of a vision backbone to the resolution of the image.
+
+```python
+from featup_hub import {name}
+
+upsampler = {name}.from_pretrained("{repo_id}")
+features = upsampler(source, image)  # (B, C, h, w), (B, 3, H, W) -> (B, C, H, W)
+```
+
+Training data, scores and limits: to be written by its authors.
+"""
+_LARGEST = 1 << 16  # of any number in a config, which may come from a stranger
 
 
 class Pretrained(nn.Module):
     """A module that can be saved, shared and loaded again.
 
-    Its constructor takes numbers (or None) only, and it keeps each as an attribute of the
-    argument's name.
+    Its constructor takes only numbers or None, and keeps each as an attribute of the same name.
     """
 
     @classmethod
@@ -43,7 +64,7 @@ class Pretrained(nn.Module):
         token: str | bool | None = None,
         force_download: bool = False,
     ) -> Self:
-        """Loads a module from a folder or a Hub repository; nothing random is drawn.
+        """Loads a module from a folder or a Hub repository.
 
         Args:
             source: Folder that :meth:`save_pretrained` wrote, or repository, ``owner/name``.
@@ -97,7 +118,8 @@ class Pretrained(nn.Module):
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         write(self.state_dict(), folder / WEIGHTS)
-        _write_text(folder / CONFIG, json.dumps(self._config(), indent=2) + "\n")
+        config = {name: getattr(self, name) for name in signature(type(self)).parameters}
+        _write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         if not (folder / CARD).exists():
             _write_text(folder / CARD, self._card("OWNER/NAME", licence))
 
@@ -140,44 +162,13 @@ class Pretrained(nn.Module):
             )
         return str(commit.commit_url)
 
-    def _config(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _arguments(type(self))}
-
     def _card(self, repo_id: str, licence: str | None) -> str:
-        name = type(self).__name__
-        return "\n".join(
-            [
-                "---",
-                "library_name: featup_hub",
-                "pipeline_tag: image-feature-extraction",
-                *([f"license: {licence}"] if licence else []),
-                "tags:",
-                "- feature-upsampling",
-                "---",
-                "",
-                f"# {name}",
-                "",
-                f"Weights of featup_hub's `{name}` ({sum(p.numel() for p in self.parameters()):,} "
-                "parameters), which brings the features of a vision backbone to the resolution of "
-                "the image.",
-                "",
-                "```python",
-                f"from featup_hub import {name}",
-                "",
-                f'upsampler = {name}.from_pretrained("{repo_id}")',
-                "features = upsampler(source, image)  # (B, C, h, w), (B, 3, H, W) -> (B, C, H, W)",
-                "```",
-                "",
-                "## Training data, scores, limits",
-                "",
-                "To be told by whoever trained it.",
-                "",
-            ]
+        return _CARD.format(
+            name=type(self).__name__,
+            repo_id=repo_id,
+            licence=f"license: {licence}\n" if licence else "",
+            parameters=sum(p.numel() for p in self.parameters()),
         )
-
-
-def _arguments(cls: type) -> list[str]:
-    return list(signature(cls).parameters)
 
 
 def _read_config(cls: type, path: Path) -> dict[str, Any]:
@@ -185,7 +176,7 @@ def _read_config(cls: type, path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # the latter where brackets are nested without end
         config = None
-    known = _arguments(cls)
+    known = list(signature(cls).parameters)
     if not isinstance(config, dict) or not set(config) <= set(known):
         got = "no JSON object" if not isinstance(config, dict) else ", ".join(sorted(config))
         raise ValueError(
