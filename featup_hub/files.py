@@ -40,6 +40,10 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:  # of a full disk, which names no file, or ours, which nobody knows
+        if error.errno and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -41,6 +41,7 @@ __all__ = [
     "load",
     "load_backbone",
     "load_upsampler",
+    "name_and_file",
 ]
 
 _LARGEST = 20  # no normalisation in use leaves a value that large
@@ -285,6 +286,17 @@ def list_models() -> list[str]:
     return [name for name, row in MODELS.items() if row.backbone is not None]
 
 
+def name_and_file(spec: str) -> tuple[str, str | None]:
+    """Splits ``NAME`` or ``NAME=FILE``, as commands name a backbone and a file of its weights.
+
+    Example:
+        >>> name_and_file("dinov2"), name_and_file("dinov2=mine.safetensors")
+        (('dinov2', None), ('dinov2', 'mine.safetensors'))
+    """
+    name, _, file = spec.partition("=")
+    return name, file or None
+
+
 def find_card(name: str) -> ModelCard:
     """Returns what is known of a model, be it of the table or of timm.
 
@@ -359,12 +371,12 @@ def load(
         if norm is not None and not use_norm:
             raise ValueError(
                 f"{origin} was trained behind a channel norm, which it holds; got use_norm=False; "
-                "leave it at True"
+                "leave it at True (leave --no-norm out)"
             )
         if norm is None and use_norm and stack.feat_dim is not None:
             raise ValueError(
                 f"{origin} was trained for one backbone without a channel norm; got "
-                "use_norm=True; pass use_norm=False"
+                "use_norm=True; pass use_norm=False (give --no-norm)"
             )
         backbone = load_backbone(name, pretrained=pretrained, weights=backbone_weights, layer=layer)
         if looks > 1:

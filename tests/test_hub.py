@@ -199,7 +199,7 @@ def test_offline_and_not_cached_is_one_error_within_seconds(tmp_path):
         "run once with a connection",
         "copy that cache from a machine",
         "/timm/vit_small_patch14_dinov2.lvd142m/resolve/main/model.safetensors",
-        "give its path as weights",
+        "give its path, on the command line by --model NAME=FILE",
     ):
         assert part in last
 

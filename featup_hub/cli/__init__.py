@@ -1,8 +1,8 @@
 """The command line: ``featup-hub COMMAND``, one module per command.
 
 A command is a module with ``add_parser(commands)``, which adds its flags and names the function
-to run; nothing is computed here. Exit codes: 0 all went well, 1 something failed, 2 what was
-typed cannot work, 130 interrupted.
+to run. Parsing does not import torch, so that help and mistyped flags are answered at once. Exit
+codes: 0 all went well, 1 something failed, 2 what was typed cannot work, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import Any
 
 from featup_hub import __version__
-from featup_hub.cli import convert, demo, evaluate, export, fit, models, train, upsample
 from featup_hub.cli.terminal import Parser, UsageError, complain, explain
 
 __all__ = ["main"]
-
-_COMMANDS = (models, upsample, demo, fit, train, convert, export, evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. A user's mistake is one line on stderr; with ``--debug`` it is raised.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser()
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files need not be valid UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        parser = _parser()
         if not argv:
             parser.print_help(sys.stderr)
             return 2
         args = parser.parse_args(argv)
-        return int(args.run(args))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: complain(str(message), "warning")
+            return int(args.run(args))
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from there" if _goes_on(argv) else ""
         complain(f"interrupted; what is finished is kept{goes_on}")
@@ -60,15 +64,37 @@ def _goes_on(argv: Sequence[str]) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from featup_hub.cli import convert, demo, env, evaluate, export, fit, models, train, upsample
+
     parser = Parser(
         prog="featup-hub",
         description="High-resolution features from any vision backbone.",
         epilog="featup-hub COMMAND --help explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"featup_hub {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes commands and flags in this shell",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
+    for command in (models, upsample, demo, fit, train, convert, export, evaluate, env):
         command.add_parser(commands)
     for choice in commands.choices.values():
         choice.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a script for a shell's completion and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, *__: object) -> None:
+        try:
+            import shtab
+        except ImportError as error:
+            raise UsageError(
+                "--print-completion needs shtab; pip install 'featup_hub[completion]'"
+            ) from error
+        print(shtab.complete(parser, shell))
+        parser.exit()

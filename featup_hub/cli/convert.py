@@ -7,7 +7,6 @@ from pathlib import Path
 
 from featup_hub.cli.outputs import check_output
 from featup_hub.cli.terminal import UsageError
-from featup_hub.weights import convert
 
 __all__ = ["add_parser"]
 
@@ -28,11 +27,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
+    from featup_hub.weights import convert
+
     if args.out.suffix != ".safetensors":
         raise UsageError(f"the file to write must be named *.safetensors; got {args.out}")
     check_output(args.out.expanduser())
     read = convert(args.checkpoint, args.out)
     norm, flag = ("with its", "") if read.norm else ("without a", " --no-norm")
     print(f"wrote {args.out}: an upsampler for {read.feat_dim} channels, {norm} channel norm")
-    print(f"use it: featup-hub upsample IMAGE --weights {args.out}{flag} --model ITS_BACKBONE")
+    print(f"use it: featup-hub upsample IMAGE --upsampler {args.out}{flag} --model ITS_BACKBONE")
     return 0

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.image import read_image
-from featup_hub.model import list_models
-
 __all__ = ["add_parser"]
 
 
@@ -34,6 +31,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace) -> int:
     from featup_hub.demo import build
+    from featup_hub.image import read_image
+    from featup_hub.model import list_models
 
     page = build(
         [read_image(path) for path in args.images],

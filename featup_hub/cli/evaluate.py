@@ -6,13 +6,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.cli.outputs import make_folder
 from featup_hub.evaluation.config import EvaluationConfig
-from featup_hub.evaluation.figure import draw
-from featup_hub.evaluation.report import Row, table, write_csv, write_json
-from featup_hub.evaluation.run import evaluate
+
+if TYPE_CHECKING:
+    from featup_hub.evaluation.report import Row
 
 __all__ = ["add_parser"]
 
@@ -30,24 +31,30 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--out", type=Path, help="folder for results.json, results.csv and results.png"
     )
-    add_flags(parser, EvaluationConfig)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_flags(parser, EvaluationConfig, flags={"backbones": "--backbone"})
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from featup_hub.evaluation.figure import draw
+    from featup_hub.evaluation.report import as_json, table, write_csv, write_json
+    from featup_hub.evaluation.run import evaluate
+
     start = time.monotonic()
 
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - start:.0f} s] {line}", file=sys.stderr, flush=True)
 
+    if args.out:
+        make_folder(args.out)
     with in_terms_of_flags(EvaluationConfig):
         config = from_flags(EvaluationConfig, args)
         results = evaluate(config, progress=progress)
-    if args.out:
-        make_folder(args.out)
     scored: list[Row] = []
     for rows in results:
-        print(table(rows), end="\n\n", flush=True)
+        if not args.json:
+            print(table(rows), end="\n\n", flush=True)
         scored += rows
         if args.out:  # after every table, so that a run that is stopped keeps its results
             write_json(scored, config, args.out / "results.json")
@@ -55,5 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.out:
         if any(row.versus for row in scored):
             draw(scored, args.out / "results.png")
-        print(f"wrote results to {args.out}")
+        print(f"wrote results to {args.out}", file=sys.stderr)
+    if args.json:
+        print(as_json(scored, config))
     return 0

@@ -6,19 +6,11 @@ import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
-
-from featup_hub.cli.devices import open_device
+from featup_hub.cli.arguments import open_device
 from featup_hub.cli.flags import add_flags
 from featup_hub.cli.outputs import check_output
 from featup_hub.cli.terminal import UsageError
-from featup_hub.files import write_atomically
-from featup_hub.image import preprocess, read_image, resize
-from featup_hub.model import load_upsampler
-from featup_hub.training.fit import PRESETS, FitConfig, fit
-from featup_hub.training.training_source import open_backbones
-from featup_hub.visualize import comparison
-from featup_hub.weights import metadata
+from featup_hub.training.fit_config import PRESETS, FitConfig
 
 __all__ = ["add_parser"]
 
@@ -41,8 +33,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--model",
         default="efficientnet_lite0",
-        help="whose features: a model's name, or TIMM_NAME=FILE for a timm model with weights "
-        "from a file (default: %(default)s)",
+        metavar="NAME[=FILE]",
+        help="the backbone, and a file with its weights if they are your own "
+        "(default: %(default)s)",
     )
     add("--size", type=int, default=224, help="short side in pixels (default: %(default)s)")
     add("--out", type=Path, help="file to write (default: IMAGE's name in this folder)")
@@ -55,11 +48,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add(
         "--upsampler",
-        "--start",
         metavar="NAME|FILE",
         help="JBU stages that least squares use: a shipped upsampler, jbu_denoise or jbu_faithful, "
         "or a file (default: the shipped default)",
     )
+    add("--start", dest="upsampler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--no-picture", action="store_true", help="make no picture")
     add("--overwrite", action="store_true", help="replace files that are of no earlier fit")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
@@ -68,6 +61,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from featup_hub.files import write_atomically
+    from featup_hub.image import preprocess, read_image, resize
+    from featup_hub.model import load_backbone, load_upsampler, name_and_file
+    from featup_hub.training.fit import fit
+    from featup_hub.visualize import comparison
+
     given = {f.name: getattr(args, f.name) for f in fields(FitConfig) if hasattr(args, f.name)}
     # Before the fit, which takes a while.
     if args.size < 1:
@@ -77,8 +78,9 @@ def _run(args: argparse.Namespace) -> int:
         _check_earlier(out, picture)
     device = open_device(args.device)
     photo = read_image(args.image)
-    upsampler = load_upsampler(weights=args.upsampler).to(device)
-    backbone = open_backbones([args.model])[args.model].eval().to(device)
+    upsampler = load_upsampler(args.upsampler, device=device)
+    name, file = name_and_file(args.model)
+    backbone = load_backbone(name, weights=file).to(device)
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)
     image = preprocess(shown, mean=backbone.mean, std=backbone.std).to(device)
@@ -117,6 +119,8 @@ def _outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
 def _check_earlier(out: Path, picture: Path | None) -> None:
     """Raises ValueError where an output exists that no earlier fit made."""
     remedy = "--overwrite replaces it, another --out keeps both"
+    from featup_hub.weights import metadata
+
     if out.exists():
         try:
             made_by = metadata(out).get("upsampler", "")

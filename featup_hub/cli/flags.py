@@ -26,7 +26,7 @@ def add_flags(
     parser: argparse.ArgumentParser,
     config: type[DataclassInstance],
     *,
-    aliases: Mapping[str, str] = MappingProxyType({}),
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Adds a flag ``--name`` for every field of a dataclass.
 
@@ -37,7 +37,8 @@ def add_flags(
     Args:
         parser: The parser to extend.
         config: The dataclass.
-        aliases: Second flags by the name of the field, such as ``{"backbones": "--model"}``.
+        flags: Other names of flags by the name of the field, such as ``{"backbones": "--model"}``;
+            the field's own name still works, and is not shown.
 
     Raises:
         TypeError: If a field is of another type.
@@ -62,15 +63,24 @@ def add_flags(
     group = parser.add_argument_group("options of the run")
     for field in fields(config):
         text = helps.get(field.name, "") + _default_text(field, hints[field.name])
-        names = [f"--{field.name.replace('_', '-')}", aliases.get(field.name)]
-        group.add_argument(
-            *filter(None, names),
+        own = f"--{field.name.replace('_', '-')}"
+        options = _options(hints[field.name], field.name)
+        shown = group.add_argument(
+            flags.get(field.name, own),
             dest=field.name,
             default=argparse.SUPPRESS,  # the dataclass knows its defaults
             required=field.default is MISSING and field.default_factory is MISSING,
             help=text.strip().replace("%", "%%"),
-            **_options(hints[field.name], field.name),
+            **options,
         )
+        if own not in shown.option_strings:
+            group.add_argument(
+                own,
+                dest=field.name,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+                **options,
+            )
 
 
 def from_flags(config: type[T], args: argparse.Namespace) -> T:
@@ -121,7 +131,8 @@ def _options(hint: Any, name: str) -> dict[str, Any]:
         return {"choices": list(arguments), "type": type(arguments[0])}
     elif origin is tuple and len({a for a in arguments if a is not ...}) == 1:
         count = "+" if ... in arguments else len(arguments)
-        return {**_options(arguments[0], name), "nargs": count}
+        options = {**_options(arguments[0], name), "nargs": count}
+        return {**options, "action": "extend"} if count == "+" else options
     elif hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     elif hint in (int, float, str, Path):

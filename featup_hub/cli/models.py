@@ -1,14 +1,16 @@
-"""``featup-hub models``: which models there are, where their weights are, and who computes."""
+"""``featup-hub models``: which models there are, and where their weights are."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featup_hub.ops import implementations
-from featup_hub.registry import MODELS, UPSAMPLERS, ModelCard, WeightFile
+from featup_hub.cli.env import implementation_lines
+
+if TYPE_CHECKING:
+    from featup_hub.registry import ModelCard, WeightFile
 
 __all__ = ["add_parser"]
 
@@ -25,17 +27,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "models", help="list the models", description="Lists the models and their weights."
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, with all there is to know")
-    parser.add_argument(
-        "--impl",
-        action="store_true",
-        help="tell for every device instead who computes the upsampling, why, and where compiled "
-        "kernels lie; compiles them where that was not done yet",
-    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with all details")
+    # `featup-hub env` tells this now.
+    parser.add_argument("--impl", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from featup_hub.registry import MODELS, UPSAMPLERS
+
     if args.impl:
         return _tell_implementations(as_json=args.json)
     rows = [_row(card) for card in MODELS.values()]
@@ -51,21 +51,20 @@ def _run(args: argparse.Namespace) -> int:
     print()
     for place in sorted({row["weights"] for row in rows}, key=list(_PLACES).index):
         print(f"{place}: {_PLACES[place]}")
-    print(f"--weights takes a file, or the name of a shipped upsampler: {', '.join(UPSAMPLERS)}")
+    print(f"--upsampler takes a file, or the name of a shipped upsampler: {', '.join(UPSAMPLERS)}")
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
         print(f"{', '.join(row['name'] for row in rows if row['note'] == note)}: {note}")
     return 0
 
 
 def _tell_implementations(*, as_json: bool) -> int:
+    from featup_hub.ops import implementations
+
     statuses = implementations()
     if as_json:
         print(json.dumps([asdict(status) for status in statuses], indent=2, default=str))
         return 0
-    for status in statuses:
-        print(status)
-        for cubin in status.cubins:
-            print(f"  {cubin}")
+    print(*map(implementation_lines, statuses), sep="\n")
     return 0
 
 

@@ -1,28 +1,37 @@
-"""What commands write, checked before the work; ``upsample``: features and a picture per image.
+"""The files that commands write, checked before the work; and the outputs of ``upsample``.
 
 A file under its final name is complete, so a run that was stopped goes on with what is missing.
-A picture is written after its features: one that has none beside it is somebody else's.
+A picture is written after its features: one without features beside it is somebody else's.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from featup_hub import __version__
 from featup_hub.cli.terminal import UsageError, explain
-from featup_hub.files import write_atomically
-from featup_hub.image import IMAGE_SUFFIXES, list_images
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["FORMATS", "Job", "check_output", "is_finished", "make_folder", "plan", "write_features"]
 
 FORMATS = ("safetensors", "npy")
 """Of features, by the suffix of their file."""
+
+_FORMERLY = {
+    "layer": "default",
+    "looks": "1",
+    "dtype": "float32",
+    "bands": "all",
+    "value_range": "full",
+}
+"""Settings that older files do not note, as they were then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +90,12 @@ def plan(inputs: list[Path], out: Path, suffix: str, *, picture: bool) -> list[J
     return list(jobs.values())
 
 
-def _images(path: Path, out: Path) -> Iterator[Path]:
-    """Yields a file, or the images of a folder and its subfolders in order of their names."""
+def _images(path: Path, out: Path) -> list[Path]:
+    """Returns a file, or the images of a folder without those in the folder of outputs."""
+    from featup_hub.image import IMAGE_SUFFIXES, list_images
+
     if not path.is_dir():
-        yield path
-        return
+        return [path]
     found = list_images(path)
     if path.resolve() in out.resolve().parents:  # pictures of an earlier run are no images
         found = [file for file in found if out.resolve() not in file.resolve().parents]
@@ -93,7 +103,7 @@ def _images(path: Path, out: Path) -> Iterator[Path]:
         raise UsageError(
             f"a folder of images ({' '.join(sorted(IMAGE_SUFFIXES))}) is needed; {path} holds none"
         )
-    yield from found
+    return found
 
 
 def check_output(path: Path) -> None:
@@ -105,15 +115,15 @@ def check_output(path: Path) -> None:
     Raises:
         UsageError: If it is a folder, or its folder does not exist or takes no new files.
     """
-    if path.is_dir():
-        raise UsageError(f"a file to write is needed; {path} is a folder; name a file in it")
-    folder = path.parent
-    if not folder.is_dir():
-        raise UsageError(
-            f"the file to write needs a folder that exists; got {path}; make the folder {folder}"
-        )
     try:  # permissions do not tell: root has all, and some file systems take no files at all
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".partial"):
+        if path.is_dir():
+            raise UsageError(f"a file to write is needed; {path} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"the file to write needs a folder that exists; got {path}; make the folder "
+                f"{path.parent}"
+            )
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".featup-hub-"):
             pass
     except OSError as error:
         raise UsageError(
@@ -136,63 +146,89 @@ def make_folder(out: Path) -> None:
         raise UsageError(f"--out must be a folder that can be written to; {out} cannot")
 
 
-def is_finished(job: Job, record: Mapping[str, str]) -> bool:
+def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
     """Tells whether the outputs exist.
 
     Only safetensors files note how they were made; a npy file that exists is taken as it is.
 
     Args:
         job: What is to be made.
-        record: What decides the features, as noted in the file.
+        settings: What decides the features, as :func:`write_features` notes it.
 
     Raises:
-        ValueError: If they were made with other settings, or are something else.
+        FileNotFoundError: If there is neither output nor image.
+        ValueError: If the outputs were made with other settings, or are something else.
     """
     remedy = "--overwrite replaces it, another --out keeps both"
-    if not job.features.exists():
+    if job.features.exists():
+        notes = settings if job.features.suffix == ".npy" else _notes(job.features, remedy)
+        for key, wanted in settings.items():
+            if (found := notes.get(key, _FORMERLY.get(key, "unknown"))) != wanted:
+                raise ValueError(
+                    f"{job.features} exists, made with {key} {found} in place of {wanted}; {remedy}"
+                )
+        return job.picture is None or job.picture.exists()
+    if job.picture is not None and job.picture.exists():
         features = (job.features.with_suffix(f".{suffix}") for suffix in FORMATS)
-        if job.picture and job.picture.exists() and not any(file.exists() for file in features):
+        if not any(file.exists() for file in features):
             raise ValueError(
                 f"{job.picture} exists, and no features beside it, so it is not of an earlier "
                 f"run; {remedy}"
             )
-        return False
-    if job.features.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(job.features, framework="pt") as file:
-                notes = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{job.features} is not a safetensors file; {remedy}") from error
-        for key, wanted in record.items():
-            if notes.get(key) != wanted:
-                raise ValueError(
-                    f"{job.features} exists, made with {key} {notes.get(key, 'unknown')} "
-                    f"in place of {wanted}; {remedy}"
-                )
-    return job.picture is None or job.picture.exists()
+    if not job.image.exists():
+        raise FileNotFoundError(f"no such file: {job.image}")
+    return False
 
 
-def write_features(features: Tensor, job: Job, record: Mapping[str, str]) -> None:
+def _notes(features: Path, remedy: str) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(features, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{features} is not a safetensors file; {remedy}") from error
+
+
+def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> None:
     """Writes features in the format that the file's name asks for, all or nothing.
 
     Args:
-        features: (C, H, W), float32, contiguous, on the CPU.
+        features: (C, H, W), on any device.
         job: Where to.
-        record: What decides the features, noted in a safetensors file.
+        settings: What decides the features, noted in a safetensors file; "dtype" is that of the
+            file.
+
+    Raises:
+        OSError: If the file cannot be written, such as to a full disk.
+        ValueError: If the features do not fit the type.
     """
+    import torch
+
+    from featup_hub.files import write_atomically
+
+    whole = features.to("cpu", getattr(torch, settings["dtype"])).contiguous()
+    if whole.dtype == torch.float16 and whole.isinf().any() and not features.isinf().any():
+        raise ValueError(
+            f"float16 holds values up to 65504; features reach {features.abs().max():.6g}; leave "
+            "--dtype out"
+        )
     with write_atomically(job.features) as partial:
         if job.features.suffix == ".npy":
             import numpy as np
 
             with partial.open("wb") as file:
-                np.save(file, features.numpy())
-        else:
-            from safetensors.torch import save_file
+                np.save(file, whole.numpy())
+            return
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
-            notes = {**record, "image": job.image.name, "featup_hub": __version__}
-            partial.touch()
-            usual = partial.stat().st_mode
-            save_file({"features": features}, partial, metadata=notes)
-            partial.chmod(usual)  # the library makes files that nobody else may read
+        name = os.fsencode(job.image.name).decode(errors="replace")
+        partial.touch()
+        usual = partial.stat().st_mode
+        try:
+            notes = {**settings, "image": name, "featup_hub": __version__}
+            save_file({"features": whole}, partial, metadata=notes)
+        except SafetensorError as error:  # so it calls a full disk, too
+            raise OSError(f"cannot write {job.features}: {error}") from error
+        partial.chmod(usual)  # the library makes files that nobody else may read

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 __all__ = ["Parser", "Progress", "UsageError", "complain", "explain"]
 
@@ -30,36 +29,29 @@ class Parser(argparse.ArgumentParser):
 
 
 class Progress:
-    """Tells how far a command is: one line kept up to date on a terminal, else a line per item.
+    """Says how far a command is: a bar on a terminal, else a line per item.
 
     Args:
         total: Number of items to come.
-        stream: Where the line is drawn; default: stderr.
     """
 
-    def __init__(self, total: int, *, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
         self.total = total
-        self.stream = sys.stderr if stream is None else stream
-        self.live = total > 1 and self.stream.isatty()
+        self.live = total > 1 and sys.stderr.isatty()
         self.start = time.monotonic()
         self.written = self.kept = self.failed = 0
+        self._bar = tqdm(total=total, unit="image", disable=not self.live, leave=False)
 
     def begin(self, item: str) -> None:
         """Shows the item about to be worked on, on a terminal."""
-        if not self.live:
-            return
-        number = self.written + self.kept + self.failed + 1
-        text = f"[{number}/{self.total}] {item}"
-        if self.written:
-            left = (time.monotonic() - self.start) / self.written * (self.total - number + 1)
-            text = f"{text}, about {duration(left)} left"
-        width = shutil.get_terminal_size().columns - 1
-        self.stream.write(f"\r\x1b[K{text if len(text) <= width else text[: width - 1] + '…'}")
-        self.stream.flush()
+        self._bar.set_description(item)
 
     def end(self, report: str) -> None:
-        """Counts an item as written; its report is printed unless a line is kept up to date."""
+        """Counts an item as written; its report is printed unless there is a bar."""
         self.written += 1
+        self._bar.update()
         if not self.live:
             number = self.written + self.kept + self.failed
             counter = f"[{number}/{self.total}] " if self.total > 1 else ""
@@ -68,32 +60,29 @@ class Progress:
     def skip(self, count: int, report: str) -> None:
         """Counts items as kept from an earlier run."""
         self.kept += count
+        self._bar.update(count)
         print(report, flush=True)
 
     def fail(self, problem: str) -> None:
-        """Counts an item as failed and tells why."""
+        """Counts an item as failed and says why."""
         self.failed += 1
-        self._clear()
-        complain(problem)
+        self._bar.update()
+        with self._bar.external_write_mode():
+            complain(problem)
 
     def finish(self, where: str) -> None:
-        """Sums up, where there was more than one item."""
-        self._clear()
+        """Sums up if there was more than one item."""
+        self._bar.close()
         if self.total > 1:
             took = duration(time.monotonic() - self.start)
             counts = f"{self.written} written, {self.kept} kept, {self.failed} failed"
             print(f"{counts} {where}, {took}", flush=True)
 
-    def _clear(self) -> None:
-        if self.live:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
 
-
-def complain(problem: str) -> None:
-    """Prints an error to stderr."""
+def complain(problem: str, kind: str = "error") -> None:
+    """Prints an error or a warning to stderr."""
     sys.stdout.flush()
-    print(f"error: {problem}", file=sys.stderr, flush=True)
+    print(f"{kind}: {problem}", file=sys.stderr, flush=True)
 
 
 def explain(error: Exception) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.devices import open_device
+from featup_hub.cli.arguments import open_device
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.cli.outputs import make_folder
-from featup_hub.training.jbu import JBUTrainingConfig, train
+from featup_hub.training.config import JBUTrainingConfig
 
 __all__ = ["add_parser"]
 
@@ -28,11 +28,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         required=True,
         help="folder for jbu.safetensors, metrics.csv and checkpoint.pt",
     )
-    add_flags(parser, JBUTrainingConfig, aliases={"backbones": "--model"})
+    add_flags(parser, JBUTrainingConfig, flags={"backbones": "--model"})
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from featup_hub.training.jbu import train
+
     with in_terms_of_flags(JBUTrainingConfig):
         config = from_flags(JBUTrainingConfig, args)
     open_device(config.device)

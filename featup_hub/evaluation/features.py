@@ -16,7 +16,7 @@ from featup_hub.evaluation.candidates import plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.evaluation.sums import Measurement
-from featup_hub.model import find_card, load_backbone
+from featup_hub.model import find_card, load_backbone, name_and_file
 from featup_hub.weights import digest, read, write
 from featup_hub.weights.files import existing
 
@@ -125,9 +125,9 @@ def open_source(spec: str) -> Source:
     """Loads a backbone as a source of features.
 
     Args:
-        spec: ``NAME`` or ``NAME@FILE``, a name that :func:`featup_hub.load` takes and weights of
-            your own, or a plug-in ``module:callable`` that returns a backbone; ``LABEL=`` in
-            front sets what tables call it.
+        spec: ``NAME`` or ``NAME=FILE``, a name that :func:`featup_hub.load` takes and weights of
+            your own, or a plug-in ``module:callable`` that returns a backbone. The former
+            spellings ``LABEL=NAME`` and ``LABEL=NAME@FILE`` set what tables call it.
 
     Returns:
         The source.
@@ -159,10 +159,20 @@ def check_source(spec: str) -> None:
 
 
 def _parts(spec: str) -> tuple[str, str, str | None]:
-    """Splits ``LABEL=NAME@FILE``; the label is the name if there is none."""
+    """Returns the name in tables, the backbone's name, and a file of weights; ``@`` is old."""
+    name, file = name_and_file(spec)
+    if file and (Path(file).expanduser().is_file() or not _is_backbone(file.partition("@")[0])):
+        return f"{name}={Path(file).stem}", name, file
     label, _, rest = spec.rpartition("=")
     name, _, file = rest.partition("@")
     return label or name, name, file or None
+
+
+def _is_backbone(name: str) -> bool:
+    try:
+        return ":" in name or bool(find_card(name))
+    except ValueError:
+        return False
 
 
 def file_stamp(path: Path) -> str:

@@ -27,7 +27,7 @@ from featup_hub.files import write_atomically
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["METRICS", "Row", "rows", "scale_of", "table", "write_csv", "write_json"]
+__all__ = ["METRICS", "Row", "as_json", "rows", "scale_of", "table", "write_csv", "write_json"]
 
 
 METRICS = (*PROPAGATION, *SEGMENTATION, *DEPTH, *CAM, *CONSISTENCY, *COST)
@@ -167,15 +167,19 @@ def _cells(row: Row, references: Sequence[str]) -> Iterator[str]:
 
 
 def write_json(scored: Sequence[Row], config: DataclassInstance, path: Path) -> None:
-    """Writes the rows, the configuration and versions; scores that are not finite are null."""
+    """Writes :func:`as_json` to a file."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(as_json(scored, config) + "\n", encoding="utf-8")
+
+
+def as_json(scored: Sequence[Row], config: DataclassInstance) -> str:
+    """Returns the rows, the configuration and versions; scores that are not finite are null."""
     content = {
         "config": asdict(config),
         "versions": {"featup_hub": __version__, "torch": torch.__version__},
         "rows": [_numbers(asdict(row)) for row in scored],
     }
-    with write_atomically(path) as temporary:
-        text = json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    return json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class JBUTrainingConfig:
     """All that decides what a run learns; defaults are upstream's unless they say otherwise.
 
     Attributes:
-        backbones: Whose features to explain: models' names, or ``TIMM_NAME=FILE`` for a timm
-            model with weights from a file. One is drawn per step; a name given twice is drawn
+        backbones: Whose features to explain: each ``NAME`` or ``NAME=FILE``, a model and
+            weights of your own. One is drawn per step; a name given twice is drawn
             twice as often.
         steps: Optimiser steps.
         batch: Photographs per step.

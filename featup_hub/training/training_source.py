@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
-from featup_hub.model import load_backbone
+from featup_hub.model import load_backbone, name_and_file
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
 
@@ -193,5 +193,5 @@ def open_backbones(
 
 
 def _open_backbone(name: str) -> Backbone:
-    name, _, file = name.partition("=")
-    return load_backbone(name, weights=file or None)
+    name, file = name_and_file(name)
+    return load_backbone(name, weights=file)

@@ -80,7 +80,7 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
             raise RuntimeError(
                 f"needed {file.filename} ({file.name}); it is not in the shipped folder "
                 f"{shipped.parent}, and no Hub repository is known for it; "
-                "give the path of a file of your own as weights"
+                "give a file of your own, on the command line by --model NAME=FILE"
             )
         return shipped
     return download(file.repo_id, file.filename, revision=file.revision, sha256=file.sha256)

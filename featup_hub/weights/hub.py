@@ -193,7 +193,7 @@ def _unavailable(
         f"needed {wanted}; it is not in the Hugging Face cache {_cache()}, and {reason}. "
         "Do one of: run once with a connection (and HF_HUB_OFFLINE unset); copy that cache from "
         f"a machine that has the file; fetch {hf_hub_url(repo_id, filename, revision=revision)} "
-        "by other means and give its path as weights"
+        "by other means and give its path, on the command line by --model NAME=FILE"
     )
 
 

@@ -30,16 +30,16 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces models by a tiny one; lists the loads."""
     names: list[str] = []
 
-    def load_tiny(name: str, *, weights: Path, **_: object) -> UpsampledBackbone:
+    def load_tiny(name: str, *, upsampler: Path, **_: object) -> UpsampledBackbone:
         names.append(name)
-        return tiny(weights)
+        return tiny(upsampler)
 
-    monkeypatch.setattr("featup_hub.cli.upsample.load", load_tiny)
+    monkeypatch.setattr("featup_hub.model.load", load_tiny)
     return names
 
 
 def tiny(weights: Path) -> UpsampledBackbone:
-    return UpsampledBackbone(Colours(), load_upsampler(weights=weights)).eval()
+    return UpsampledBackbone(Colours(), load_upsampler(weights)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def upsample(loads: list[str], stages: Path, tmp_path: Path) -> Any:
     """Runs the command on arguments, into tmp_path/out."""
 
     def run(*arguments: object) -> int:
-        flags = ["--weights", stages, "--out", tmp_path / "out", "--size", 32]
+        flags = ["--upsampler", stages, "--out", tmp_path / "out", "--size", 32]
         return main(["upsample", *map(str, [*flags, *arguments])])
 
     return run

@@ -24,10 +24,12 @@ from featup_hub.cli.terminal import UsageError
         (["upsample", "x", "--size", "big"], "such as 448, or HxW, 448x640; got 'big'"),
         (["upsample", "x", "--device", "gpu"], "--device must be cpu, cuda, cuda:1 or mps"),
         (["upsample", "x", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-        (["upsample", "x", "--weights", "nothing"], "no weights file nothing; check the name"),
+        (["upsample", "x", "--upsampler", "nothing"], "no weights file nothing; check the name"),
         (["upsample", "x", "--weights", "."], "weights must be a safetensors file; . is a folder"),
         (["upsample", "x", "--backbone-weights", "nothing"], "no weights file nothing; check"),
-        (["upsample", "x", "--backbone-weights", "."], "must be a safetensors file; . is a folder"),
+        (["upsample", "x", "--model", "vit=."], "must be a safetensors file; . is a folder"),
+        (["upsample", "x", "--bands", "1,2"], "--bands must be three numbers from 1, such as"),
+        (["export", "m.onnx", "--static", "224"], "--static must be HxW, such as 224x224; got"),
         (["upsample", "x", "--over"], "unrecognized arguments: --over"),
         (["upsample"], "required: IMAGE; see featup-hub upsample --help"),
         (["upsampel"], "invalid choice: 'upsampel' (choose from"),
@@ -77,8 +79,8 @@ def test_an_output_that_is_a_folder_is_refused_before_the_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work began")
 
-    for name in ("fit.read_image", "export.load", "convert.convert"):
-        monkeypatch.setattr(f"featup_hub.cli.{name}", work)
+    for name in ("image.read_image", "model.load", "weights.convert"):
+        monkeypatch.setattr(f"featup_hub.{name}", work)
     out = tmp_path / ("d.onnx" if command == "export" else "d.safetensors")
     out.mkdir()
     assert main([*command.format(photo=photos / "a.jpg").split(), str(out)]) == 2

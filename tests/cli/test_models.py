@@ -50,7 +50,7 @@ def test_who_computes_is_told_with_the_reason_and_where_compiled_kernels_lie(
         compiler="NVRTC 12.8",
         cubins=(Path("/cache/forward.cubin"), Path("/cache/backward.cubin")),
     )
-    monkeypatch.setattr("featup_hub.cli.models.implementations", lambda: [compiled])
+    monkeypatch.setattr("featup_hub.ops.implementations", lambda: [compiled])
     assert main(["models", "--impl"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "cuda:0 (a card): cuda, compiled by NVRTC 12.8, kept in /cache",

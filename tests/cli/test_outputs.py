@@ -28,7 +28,7 @@ def test_a_second_run_keeps_what_is_finished_and_makes_what_is_missing(
     capsys.readouterr()
     assert upsample(photos) == 0
     out = capsys.readouterr().out
-    assert "kept 2 finished outputs; --overwrite makes anew" in out
+    assert "kept 2 finished outputs; --overwrite replaces" in out
     assert "1 written, 2 kept, 0 failed" in out
     assert (tmp_path / "out/a.safetensors").stat().st_mtime_ns == first
     assert (tmp_path / "out/b.png").exists()
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_written_is_refused_with_what_to_do(tmp_path: Path
         ("d.onnx", r"is needed; \S+d.onnx is a folder; name a file in it"),
         ("no/m.onnx", r"a folder that exists; got \S+m.onnx; make the folder \S+no$"),
         ("old.onnx/m.onnx", r"a folder that exists; got \S+m.onnx; make the folder \S+old.onnx$"),
-        ("m" * 250, r"takes new files; got \S+mmm \(File name too long\); name another"),
+        ("m" * 256, r"takes new files; got \S+mmm \(File name too long\); name another"),
     ):
         with pytest.raises(UsageError, match=message):
             check_output(tmp_path / name)

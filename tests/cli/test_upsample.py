@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from featup_hub import JBUStack, __version__, load
 from featup_hub.cli import main
+from featup_hub.cli.arguments import add_model, choose_model
 from featup_hub.image import preprocess, read_image
 from featup_hub.weights import read, write
 from tests.cli.conftest import Colours, tiny
@@ -161,7 +166,7 @@ def test_errors_of_loading_advise_flags(
     assert "leave --no-norm out" in refused(
         "--weights", tmp_path / "normed.safetensors", "--no-norm"
     )
-    assert "give its path as --backbone-weights" in refused("--weights", stages, "--model", "vit")
+    assert "by --model NAME=FILE" in refused("--upsampler", stages, "--model", "vit")
 
 
 def test_a_size_the_network_cannot_take_is_refused_once_its_stride_is_known(
@@ -173,3 +178,104 @@ def test_a_size_the_network_cannot_take_is_refused_once_its_stride_is_known(
         "error: --size must be a positive multiple of 16; got 40; try 32 or 48; "
         "16 is the stride of timm/resnet18\n"
     )
+
+
+def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(
+    upsample: Any,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = (photos / "a.jpg", "--no-picture", "--dtype", "float16")
+    assert upsample(*flags) == 0
+    features = read_features(tmp_path / "out/a.safetensors")
+    assert features.dtype == torch.float16
+    assert upsample(photos / "a.jpg", "--no-picture") == 1
+    assert "made with dtype float16 in place of float32" in capsys.readouterr().err
+    monkeypatch.setattr(Colours, "features", lambda _, image: 1e6 * F.avg_pool2d(image, 16))
+    assert upsample(*flags, "--overwrite") == 1
+    assert "float16 holds values up to 65504; features reach" in capsys.readouterr().err
+
+
+def read_features(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--weights", "jbu_sharp"], ["--upsampler", "jbu_faithful"]),
+        (["--backbone-weights", "own"], ["--model", "efficientnet_lite0=own"]),
+    ],
+)
+def test_old_spellings_name_the_same_model(
+    old: list[str], new: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write({"x": torch.zeros(1)}, "own")
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    assert choose_model(parser.parse_args(old)) == choose_model(parser.parse_args(new))
+
+
+def test_pixels_of_12_bits_are_warned_of_in_a_line_and_a_range_keeps_their_levels(
+    upsample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ramp = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert upsample(tmp_path / "deep.png") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert "--value-range LOW HIGH" in line
+    flags = (tmp_path / "deep.png", "--value-range", 0, 4095, "--bands", "1,1,1")
+    assert upsample(*flags, "--overwrite") == 0
+    assert upsample(tmp_path / "deep.png") == 1
+    assert "made with bands 1,1,1 in place of all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["é" * 115 + ".jpg", os.fsdecode(b"caf\xe9.jpg")])
+def test_long_names_and_names_in_another_encoding_are_worked_on(
+    upsample: Any, photos: Path, tmp_path: Path, name: str
+) -> None:
+    (photos / "a.jpg").rename(tmp_path / name)
+    for form in ("safetensors", "npy"):
+        assert upsample(tmp_path / name, "--format", form) == 0
+        assert (tmp_path / "out" / name).with_suffix(f".{form}").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "npy"])
+def test_a_full_disk_is_named_with_the_file_and_nothing_is_left_half_written(
+    form: str,
+    upsample: Any,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full_npy(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def full_safetensors(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("numpy.save", full_npy)
+    monkeypatch.setattr("safetensors.torch.save_file", full_safetensors)
+    assert upsample(photos / "a.jpg", "--format", form) == 1
+    err = capsys.readouterr().err
+    assert f"out/a.{form}: " in err
+    assert "No space left on device" in err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_links_to_folders_are_followed(
+    upsample: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/linked").symlink_to(photos)
+    assert upsample(tmp_path / "data", "--no-picture") == 0
+    assert "3 written" in capsys.readouterr().out
+    assert (tmp_path / "out/linked/more/c.safetensors").exists()
