@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="validation images of each set, 0 for all")
     parser.add_argument("--train-images", type=int, default=200, help="images a probe is fitted on")
     parser.add_argument("--transfer-images", type=int, default=50, help="of a transfer probe")
+    parser.add_argument("--max-side", type=int, default=0, help="resize longer images to this")
+    parser.add_argument("--cost-images", type=int, default=5, help="of time and memory")
     parser.add_argument("--area", action="store_true", help="the area oracle, too")
     parser.add_argument("--protocols", nargs="+", choices=get_args(Protocol))
     parser.add_argument("--photo-images", type=int, default=200, help="of the activation maps")
@@ -65,6 +67,8 @@ def main() -> None:
         train_images=chosen.train_images,
         transfer_images=chosen.transfer_images,
         val_images=images,
+        max_side=chosen.max_side,
+        cost_images=chosen.cost_images,
         photos=SHARED / "data" / "photos",
         photo_images=chosen.photo_images,
         cache=chosen.cache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isqrt
@@ -134,6 +135,8 @@ def open_source(spec: str) -> Source:
     """
     label, name, file = _parts(spec)
     backbone = plug_in(name)() if ":" in name else load_backbone(name, weights=file)
+    if file is None and ":" in name:  # a plug-in is told by the file that defines it
+        file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     identity = f"{name} {digest(file) if file else 'pretrained'}"
     return Source(name=label, backbone=backbone.requires_grad_(False), identity=identity)
 
