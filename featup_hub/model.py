@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +24,7 @@ from featup_hub.backbones import (
 )
 from featup_hub.image import preprocess
 from featup_hub.ops import Implementation
-from featup_hub.registry import JBU_UNIVERSAL, MODELS, ModelCard, WeightFile, card
+from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard, WeightFile, card
 from featup_hub.upsamplers import FoldedHead, JBUStack
 from featup_hub.upsamplers.jbu import check_channels
 from featup_hub.weights import load as load_weights
@@ -307,6 +307,7 @@ def find_card(name: str) -> ModelCard:
     Raises:
         ValueError: If there is no such model.
     """
+    name = ALIASES.get(name, name)
     timm_name = name.removeprefix("timm/")
     if timm_name != name or (name not in MODELS and is_timm_model(name)):
         return timm_card(timm_name)
@@ -321,6 +322,7 @@ def load(
     upsampler: str | Path | None = None,
     weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
+    backbone_kwargs: Mapping[str, Any] | None = None,
     layer: int | None = None,
     looks: int = 1,
     device: str | torch.device | None = None,
@@ -331,14 +333,16 @@ def load(
     ``pretrained=False`` weights are drawn from it, and the architecture is the same.
 
     Args:
-        name: One of :func:`list_models`, or any name of timm's.
+        name: One of :func:`list_models`, any name of timm's, ``hf-hub:owner/name``, or the name
+            that Meta gives one of its models.
         pretrained: Whether to load the weights that the model's card names.
         use_norm: Whether every position's vector is normalised before upsampling.
         upsampler: A shipped upsampler, ``"jbu_denoise"``, the default, which averages cells that
             look alike, or ``"jbu_faithful"``, which does not; or a file of your own. It is read
             even if ``pretrained`` is False.
         weights: Former name of ``upsampler``.
-        backbone_weights: A file of your own for the backbone, read even if ``pretrained`` is False.
+        backbone_weights: A file of your own for the backbone, see :func:`load_backbone`.
+        backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
         layer: Which features of the backbone, see :class:`~featup_hub.TimmBackbone`; default:
             the card's.
         looks: Passes of the backbone over shifted images, 1, 4, 9 and so on; see
@@ -378,7 +382,13 @@ def load(
                 f"{origin} was trained for one backbone without a channel norm; got "
                 "use_norm=True; pass use_norm=False (give --no-norm)"
             )
-        backbone = load_backbone(name, pretrained=pretrained, weights=backbone_weights, layer=layer)
+        backbone = load_backbone(
+            name,
+            pretrained=pretrained,
+            weights=backbone_weights,
+            backbone_kwargs=backbone_kwargs,
+            layer=layer,
+        )
         if looks > 1:
             backbone = ShiftAndStitch(backbone, looks_per_side)
         model = UpsampledBackbone(
@@ -397,36 +407,45 @@ def load_backbone(
     *,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    backbone_kwargs: Mapping[str, Any] | None = None,
     layer: int | None = None,
 ) -> Backbone:
     """Loads a model's backbone alone, see :func:`load`.
 
     Args:
-        name: One of :func:`list_models`, or any name of timm's.
-        pretrained: Whether to load the file that the model's card names.
-        weights: A file of your own, laid out as timm's, read in any case.
+        name: One of :func:`list_models`, any name of timm's, ``hf-hub:owner/name``, or the name
+            that Meta gives one of its models.
+        pretrained: Whether to load the weights that the model's card names.
+        weights: A file of your own, read in any case: laid out as timm's or as its authors', with
+            any number of classes, or none.
+        backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
         layer: Which features, see :class:`~featup_hub.TimmBackbone`; default: the card's.
 
     Returns:
         The backbone, on the CPU, in evaluation mode.
     """
-    row, architecture, file = _card_with_backbone(name)
+    row, architecture = _card_with_backbone(name)
     if layer is not None and row.kind != "timm":
         raise ValueError(f"{name} has features of one layer only; got {layer=}; leave it out")
     with _undisturbed(pretrained):
-        read = pretrained or weights is not None
-        tensors = load_weights(file, path=weights) if read else None
+        shipped = row.backbone_file
+        own: Mapping[str, Tensor] | str | Path | None = weights
+        if own is None and pretrained and shipped is not None:
+            own = load_weights(shipped)
         backbone: Backbone
-        if row.kind == "clip":
-            backbone = ClipBackbone(architecture, weights=tensors)
-        elif row.kind == "maskclip":
-            backbone = MaskClipBackbone(architecture, weights=tensors)
-        else:
+        if row.kind == "timm":
             backbone = TimmBackbone(
                 architecture,
-                weights=tensors,
+                pretrained=pretrained,
+                weights=own,
                 layer=layer,
                 stride=row.patch_size if layer is None else None,
+                backbone_kwargs=backbone_kwargs,
+            )
+        else:
+            kind = ClipBackbone if row.kind == "clip" else MaskClipBackbone
+            backbone = kind(
+                architecture, pretrained=pretrained, weights=own, backbone_kwargs=backbone_kwargs
             )
     return backbone.eval()
 
@@ -481,15 +500,15 @@ def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | P
     return weights if upsampler is None else upsampler
 
 
-def _card_with_backbone(name: str) -> tuple[ModelCard, str, WeightFile]:
-    """Returns a card, and what its backbone is called and loaded from."""
+def _card_with_backbone(name: str) -> tuple[ModelCard, str]:
+    """Returns a card, and what its backbone is called in timm."""
     row = find_card(name)
-    if row.backbone is None or row.backbone_file is None:
+    if row.backbone is None:
         raise ValueError(
             f"a model with a backbone is needed; got {name!r}, an upsampler alone; "
             "call load_upsampler(), or name another model"
         )
-    return row, row.backbone, row.backbone_file
+    return row, row.backbone
 
 
 def _read_upsampler(

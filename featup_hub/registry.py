@@ -1,21 +1,20 @@
 """The one table of models: what looks at the image, which files it needs, whose they are.
 
-Data only; nothing here imports torch or touches the network. Weights on the Hugging Face Hub
-are named as timm names them (``timm.get_pretrained_cfg``; a test compares the two). The digests
-and revisions of those files are None throughout, because the table was written without access
-to the Hub: they are not checked against anything until somebody who has downloaded them fills
-them in here. Files shipped in ``weights/`` have their digests.
+Data only; nothing here imports torch or touches the network. A backbone's weights are those that
+timm names for it, and timm loads them. Files shipped in ``weights/`` have their digests here.
+timm's files on the Hugging Face Hub have none: their newest version is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 __all__ = [
+    "ALIASES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "JBU_UNIVERSAL",
@@ -34,27 +33,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """A file of weights: where it is and whose it is.
+    """A file of weights that is shipped with the package.
 
     Attributes:
         name: What the file holds, for messages.
-        filename: Its name in the folder of shipped weights or in the Hub repository.
-        sha256: Digest in hexadecimal; None where nobody has seen the file yet.
-        repo_id: Hugging Face Hub repository; None for a file that is only shipped.
-        revision: Commit of that repository; None takes the newest.
+        filename: Its name in the folder of shipped weights.
+        sha256: Digest in hexadecimal.
         licence: Licence of the weights.
         data: What they were trained on.
-        note: What a user must know before relying on them.
     """
 
     name: str
     filename: str
-    sha256: str | None = None
-    repo_id: str | None = None
-    revision: str | None = None
+    sha256: str
     licence: str
     data: str
-    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +56,22 @@ class ModelCard:
 
     Attributes:
         name: The name given to ``featup_hub.load`` and ``torch.hub.load``.
-        backbone: Name of the architecture in timm; None for an upsampler alone.
+        backbone: Name of the architecture and its weights in timm; None for an upsampler alone.
         kind: Which features of that architecture: timm's own, or CLIP's in the space of its
             text embeddings ("clip": through the last block, "maskclip": its values only).
-        feat_dim: Channels of the features; None where any number will do, or timm knows.
-        patch_size: Stride of the source in pixels; None where any will do, or timm knows.
+        feat_dim: Channels of the features; None where any number fits, or timm knows.
+        patch_size: Stride of the source in pixels; None where any fits, or timm knows.
         image_size: Side in pixels to which an image is resized unless the user says otherwise.
         mean: Normalisation of images, per channel. The same for every model: the upsampler
             reads colours, and backbones convert to what they were trained with.
         std: Divisor of the same normalisation.
-        backbone_file: Weights of the backbone.
+        licence: Licence of the weights: the backbone's, or the upsampler's where it is alone.
+        data: What these weights were trained on.
+        note: What a user must know before using them.
+        backbone_file: Weights of the backbone, where they are shipped; timm knows all others.
         upsampler_file: Weights of the upsampler.
-        scores: Measured figures, percent, by metric; those of ``weights/jbu_universal.md``, where
-            protocol, intervals and what they compare with stand.
+        scores: Measured figures, percent, by metric. ``weights/jbu_universal.md`` has the
+            protocol, the intervals and what they are compared with.
     """
 
     name: str
@@ -86,19 +82,12 @@ class ModelCard:
     image_size: int = 224
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    backbone_file: WeightFile | None
+    licence: str
+    data: str
+    note: str = ""
+    backbone_file: WeightFile | None = None
     upsampler_file: WeightFile
     scores: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-
-    @property
-    def licence(self) -> str:
-        """Licence of the weights: the backbone's, or the upsampler's where it is alone."""
-        return (self.backbone_file or self.upsampler_file).licence
-
-    @property
-    def data(self) -> str:
-        """What the backbone (or the upsampler, where it is alone) was trained on."""
-        return (self.backbone_file or self.upsampler_file).data
 
 
 JBU_UNIVERSAL = WeightFile(
@@ -146,7 +135,7 @@ def card(name: str) -> ModelCard:
     """Returns a row of the table.
 
     Args:
-        name: A model's name.
+        name: A model's name, or the name that Meta gives it.
 
     Returns:
         Its card.
@@ -158,9 +147,11 @@ def card(name: str) -> ModelCard:
         >>> card("dinov2").backbone
         'vit_small_patch14_dinov2.lvd142m'
     """
+    name = ALIASES.get(name, name)
     if name in MODELS:
         return MODELS[name]
-    near = get_close_matches(name, MODELS, n=3, cutoff=0.5)
+    known = {each.lower(): each for each in (*MODELS, *ALIASES)}
+    near = [known[each] for each in get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is similar."
     raise ValueError(
         f"a model must be one of the names below; got {name!r}; {hint}\n"
@@ -169,142 +160,107 @@ def card(name: str) -> ModelCard:
     )
 
 
-def _timm(
-    name: str,
-    backbone: str,
-    feat_dim: int,
-    patch_size: int,
-    licence: str,
-    data: str,
-    *,
-    kind: Literal["timm", "clip", "maskclip"] = "timm",
-    repo_id: str | None = None,
-    image_size: int = 224,
-    note: str = "",
-) -> ModelCard:
-    """A row whose backbone is timm's, with timm's weights on the Hub."""
-    return ModelCard(
-        name=name,
-        backbone=backbone,
-        kind=kind,
-        feat_dim=feat_dim,
-        patch_size=patch_size,
-        image_size=image_size,
-        backbone_file=WeightFile(
-            name=backbone,
-            filename="model.safetensors",
-            repo_id=repo_id or f"timm/{backbone}",
-            licence=licence,
-            data=data,
-            note=note,
-        ),
-        upsampler_file=JBU_UNIVERSAL,
-    )
+class _Row(NamedTuple):
+    """A row whose backbone is timm's, with timm's weights."""
+
+    name: str
+    backbone: str
+    feat_dim: int
+    patch_size: int
+    licence: str = "Apache-2.0"
+    data: str = "ImageNet-1k"
+    kind: Literal["timm", "clip", "maskclip"] = "timm"
+    image_size: int = 224
+    note: str = ""
 
 
-def _lite(name: str, feat_dim: int, patch_size: int, scores: Mapping[str, float]) -> ModelCard:
-    """A row whose backbone is shipped."""
-    return ModelCard(
-        name=name,
-        backbone="tf_efficientnet_lite0.in1k",
-        feat_dim=feat_dim,
-        patch_size=patch_size,
-        backbone_file=EFFICIENTNET_LITE0,
-        upsampler_file=JBU_UNIVERSAL,
-        scores=MappingProxyType(scores),
-    )
-
-
-_APACHE = "Apache-2.0"
-_IN1K = "ImageNet-1k"
-_LVD = "LVD-142M"
-_LVD3 = "LVD-1689M"
-_DINOV3 = "DINOv3 License"
-_DINOV3_NOTE = "The DINOv3 License is not an open-source licence; read it before use."
 _CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
-_CLIP_REPO = "timm/vit_base_patch16_clip_224.openai"
-_CLIP_DATA = "OpenAI's 400M image-text pairs (WIT)"
+_WIT = "OpenAI's 400M image-text pairs (WIT)"
+_LVD = "LVD-142M"
+_DINOV3: Mapping[str, Any] = {
+    "licence": "DINOv3 License",
+    "data": "LVD-1689M",
+    "image_size": 256,
+    "note": "The DINOv3 License is not an open-source licence; read it before use.",
+}
 
-_ROWS = [
-    _lite(
-        "efficientnet_lite0",
-        112,
+_TIMM = [
+    # The names of FeatUp's own torch.hub entry points.
+    _Row(
+        "vit",
+        "vit_small_patch16_224.augreg_in21k_ft_in1k",
+        384,
         16,
+        data="ImageNet-21k, then ImageNet-1k",
+    ),
+    _Row("dino16", "vit_small_patch16_224.dino", 384, 16),
+    _Row("dinov2", "vit_small_patch14_dinov2.lvd142m", 384, 14, data=_LVD),
+    _Row("clip", _CLIP, 512, 16, data=_WIT, kind="clip"),
+    _Row("maskclip", _CLIP, 512, 16, data=_WIT, kind="maskclip"),
+    _Row("resnet50", "resnet50.tv_in1k", 2048, 32, licence="BSD-3-Clause"),
+    # The rest of the families, named as their authors name them.
+    _Row("dinov2_vitb14", "vit_base_patch14_dinov2.lvd142m", 768, 14, data=_LVD),
+    _Row("dinov2_vitl14", "vit_large_patch14_dinov2.lvd142m", 1024, 14, data=_LVD),
+    _Row("dinov2_vitg14", "vit_giant_patch14_dinov2.lvd142m", 1536, 14, data=_LVD),
+    _Row("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2.lvd142m", 384, 14, data=_LVD),
+    _Row("dinov2_vitb14_reg", "vit_base_patch14_reg4_dinov2.lvd142m", 768, 14, data=_LVD),
+    _Row("dinov2_vitl14_reg", "vit_large_patch14_reg4_dinov2.lvd142m", 1024, 14, data=_LVD),
+    _Row("dinov2_vitg14_reg", "vit_giant_patch14_reg4_dinov2.lvd142m", 1536, 14, data=_LVD),
+    _Row("dinov3_vits16", "vit_small_patch16_dinov3.lvd1689m", 384, 16, **_DINOV3),
+    _Row("dinov3_vitb16", "vit_base_patch16_dinov3.lvd1689m", 768, 16, **_DINOV3),
+    _Row(
+        "siglip2_vitb16",
+        "vit_base_patch16_siglip_256.v2_webli",
+        768,
+        16,
+        data="WebLI",
+        image_size=256,
+    ),
+]
+
+_LITE0 = ModelCard(
+    name="efficientnet_lite0",
+    backbone="tf_efficientnet_lite0.in1k",
+    feat_dim=112,
+    patch_size=16,
+    licence=EFFICIENTNET_LITE0.licence,
+    data=EFFICIENTNET_LITE0.data,
+    backbone_file=EFFICIENTNET_LITE0,
+    upsampler_file=JBU_UNIVERSAL,
+    scores=MappingProxyType(
         {
             "frozen probe, camvid/val, strip accuracy": 58.38,
             "frozen probe, camvid/val, mIoU": 46.81,
             "frozen probe, nyu/val, strip accuracy": 35.45,
             "frozen probe, nyu/val, mIoU": 10.34,
-        },
+        }
     ),
-    _lite(
-        "efficientnet_lite0_stride32",
-        320,
-        32,
-        {
-            "frozen probe, camvid/val, strip accuracy": 55.68,
-            "frozen probe, camvid/val, mIoU": 49.31,
-            "frozen probe, nyu/val, strip accuracy": 44.30,
-            "frozen probe, nyu/val, mIoU": 25.22,
-        },
+)
+
+_ROWS = [
+    _LITE0,
+    replace(
+        _LITE0,
+        name="efficientnet_lite0_stride32",
+        feat_dim=320,
+        patch_size=32,
+        scores=MappingProxyType(
+            {
+                "frozen probe, camvid/val, strip accuracy": 55.68,
+                "frozen probe, camvid/val, mIoU": 49.31,
+                "frozen probe, nyu/val, strip accuracy": 44.30,
+                "frozen probe, nyu/val, mIoU": 25.22,
+            }
+        ),
     ),
-    # The names of FeatUp's own torch.hub entry points.
-    _timm(
-        "vit",
-        "vit_small_patch16_224.augreg_in21k_ft_in1k",
-        384,
-        16,
-        _APACHE,
-        "ImageNet-21k, then ImageNet-1k",
-    ),
-    _timm("dino16", "vit_small_patch16_224.dino", 384, 16, _APACHE, _IN1K),
-    _timm("dinov2", "vit_small_patch14_dinov2.lvd142m", 384, 14, _APACHE, _LVD),
-    _timm("clip", _CLIP, 512, 16, _APACHE, _CLIP_DATA, kind="clip", repo_id=_CLIP_REPO),
-    _timm("maskclip", _CLIP, 512, 16, _APACHE, _CLIP_DATA, kind="maskclip", repo_id=_CLIP_REPO),
-    _timm("resnet50", "resnet50.tv_in1k", 2048, 32, "BSD-3-Clause", _IN1K),
-    # The rest of the families, named as their authors name them.
-    _timm("dinov2_vitb14", "vit_base_patch14_dinov2.lvd142m", 768, 14, _APACHE, _LVD),
-    _timm("dinov2_vitl14", "vit_large_patch14_dinov2.lvd142m", 1024, 14, _APACHE, _LVD),
-    _timm("dinov2_vitg14", "vit_giant_patch14_dinov2.lvd142m", 1536, 14, _APACHE, _LVD),
-    _timm("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2.lvd142m", 384, 14, _APACHE, _LVD),
-    _timm("dinov2_vitb14_reg", "vit_base_patch14_reg4_dinov2.lvd142m", 768, 14, _APACHE, _LVD),
-    _timm("dinov2_vitl14_reg", "vit_large_patch14_reg4_dinov2.lvd142m", 1024, 14, _APACHE, _LVD),
-    _timm("dinov2_vitg14_reg", "vit_giant_patch14_reg4_dinov2.lvd142m", 1536, 14, _APACHE, _LVD),
-    _timm(
-        "dinov3_vits16",
-        "vit_small_patch16_dinov3.lvd1689m",
-        384,
-        16,
-        _DINOV3,
-        _LVD3,
-        image_size=256,
-        note=_DINOV3_NOTE,
-    ),
-    _timm(
-        "dinov3_vitb16",
-        "vit_base_patch16_dinov3.lvd1689m",
-        768,
-        16,
-        _DINOV3,
-        _LVD3,
-        image_size=256,
-        note=_DINOV3_NOTE,
-    ),
-    _timm(
-        "siglip2_vitb16",
-        "vit_base_patch16_siglip_256.v2_webli",
-        768,
-        16,
-        _APACHE,
-        "WebLI",
-        image_size=256,
-    ),
+    *(ModelCard(**row._asdict(), upsampler_file=JBU_UNIVERSAL) for row in _TIMM),
     ModelCard(
         name="jbu",
         backbone=None,
         feat_dim=None,
         patch_size=None,
-        backbone_file=None,
+        licence=JBU_UNIVERSAL.licence,
+        data=JBU_UNIVERSAL.data,
         upsampler_file=JBU_UNIVERSAL,
         scores=MappingProxyType(
             {
@@ -318,3 +274,22 @@ _ROWS = [
 ]
 
 MODELS: dict[str, ModelCard] = {row.name: row for row in _ROWS}
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "dino_vits16": "dino16",
+        "dino_vits8": "timm/vit_small_patch8_224.dino",
+        "dino_vitb16": "timm/vit_base_patch16_224.dino",
+        "dino_vitb8": "timm/vit_base_patch8_224.dino",
+        "dinov2_vits14": "dinov2",
+        "dinov3_vits16plus": "timm/vit_small_plus_patch16_dinov3.lvd1689m",
+        "dinov3_vitl16": "timm/vit_large_patch16_dinov3.lvd1689m",
+        "dinov3_vith16plus": "timm/vit_huge_plus_patch16_dinov3.lvd1689m",
+        "dinov3_vit7b16": "timm/vit_7b_patch16_dinov3.lvd1689m",
+        "dinov3_convnext_tiny": "timm/convnext_tiny.dinov3_lvd1689m",
+        "dinov3_convnext_small": "timm/convnext_small.dinov3_lvd1689m",
+        "dinov3_convnext_base": "timm/convnext_base.dinov3_lvd1689m",
+        "dinov3_convnext_large": "timm/convnext_large.dinov3_lvd1689m",
+    }
+)
+"""Names of Meta's own ``torch.hub`` entry points, and what they are called here or in timm."""

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub in a thread: resolves files, takes commits, and fails in every known way."""
+"""A Hugging Face Hub in a thread: it resolves files, takes commits, and can fail."""
 
 from __future__ import annotations
 
@@ -18,21 +18,10 @@ __all__ = ["Fault", "LocalHub", "serving"]
 
 Fault = Literal[
     "500",  # answers every request so
-    "500 twice",  # then works
     "drop",  # closes the connection without an answer
-    "hang",  # answers after a minute
-    "half",  # always sends half a file and closes, whatever range is asked for
-    "half once",  # then works
-    "stall",  # sends half a file and then nothing, and nothing more to whoever comes back
-    "slow",  # sends the file, a little at a time
-    "flip",  # sends the file with one bit changed
-    "endless",  # announces no length and never stops
-    "html body",  # announces the file and sends a login page
     "html",  # a captive portal: a page for every request
-    "no size",  # does not announce a size
-    "evil etag",  # names that lead out of the cache
-    "evil commit",
-    "redirect",  # to itself, for ever
+    "html body",  # announces the file and sends a login page
+    "no size",  # a proxy that drops the size from the answer to HEAD
 ]
 PAGE = b"<!DOCTYPE html><html><body>Please log in.</body></html>"
 
@@ -53,7 +42,6 @@ class LocalHub(ThreadingHTTPServer):
         self.files: dict[str, dict[str, bytes]] = {}
         self.fault: Fault | None = None
         self.requests: list[str] = []
-        self.stopping = threading.Event()
 
     @property
     def endpoint(self) -> str:
@@ -129,40 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, content: bytes, commit: str) -> None:
         fault = self.server.fault
         etag = hashlib.sha256(content).hexdigest()
-        headers = {
-            "X-Repo-Commit": "../../../evil" if fault == "evil commit" else commit,
-            "ETag": '"../../../evil"' if fault == "evil etag" else f'"{etag}"',
-            "Accept-Ranges": "bytes",
-        }
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if self.command == "HEAD":
             size = {} if fault == "no size" else {"Content-Length": str(len(content))}
             self._plain(200, {**headers, **size})
-        elif fault == "half" or (fault == "half once" and self._first()):
-            self._plain(200, {**headers, "Content-Length": str(len(content))})
-            self.wfile.write(content[: len(content) // 2])
-            self.close_connection = True
-        elif fault == "stall":
-            self._plain(200, {**headers, "Content-Length": str(len(content))})
-            if "Range" not in self.headers:
-                self.wfile.write(content[: len(content) // 2])
-            self.server.stopping.wait(60)
-            self.close_connection = True
-        elif fault == "slow":
-            self._plain(200, {**headers, "Content-Length": str(len(content))})
-            for start in range(0, len(content), 500):
-                self.wfile.write(content[start : start + 500])
-                self.wfile.flush()
-                self.server.stopping.wait(0.02)
-        elif fault == "endless":
-            self._plain(200, {**headers, "Connection": "close"})
-            while not self.server.stopping.is_set():
-                self.wfile.write(content)
         else:
-            if fault == "flip":
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            if fault == "html body":
-                content = PAGE
-            self._partial(content, headers)
+            self._partial(PAGE if fault == "html body" else content, headers)
 
     def _partial(self, content: bytes, headers: dict[str, str]) -> None:
         status = 200
@@ -176,25 +136,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _failed_at_once(self) -> bool:
         """Answers, if the fault is of a kind that no file is needed for."""
         fault = self.server.fault
-        if fault == "500" or (fault == "500 twice" and len(self.server.requests) <= 2):
+        if fault == "500":
             self._plain(500, {"Content-Length": "0"})
         elif fault == "drop":
-            self.close_connection = True
-        elif fault == "hang":
-            self.server.stopping.wait(60)
             self.close_connection = True
         elif fault == "html":
             self._plain(200, {"Content-Type": "text/html", "Content-Length": str(len(PAGE))})
             if self.command == "GET":
                 self.wfile.write(PAGE)
-        elif fault == "redirect":
-            self._plain(302, {"Location": self.path, "Content-Length": "0"})
         else:
             return False
         return True
-
-    def _first(self) -> bool:
-        return self.server.downloads() == 1
 
     def _body(self) -> bytes:
         if length := self.headers.get("Content-Length"):
@@ -229,7 +181,6 @@ def serving() -> Iterator[LocalHub]:
     try:
         yield hub
     finally:
-        hub.stopping.set()
         hub.shutdown()
         hub.server_close()
         thread.join()

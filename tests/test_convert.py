@@ -162,7 +162,7 @@ def test_a_compressed_archive_is_refused_before_it_unfolds(tmp_path):
         (b"", "got an empty file"),
         (b"<html>login</html>", "got a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "got a Git LFS pointer"),
-        (b"\x10\0\0\0\0\0\0\0{}              ", "got no zip file, as torch.save makes them"),
+        (b"\x10\0\0\0\0\0\0\0{}              ", "got no file of torch.save"),
         (b"hello", "must be a checkpoint"),
     ],
 )

@@ -7,8 +7,9 @@ import timm
 import torch
 
 from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone, TimmBackbone
-from featup_hub.model import list_models
+from featup_hub.model import find_card, list_models
 from featup_hub.registry import (
+    ALIASES,
     EFFICIENTNET_LITE0,
     JBU_UNIVERSAL,
     MODELS,
@@ -39,14 +40,23 @@ def test_a_card_tells_the_dimensions_of_its_backbone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_BACKBONE if "lite0" not in n])
-def test_files_on_the_hub_and_licences_are_those_timm_names(name: str) -> None:
+def test_timm_knows_the_weights_of_a_backbone_and_their_licence(name: str) -> None:
     row = card(name)
     assert row.backbone is not None
-    assert row.backbone_file is not None
     config = timm.get_pretrained_cfg(row.backbone)
-    assert row.backbone_file.repo_id == config.hf_hub_id
-    assert row.backbone_file.filename == (config.hf_hub_filename or "model.safetensors")
+    assert config.hf_hub_id
     assert row.licence.lower().replace(" ", "-") == config.license
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_metas_names_are_known_models(name: str) -> None:
+    row = find_card(name)
+    assert row.backbone is not None
+    assert timm.get_pretrained_cfg(row.backbone).hf_hub_id
+    size = {"s": "small", "b": "base", "l": "large", "h": "huge", "7": "7b"}
+    assert name.endswith(("tiny", "small", "base", "large")) or (
+        f"_{size[name.split('_vit')[1][0]]}_" in row.backbone
+    )
 
 
 def test_shipped_upsamplers_are_found_by_their_former_names_too() -> None:
@@ -87,21 +97,20 @@ def test_names_are_unique_and_their_own() -> None:
 
 def test_the_upsampler_alone_is_a_row_without_a_backbone() -> None:
     row = card("jbu")
-    assert (row.backbone, row.backbone_file, row.feat_dim) == (None, None, None)
+    assert (row.backbone, row.feat_dim) == (None, None)
     assert row.licence == row.upsampler_file.licence
-    assert row.data == row.upsampler_file.data
 
 
 @pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vitb16"])
 def test_the_licence_of_dinov3_is_not_passed_off_as_open_source(name: str) -> None:
     row = card(name)
     assert row.licence == "DINOv3 License"
-    assert row.backbone_file is not None
-    assert "not an open-source licence" in row.backbone_file.note
+    assert "not an open-source licence" in row.note
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("dinov22", "dinov2"), ("maskclp", "maskclip"), ("resnet", "resnet50")]
+    ("typed", "meant"),
+    [("dinov22", "dinov2"), ("MaskCLP", "maskclip"), ("ResNet", "resnet50"), ("DINOv2", "dinov2")],
 )
 def test_an_unknown_name_brings_the_nearest(typed: str, meant: str) -> None:
     with pytest.raises(ValueError, match=rf"got '{typed}'; did you mean .*'{meant}'"):

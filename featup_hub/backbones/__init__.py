@@ -4,7 +4,8 @@ from featup_hub.backbones.clip import ClipBackbone, MaskClipBackbone
 from featup_hub.backbones.contract import Backbone, ChannelNorm
 from featup_hub.backbones.module import ModuleBackbone
 from featup_hub.backbones.stitch import ShiftAndStitch
-from featup_hub.backbones.timm import TimmBackbone, is_timm_model, timm_card
+from featup_hub.backbones.timm import TimmBackbone, timm_card
+from featup_hub.backbones.timm_network import cached_file, create, is_timm_model
 
 __all__ = [
     "Backbone",
@@ -14,6 +15,8 @@ __all__ = [
     "ModuleBackbone",
     "ShiftAndStitch",
     "TimmBackbone",
+    "cached_file",
+    "create",
     "is_timm_model",
     "timm_card",
 ]

@@ -8,12 +8,14 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones.contract import Backbone
-from featup_hub.backbones.timm import create
+from featup_hub.backbones.timm_network import create
 
 __all__ = ["ClipBackbone", "MaskClipBackbone"]
 
@@ -24,15 +26,28 @@ class ClipBackbone(Backbone):
     Args:
         name: A CLIP image tower of timm's. OpenAI's weights belong to the names with
             ``quickgelu``, whose activation is the one they were trained with.
-        weights: What the file of that name on the Hub holds; None draws random weights.
+        pretrained: Whether timm loads the weights of that name; otherwise they are random.
+        weights: Weights of your own instead: a file, or tensors by name.
+        backbone_kwargs: Arguments for ``timm.create_model``.
 
     Raises:
         ValueError: If timm has no such network, it has no projection, or the weights do not fit.
+        RuntimeError: If timm has no weights of that name, or they cannot be downloaded.
     """
 
-    def __init__(self, name: str, *, weights: Mapping[str, Tensor] | None = None) -> None:
-        model, _ = create(name, weights)
-        if not isinstance(getattr(model, "head", None), nn.Linear) or not hasattr(model, "blocks"):
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        weights: Mapping[str, Tensor] | str | Path | None = None,
+        backbone_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        model = create(
+            name, pretrained=pretrained, weights=weights, backbone_kwargs=backbone_kwargs
+        )
+        pooled = getattr(model, "attn_pool", None) is not None  # its tokens are not projected
+        if not isinstance(getattr(model, "head", None), nn.Linear) or pooled or not _values(model):
             raise ValueError(
                 f"a CLIP image tower must have transformer blocks and a projection; timm's {name} "
                 "lacks one; use TimmBackbone"
@@ -52,7 +67,8 @@ class ClipBackbone(Backbone):
 
     def _project(self, tokens: Tensor) -> Tensor:
         """Norm and projection into the space of the text embeddings, (B, h, w, D) -> NCHW."""
-        return self.model.head(self.model.norm(tokens)).movedim(-1, 1)
+        closing = getattr(self.model, "fc_norm", None) or nn.Identity()
+        return self.model.head(closing(self.model.norm(tokens))).movedim(-1, 1)
 
 
 class MaskClipBackbone(ClipBackbone):
@@ -63,7 +79,9 @@ class MaskClipBackbone(ClipBackbone):
 
     Args:
         name: A CLIP image tower of timm's, see :class:`ClipBackbone`.
-        weights: What the file of that name on the Hub holds; None draws random weights.
+        pretrained: See there.
+        weights: See there.
+        backbone_kwargs: See there.
     """
 
     def features(self, image: Tensor) -> Tensor:
@@ -72,7 +90,19 @@ class MaskClipBackbone(ClipBackbone):
             image, indices=[-2], stop_early=True, intermediates_only=True
         )
         block = self.model.blocks[-1]
-        tokens = block.norm1(tokens.movedim(1, -1))
-        joint = block.attn.qkv  # the rows of the values are its last third
-        values = F.linear(tokens, joint.weight.chunk(3)[2], joint.bias.chunk(3)[2])
-        return self._project(block.attn.proj(values))
+        attention, tokens = block.attn, block.norm1(tokens.movedim(1, -1))
+        if attention.qkv is None:  # EVA may keep the three apart
+            values = attention.v_proj(tokens)
+        else:  # the rows of the values are the last third; EVA keeps their bias by itself
+            joint, bias = attention.qkv, getattr(attention, "v_bias", None)
+            bias = bias if joint.bias is None else joint.bias.chunk(3)[2]
+            values = F.linear(tokens, joint.weight.chunk(3)[2], bias)
+        inner = getattr(attention, "norm", None) or nn.Identity()
+        return self._project(attention.proj(inner(values)))
+
+
+def _values(model: nn.Module) -> bool:
+    """Tells whether the last of a network's blocks has an attention with values."""
+    blocks = getattr(model, "blocks", None)
+    attention = getattr(blocks[-1], "attn", None) if blocks else None
+    return getattr(attention, "qkv", None) is not None or hasattr(attention, "v_proj")

@@ -3,11 +3,13 @@
 A backbone takes a normalised image and returns its source, one vector per patch. Two rules hold
 for every one of them, so that a source always covers its image edge to edge:
 
-* the image may have any size; where a side is no multiple of ``patch_size`` the image is first
-  resized up to the next multiple, so the source has ceil(H/p)×ceil(W/p) positions;
-* the image is normalised with ImageNet's mean and deviation, as upstream does everywhere; a
+* the image may have any size. Where a side is no multiple of ``patch_size``, the image is first
+  resized up to the next multiple, so the source has ceil(H/p)×ceil(W/p) positions. A network that
+  takes one size only sees the image resized to it; its source then has one size, too;
+* the image is normalised with ImageNet's mean and deviation, as upstream does everywhere. A
   network trained with another normalisation sees the image converted to its own. The upsampler
-  reads colours and needs them alike behind every backbone.
+  reads colours and needs them alike behind every backbone. Images with other bands than RGB are
+  passed on as they are.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ class Backbone(nn.Module):
         patch_size: Stride of the features in pixels.
         mean: Normalisation the network was trained with, per channel.
         std: Divisor of the same normalisation.
+        in_chans: Bands of the images; 3 are RGB.
+        fixed_size: Height and width of the only images the network takes; None where it takes
+            any multiple of ``patch_size``.
 
     Attributes:
-        mean: Normalisation of the images given to :meth:`forward`, ImageNet's for every backbone.
+        mean: Normalisation of RGB images given to :meth:`forward`, ImageNet's for every backbone.
         std: Divisor of the same normalisation.
     """
 
@@ -47,43 +52,56 @@ class Backbone(nn.Module):
         patch_size: int,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        in_chans: int = 3,
+        fixed_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.feat_dim = feat_dim
         self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.fixed_size = fixed_size
         self._native = (tuple(mean), tuple(std))
 
     def forward(self, image: Tensor) -> Tensor:
         """Returns the source of an image.
 
         Args:
-            image: Normalised RGB of any size, (B, 3, H, W).
+            image: Normalised RGB of any size, (B, 3, H, W), or (B, in_chans, H, W).
 
         Returns:
-            Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size.
+            Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size; of one size where
+            ``fixed_size`` is set.
 
         Raises:
-            ValueError: If ``image`` is not (B, 3, H, W).
+            ValueError: If ``image`` has another shape.
             TypeError: If its values are integers.
         """
-        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
-            raise ValueError(f"an image must be RGB, (B, 3, H, W); got {tuple(image.shape)}")
+        if image.dim() != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
+            needed = "be RGB" if self.in_chans == 3 else f"have {self.in_chans} bands"
+            raise ValueError(
+                f"an image must {needed}, (B, {self.in_chans}, H, W); got {tuple(image.shape)}"
+            )
         if not image.is_floating_point():
             raise TypeError(
                 f"an image must be normalised floating-point RGB; got {image.dtype}; "
                 "divide by 255, subtract model.mean and divide by model.std"
             )
-        patch = self.patch_size
-        height, width = (-(-side // patch) * patch for side in image.shape[-2:])
-        if (height, width) != tuple(image.shape[-2:]):
-            image = F.interpolate(image, (height, width), mode="bicubic", align_corners=False)
+        old, patch = image.shape[-2:], self.patch_size
+        new = self.fixed_size or (-(-old[0] // patch) * patch, -(-old[1] // patch) * patch)
+        if new != tuple(old):
+            # Only a network of one size sees images made smaller.
+            smaller = new[0] < old[0] or new[1] < old[1]
+            image = F.interpolate(
+                image, new, mode="bicubic", align_corners=False, antialias=smaller
+            )
         return self.features(self._to_native(image))
 
     def features(self, image: Tensor) -> Tensor:
         """Computes the features of an image that fits the network.
 
         Args:
-            image: Normalised as the network was trained, sides multiples of ``patch_size``.
+            image: Normalised as the network was trained; its sides are multiples of
+                ``patch_size``, or ``fixed_size``.
 
         Returns:
             Features, (B, C, H/p, W/p).
@@ -92,7 +110,7 @@ class Backbone(nn.Module):
 
     def _to_native(self, image: Tensor) -> Tensor:
         """Converts ImageNet's normalisation to the network's own."""
-        if self._native == (self.mean, self.std):
+        if self.in_chans != 3 or self._native == (self.mean, self.std):
             return image
         (mean, std), like = self._native, image.new_tensor
         scale = like([s / n for s, n in zip(self.std, std, strict=True)])

@@ -40,7 +40,8 @@ class ShiftAndStitch(Backbone):
         looks_per_side: k.
 
     Raises:
-        ValueError: If the stride is no multiple of ``looks_per_side``.
+        ValueError: If the stride is no multiple of ``looks_per_side``, or the backbone takes
+            images of one size only.
 
     Example:
         >>> import torch
@@ -63,8 +64,15 @@ class ShiftAndStitch(Backbone):
             )
         if looks_at_once < 1:
             raise ValueError(f"looks_at_once must be at least 1; got {looks_at_once}")
+        if backbone.fixed_size is not None:
+            raise ValueError(
+                f"shifted looks need a backbone that takes any size of image; this one sees every "
+                f"image at {backbone.fixed_size}; use it without looks"
+            )
         super().__init__(
-            feat_dim=backbone.feat_dim, patch_size=backbone.patch_size // looks_per_side
+            feat_dim=backbone.feat_dim,
+            patch_size=backbone.patch_size // looks_per_side,
+            in_chans=backbone.in_chans,
         )
         self.backbone = backbone
         self.looks_per_side = looks_per_side

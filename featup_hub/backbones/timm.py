@@ -1,22 +1,27 @@
 """Any network of timm that offers ``forward_intermediates``: ViTs, CNNs and what lies between.
 
+timm finds, downloads and converts its own weights. ``docs/families.md`` says what each family of
+networks takes.
+
 Source: the timm library (Apache-2.0), 1.0.9 or newer; DINOv3 and SigLIP 2 need newer ones.
 """
 
 from __future__ import annotations
 
-import re
+from bisect import bisect_left
 from collections.abc import Mapping
-from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from featup_hub.backbones.contract import Backbone
-from featup_hub.registry import JBU_UNIVERSAL, ModelCard, WeightFile
-from featup_hub.weights.files import listed
+from featup_hub.backbones.timm_network import build, create, find_config
+from featup_hub.registry import JBU_UNIVERSAL, ModelCard
 
-__all__ = ["TimmBackbone", "create", "is_timm_model", "timm_card"]
+__all__ = ["TimmBackbone", "timm_card"]
 
 
 class TimmBackbone(Backbone):
@@ -27,11 +32,15 @@ class TimmBackbone(Backbone):
     closing norm where it has one that fits. What lies behind them is removed.
 
     Args:
-        name: A name of timm's, with or without a tag of weights.
-        weights: What the file of that name on the Hub holds; None draws random weights.
+        name: A name of timm's, with or without a tag of weights, or ``hf-hub:owner/name``.
+        pretrained: Whether timm loads the weights of that name; otherwise they are random.
+        weights: Weights of your own instead: a file, or tensors by name. They may be laid out as
+            timm's or as their authors' and have any number of classes, or none.
         layer: Index into the network's intermediate features: blocks of a ViT, stages of a CNN.
         stride: Takes the deepest features with this stride instead, in pixels.
         norm: Whether the closing norm is applied.
+        backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}`` or
+            ``{"in_chans": 13}``.
 
     Example:
         >>> import torch
@@ -42,65 +51,56 @@ class TimmBackbone(Backbone):
     Raises:
         ValueError: If timm has no such network, or the network no such layer or stride, or the
             weights do not fit.
+        RuntimeError: If timm has no weights of that name, or they cannot be downloaded.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        weights: Mapping[str, Tensor] | None = None,
+        pretrained: bool = False,
+        weights: Mapping[str, Tensor] | str | Path | None = None,
         layer: int | None = None,
         stride: int | None = None,
         norm: bool = True,
+        backbone_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        model, fixed_size = create(name, weights)
+        kwargs = dict(backbone_kwargs or {})
+        model = create(name, pretrained=pretrained, weights=weights, backbone_kwargs=kwargs)
         index, feat_dim, patch_size = _choose(name, model, layer, stride)
+        # Some networks without a closing norm refuse to be asked for one.
+        norm = norm and any("norm" in child for child, _ in model.named_children())
+        options = {"indices": [index], "norm": norm, "stop_early": True, "intermediates_only": True}
+        layout = _layout(name, model, kwargs, feat_dim, patch_size, options)
         super().__init__(
-            feat_dim=feat_dim,
+            feat_dim=layout.feat_dim,
             patch_size=patch_size,
             mean=model.pretrained_cfg["mean"],
             std=model.pretrained_cfg["std"],
+            in_chans=_in_chans(model, kwargs),
+            fixed_size=layout.fixed_size,
         )
         model.prune_intermediate_layers([index], prune_norm=not norm)
         self.name = name
         self.model = model
         self.layer = index
-        # Some networks without a closing norm refuse to be asked for one.
-        self.norm = norm and any("norm" in child for child, _ in model.named_children())
-        self.fixed_size = fixed_size
+        self.norm = norm
+        self._padding = layout.padding
 
     def features(self, image: Tensor) -> Tensor:
         """Computes the chosen intermediate features."""
-        size = tuple(image.shape[-2:])
-        try:
-            (features,) = self.model.forward_intermediates(
-                image,
-                indices=[self.layer],
-                norm=self.norm,
-                stop_early=True,
-                intermediates_only=True,
-            )
-        except (AssertionError, RuntimeError) as error:
-            if self.fixed_size in (None, size):
-                raise
-            # Not known beforehand: some networks that are said to have one size take others.
-            raise ValueError(
-                f"timm's {self.name} is made for images of {self.fixed_size} pixels; got {size}, "
-                f"and it failed ({error}); resize them or choose another network"
-            ) from error
+        if self._padding:
+            before, after = self._padding // 2, self._padding - self._padding // 2
+            image = F.pad(image, (before, after, before, after), mode="replicate")
+        (features,) = self.model.forward_intermediates(
+            image, indices=[self.layer], norm=self.norm, stop_early=True, intermediates_only=True
+        )
         if features.shape[1] != self.feat_dim:  # old versions of timm count some layers otherwise
             raise RuntimeError(
                 f"timm announces {self.feat_dim} channels in layer {self.layer} of {self.name}; "
                 f"got {features.shape[1]}; upgrade it: pip install --upgrade timm"
             )
         return features
-
-
-def is_timm_model(name: str) -> bool:
-    """Tells whether timm has a network of this name, with or without a tag of weights."""
-    import timm
-
-    return timm.is_model(name.split(".")[0])
 
 
 def timm_card(name: str) -> ModelCard:
@@ -110,98 +110,100 @@ def timm_card(name: str) -> ModelCard:
         name: A name of timm's; without a tag, timm's default weights.
 
     Returns:
-        A card with the deepest features and, where timm has weights, where they are.
+        A card with the deepest features.
 
     Raises:
         ValueError: If timm has no such network.
+        RuntimeError: If the config of a Hub repository cannot be downloaded.
     """
-    config = _config(name)
+    config = find_config(name)
     return ModelCard(
         name=f"timm/{name}",
         backbone=name,
         feat_dim=None,
         patch_size=None,
         image_size=config.input_size[-1],
-        backbone_file=WeightFile(
-            name=name,
-            filename=config.hf_hub_filename or "model.safetensors",
-            repo_id=config.hf_hub_id,
-            licence=config.license or "not stated by timm",
-            data="see its page on the Hugging Face Hub",
-        ),
+        licence=config.license or "not stated by timm",
+        data="see its page on the Hugging Face Hub",
         upsampler_file=JBU_UNIVERSAL,
     )
 
 
-def create(name: str, weights: Mapping[str, Tensor] | None) -> tuple[Any, tuple[int, int] | None]:
-    """Builds a network of timm, with weights loaded strictly if given.
+def _in_chans(model: Any, kwargs: Mapping[str, Any]) -> int:
+    return int(kwargs.get("in_chans") or model.pretrained_cfg["input_size"][0])
 
-    timm itself loads them, so its own conversions apply, such as resampled position embeddings.
 
-    Returns:
-        The network, and the image size it is made for, None where any will do.
+class _Layout(NamedTuple):
+    """How a network's features lie on its image.
+
+    Attributes:
+        feat_dim: Channels of the features.
+        fixed_size: The only size of image the network takes; None where it takes any.
+        padding: Pixels to add to an image's sides, in all, so that its features cover it.
     """
-    import timm
 
-    _config(name)
-    options: dict[str, Any] = {}
-    if weights is not None:
-        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
-    fixed_size = None
-    try:
+    feat_dim: int
+    fixed_size: tuple[int, int] | None = None
+    padding: int = 0
+
+
+def _layout(
+    name: str,
+    model: Any,
+    kwargs: Mapping[str, Any],
+    feat_dim: int,
+    patch: int,
+    options: Mapping[str, Any],
+) -> _Layout:
+    """Finds out how features lie on the image, by a twin of the network that has no memory."""
+    config = model.pretrained_cfg
+    dynamic = getattr(model, "dynamic_img_size", False) and not hasattr(model, "neck")
+    if dynamic or not (
+        config.get("fixed_input_size")
+        or config.get("min_input_size")
+        or any(map(_loses_edges, model.modules()))
+    ):
+        return _Layout(feat_dim)
+    in_chans, native = _in_chans(model, kwargs), kwargs.get("img_size", config["input_size"][1:])
+    native = (native, native) if isinstance(native, int) else (int(native[0]), int(native[1]))
+    with torch.device("meta"):
+        twin = build(name, kwargs).eval()
+
+    def shape(height: int, width: int) -> tuple[int, ...] | None:
+        """Returns (C, h, w) of the features, None where the network refuses the size."""
         try:
-            model: Any = timm.create_model(name, dynamic_img_size=True, **options)
-        except TypeError as error:
-            if "dynamic_img_size" not in str(error):
-                raise
-            model = timm.create_model(name, **options)
-            if model.pretrained_cfg.get("fixed_input_size"):
-                fixed_size = tuple(model.pretrained_cfg["input_size"][1:])
-    except (RuntimeError, KeyError) as error:
-        if weights is None:
-            raise
-        raise ValueError(
-            f"these weights are not those of timm's {name}: {_problems(error)}; "
-            "check that file and network belong together"
-        ) from error
-    model.pretrained_cfg.pop("state_dict", None)  # else timm's copy lives as long as the model
-    return model, fixed_size
+            with torch.device("meta"), torch.no_grad():
+                image = torch.empty(1, in_chans, height, width)
+                return tuple(twin.forward_intermediates(image, **options)[0].shape[1:])
+        except (AssertionError, RuntimeError, ValueError):
+            return None
 
-
-def _problems(error: Exception) -> str:
-    """Says what PyTorch found not to fit, without its lists of hundreds of names."""
-    text = str(error)
-    # From the text, for only timm knows which names and shapes its conversions end in.
-    missing, unknown = (
-        re.findall(r'"([^"]+)"', "".join(re.findall(rf"{which} key\(s\).*", text)))
-        for which in ("Missing", "Unexpected")
-    )
-    shapes = r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)"
-    differing = [f"{key} ({got}), needed ({due})" for key, got, due in re.findall(shapes, text)]
-    problems = {"missing": missing, "not known here": unknown, "of another shape": differing}
-    told = (f"{len(names)} {label}: {listed(names)}" for label, names in problems.items() if names)
-    return "; ".join(told) or text
-
-
-def _config(name: str) -> Any:
-    """Returns what timm knows of a name, refusing unknown ones."""
-    import timm
-
-    architecture = name.split(".")[0]
-    if not is_timm_model(name):
-        near = get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(
-            f"timm {timm.__version__} has no model {name!r}; "
-            + (f"did you mean {' or '.join(near)}? " if near else "")
-            + "newer versions may have it: pip install --upgrade timm"
+    probe = shape(5 * patch, 7 * patch)
+    if probe and probe[1:] == (5, 7):
+        return _Layout(probe[0])
+    if probe and probe[1] < 5 and probe[2] < 7:
+        # Convolutions without padding: the least that completes the grid also centres it.
+        padding = bisect_left(
+            range(4 * patch),
+            True,
+            key=lambda more: (shape(5 * patch + more, 7 * patch + more) or (0, 0, 0))[1] >= 5,
         )
-    try:
-        return timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        tagged = ", ".join(timm.list_pretrained(f"{architecture}.*"))
-        raise ValueError(
-            f"timm {timm.__version__} has no weights {name!r}; it has {tagged or 'none'}"
-        ) from None
+        if (shape(9 * patch + padding, 6 * patch + padding) or ())[1:] == (9, 6):
+            return _Layout(probe[0], padding=padding)
+    own = shape(*native)
+    return _Layout(own[0], fixed_size=native) if own else _Layout(feat_dim)
+
+
+def _loses_edges(module: nn.Module) -> bool:
+    """Tells whether a layer's outputs end before its image does."""
+    if type(module) not in (nn.Conv2d, nn.MaxPool2d):  # those of TensorFlow pad by themselves
+        return False
+    layer: Any = module
+    kernel, stride, padding = (
+        value if isinstance(value, int) else max(value)
+        for value in (layer.kernel_size, layer.stride, layer.padding)
+    )
+    return bool(kernel > stride and padding == 0)
 
 
 def _choose(name: str, model: Any, layer: int | None, stride: int | None) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featup_hub.cli.env import implementation_lines
 
 if TYPE_CHECKING:
-    from featup_hub.registry import ModelCard, WeightFile
+    from featup_hub.registry import ModelCard
 
 __all__ = ["add_parser"]
 
@@ -18,7 +18,6 @@ _PLACES = {
     "shipped": "came with this package",
     "cached": "in the Hugging Face cache",
     "Hub": "downloaded from the Hugging Face Hub at first use",
-    "missing": "neither here nor on the Hub",
 }
 
 
@@ -69,30 +68,24 @@ def _tell_implementations(*, as_json: bool) -> int:
 
 
 def _row(card: ModelCard) -> dict[str, Any]:
-    files = [file for file in (card.backbone_file, card.upsampler_file) if file is not None]
     return {
         "name": card.name,
         "backbone": card.backbone,
         "channels": card.feat_dim,
         "stride": card.patch_size,
         "image_size": card.image_size,
-        "weights": max(map(_place, files), key=list(_PLACES).index),
+        "weights": _place(card),
         "licence": card.licence,
         "data": card.data,
-        "note": files[0].note,
+        "note": card.note,
         "scores": dict(card.scores),
     }
 
 
-def _place(file: WeightFile) -> str:
-    """Says where a file would be taken from, without taking it."""
-    import huggingface_hub as hub
+def _place(card: ModelCard) -> str:
+    """Says where a model's weights would be taken from, without taking them."""
+    from featup_hub.backbones import cached_file
 
-    from featup_hub.weights import shipped_folder
-
-    if (shipped_folder() / file.filename).is_file():
+    if card.backbone is None or card.backbone_file is not None:
         return "shipped"
-    if file.repo_id is None:
-        return "missing"
-    found = hub.try_to_load_from_cache(file.repo_id, file.filename, revision=file.revision)
-    return "cached" if isinstance(found, str) else "Hub"
+    return "cached" if cached_file(card.backbone) else "Hub"

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featup_hub.backbones.timm import create
+from featup_hub.backbones import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset
@@ -109,9 +109,10 @@ def open_classifier(name: str) -> Classifier:
         ValueError: If the model does not classify by a linear layer of its averaged features.
     """
     row = find_card(name)
-    if row.backbone is None or row.backbone_file is None or row.kind != "timm":
+    if row.backbone is None or row.kind != "timm":
         raise _no_classifier(name)
-    network, _ = create(row.backbone, load(row.backbone_file))
+    shipped = None if row.backbone_file is None else load(row.backbone_file)
+    network = create(row.backbone, pretrained=True, weights=shipped)
     network.eval().requires_grad_(False)
     layer = network.get_classifier()
     if not isinstance(layer, nn.Linear):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from featup_hub.files import write_atomically
-from featup_hub.weights import cached_digest, download, load_into, read, write
+from featup_hub.weights import download, load_into, read, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,21 +88,19 @@ class Pretrained(nn.Module):
                     f"needed {CONFIG} and {WEIGHTS} in {folder}; got no {CONFIG}; "
                     "make the folder with save_pretrained"
                 )
-            sha256 = None
         else:
-            options: dict[str, Any] = {"token": token, "refresh": force_download}
+            options: dict[str, Any] = {"token": token, "force_download": force_download}
             config = download(str(source), CONFIG, revision=revision, **options)
             # The cache keeps a snapshot per commit: both files must come from one.
             commit = config.parent.name
             weights = download(str(source), WEIGHTS, revision=commit, **options)
-            sha256 = cached_digest(weights)
         arguments = _read_config(cls, config)
         try:
             with torch.device("meta"):
                 module = cls(**arguments)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{config} makes no {cls.__name__}: {error}; check the file") from None
-        load_into(module, read(weights, sha256=sha256), origin=weights)
+        load_into(module, read(weights), origin=weights)
         return module.eval()
 
     def save_pretrained(self, folder: str | Path, *, licence: str | None = None) -> None:

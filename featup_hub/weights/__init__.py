@@ -1,6 +1,7 @@
-"""Where weights come from: an explicit path, the shipped folder, the Hub's cache, the network.
+"""Where weights come from: a file of the user's, the folder of shipped files, the Hub.
 
-Files are safetensors, their digest is checked on every load, and they fit exactly or not at all.
+Shipped files are safetensors with a digest in the registry, which is checked on every load.
+timm's weights are loaded by timm, see :mod:`featup_hub.backbones`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ from pathlib import Path
 from torch import Tensor
 
 from featup_hub.registry import WeightFile, shipped_upsampler
+from featup_hub.weights.checkpoints import read_state
 from featup_hub.weights.files import digest, existing, load_into, metadata, read, write
-from featup_hub.weights.hub import cached_digest, check_name, download
+from featup_hub.weights.hub import download, explained
 from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream, split_norm
 
 __all__ = [
     "ConvertedCheckpoint",
-    "cached_digest",
     "convert",
     "convert_upstream",
     "digest",
     "download",
+    "explained",
     "load",
     "load_into",
     "metadata",
     "read",
+    "read_state",
     "resolve",
     "shipped_folder",
     "split_norm",
@@ -33,12 +36,12 @@ __all__ = [
 
 
 def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tensor]:
-    """Finds a model's file and reads it, its digest checked.
+    """Finds a shipped file and reads it, its digest checked, or reads a file in its place.
 
     Args:
         file: Row of the registry.
-        path: A file of the user's own to read in its place, to which the row's digest does not
-            apply; or the name of a shipped upsampler.
+        path: A safetensors file of the user's own to read instead, to which the row's digest
+            does not apply; or the name of a shipped upsampler.
 
     Returns:
         Tensors by name.
@@ -46,44 +49,38 @@ def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tenso
     Raises:
         FileNotFoundError: If ``path`` does not exist.
         ValueError: If the file is damaged or not the one the row names.
-        RuntimeError: If the file is nowhere to be had.
+        RuntimeError: If the shipped file is missing.
     """
     file, path = _named(file, path)
-    found = resolve(file, path=path)
-    if path is not None:
-        return read(found)
-    return read(found, sha256=file.sha256 or cached_digest(found))
+    return read(resolve(file, path=path), sha256=None if path is not None else file.sha256)
 
 
 def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
-    """Finds a model's file: explicit path, shipped folder, Hub cache, network; in this order.
+    """Finds a shipped file, or the one the user gives in its place.
 
     Args:
         file: Row of the registry.
-        path: A file of the user's own to take in its place, or the name of a shipped upsampler.
+        path: A file of the user's own to take instead, or the name of a shipped upsampler.
 
     Returns:
         An existing file.
 
     Raises:
         FileNotFoundError: If ``path`` does not exist.
-        ValueError: If ``path`` is a folder, or the row's file name leads out of its own.
-        RuntimeError: If the file is nowhere to be had.
+        ValueError: If ``path`` is a folder.
+        RuntimeError: If the shipped file is missing.
     """
     file, path = _named(file, path)
     if path is not None:
         return existing(path)
-    check_name("file", file.filename)
     shipped = shipped_folder() / file.filename
-    if file.repo_id is None or shipped.is_file():
-        if not shipped.is_file():
-            raise RuntimeError(
-                f"needed {file.filename} ({file.name}); it is not in the shipped folder "
-                f"{shipped.parent}, and no Hub repository is known for it; "
-                "give a file of your own, on the command line by --model NAME=FILE"
-            )
-        return shipped
-    return download(file.repo_id, file.filename, revision=file.revision, sha256=file.sha256)
+    if not shipped.is_file():
+        raise RuntimeError(
+            f"needed {file.filename} ({file.name}); it is not in the shipped folder "
+            f"{shipped.parent}; install the package again, or give a file of your own, "
+            "on the command line by --model NAME=FILE"
+        )
+    return shipped
 
 
 def _named(file: WeightFile, path: str | Path | None) -> tuple[WeightFile, str | Path | None]:

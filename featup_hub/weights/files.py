@@ -152,8 +152,8 @@ def existing(path: str | Path) -> Path:
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         raise ValueError(
-            f"weights must be a safetensors file; {path} is a folder; "
-            f"name the file, it holds {listed(inside) if inside else 'none'}"
+            f"weights must be a file; {path} is a folder; "
+            f"name the file, it holds {listed(inside) if inside else 'no safetensors'}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}; check the name")
@@ -173,22 +173,10 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _damaged(path: Path, needed: str, got: str) -> ValueError:
+    remedy = "check the name, or fetch it again"
     if "pickle" in got:
         remedy = "convert it with: featup-hub convert IN.ckpt OUT.safetensors"
-    elif _is_cached(path):
-        remedy = f"delete {path.resolve()} and fetch it again"
-    else:  # it may be a photograph of the user's, named by mistake
-        remedy = "check the name, or fetch it again"
     return ValueError(f"{path} is not the weights needed: {needed}; got {got}; {remedy}")
-
-
-def _is_cached(path: Path) -> bool:
-    """Tells whether a file, links followed, lies in the Hub's cache."""
-    try:
-        from huggingface_hub import constants
-    except ImportError:  # an upsampler alone does without it
-        return False
-    return path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
 
 
 def kind(path: Path) -> str | None:

@@ -8,16 +8,14 @@ Source: names as in mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from featup_hub.weights.files import digest, kind, listed, write
+from featup_hub.weights.checkpoints import unpickle
+from featup_hub.weights.files import digest, listed, write
 
 __all__ = ["ConvertedCheckpoint", "convert", "convert_upstream", "split_norm"]
 
@@ -140,18 +138,10 @@ def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 
 def _state(path: Path) -> dict[str, Tensor]:
-    """Unpickles the tensors of a checkpoint, by PyTorch's loader that knows tensors only."""
+    """Unpickles the tensors of a checkpoint."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}; check the name")
-    try:
-        damage = _damage(path)
-        loaded = None if damage else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        damage = "a pickle with more than tensors in it, which may run code when opened"
-    except zipfile.BadZipFile:
-        damage = kind(path) or "no zip file, as torch.save makes them"
-    except Exception as error:  # a damaged archive or pickle can raise anything
-        damage = f"a damaged file ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    loaded, damage = unpickle(path)
     if damage:
         raise _refused(path, damage)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
@@ -161,16 +151,6 @@ def _state(path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise _refused(path, f"{type(tensor).__name__} under the name {name!r}")
     return state
-
-
-def _damage(path: Path) -> str | None:
-    """Looks for what PyTorch's loader does not mind in a zip file."""
-    with zipfile.ZipFile(path) as archive:
-        # torch.save never compresses; a few compressed kilobytes could unfold to all memory.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            return "a zip file with compressed entries"
-        damaged = archive.testzip()
-    return f"a damaged file: {damaged} fails its checksum" if damaged else None
 
 
 def _expected(feat_dim: int) -> dict[str, tuple[int, ...]]:

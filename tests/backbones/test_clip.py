@@ -57,6 +57,23 @@ def test_maskclip_is_the_last_attention_of_every_token_to_itself_alone(donor: nn
     torch.testing.assert_close(source[0].flatten(1).mT, expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["eva02_base_patch16_clip_224", "eva_giant_patch14_clip_224"])
+def test_maskclip_takes_the_values_of_eva_wherever_it_keeps_them(name: str) -> None:
+    small = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+    backbone = MaskClipBackbone(name, backbone_kwargs=small).eval()
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    image, block = torch.randn(1, 3, 112, 224), backbone.model.blocks[-1]
+    seen: list[torch.Tensor] = []
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    backbone.model.forward_features(native(backbone.model, image))
+    alone = seen[0][0, 1:, None]
+    expected = backbone.model.norm(block.attn(block.norm1(alone)))
+    expected = backbone.model.head(expected)[:, 0]
+    torch.testing.assert_close(backbone(image)[0].flatten(1).mT, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [ClipBackbone, MaskClipBackbone])
 @torch.no_grad()
 def test_other_and_odd_sizes_are_taken(kind: type[Backbone]) -> None:
@@ -75,7 +92,9 @@ def test_queries_and_keys_of_the_last_block_do_not_matter_to_maskclip(donor: nn.
     assert not torch.equal(ClipBackbone(NAME, weights=tensors).eval()(image), before)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"]
+)
 def test_what_is_no_clip_tower_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"a projection; timm's {name} lacks one"):
         ClipBackbone(name)

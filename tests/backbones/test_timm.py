@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.backbones import TimmBackbone, timm_card
@@ -225,13 +226,64 @@ def test_a_timm_that_counts_layers_otherwise_is_noticed() -> None:
         backbone(torch.randn(1, 3, 64, 64))
 
 
-def test_a_network_of_one_size_says_which() -> None:
+@torch.no_grad()
+def test_a_network_of_one_size_sees_the_image_resized_to_it() -> None:
     backbone = TimmBackbone("gcvit_xxtiny").eval()
-    assert backbone(torch.randn(1, 3, 224, 224)).shape == (1, backbone.feat_dim, 7, 7)
-    with pytest.raises(
-        ValueError, match=r"made for images of \(224, 224\) pixels; got \(96, 96\), and it fai"
-    ):
-        backbone(torch.randn(1, 3, 96, 90))
+    assert backbone.fixed_size == (224, 224)
+    image = torch.randn(1, 3, 90, 300)
+    seen = F.interpolate(image, (224, 224), mode="bicubic", antialias=True)
+    assert backbone(image).shape == (1, backbone.feat_dim, 7, 7)
+    torch.testing.assert_close(backbone(image), backbone(seen), atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_without_padding_has_each_cell_at_the_centre_of_what_it_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # With equal weights and averages for maxima, the gradient is centred on the receptive field.
+    def average(
+        x: Tensor, kernel_size: int, stride: int, padding: int = 0, *_: int, **__: bool
+    ) -> Tensor:
+        return F.avg_pool2d(x, kernel_size, stride, padding)
+
+    monkeypatch.setattr(F, "max_pool2d", average)
+    backbone = TimmBackbone("inception_v3").eval()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    image = torch.ones(1, 3, 416, 480, requires_grad=True)
+    source = backbone.features(image)
+    assert source.shape == (1, 2048, 13, 15)
+    source[0, 0, 6, 8].backward()
+    assert image.grad is not None
+    for seen, cell in ((image.grad[0].sum((0, 2)), 6), (image.grad[0].sum((0, 1)), 8)):
+        centre = seen @ torch.arange(float(len(seen))) / seen.sum()
+        assert centre.item() == pytest.approx(32 * (cell + 0.5) - 0.5, abs=1)
+
+
+def test_the_size_of_a_network_can_be_chosen() -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone("gcvit_xxtiny", backbone_kwargs={"img_size": (256, 320)}).eval()
+        assert backbone.fixed_size == (256, 320)
+        assert backbone(torch.empty(1, 3, 97, 131)).shape == (1, backbone.feat_dim, 8, 10)
+
+
+@torch.no_grad()
+def test_a_network_of_other_bands_takes_them_as_they_are() -> None:
+    backbone = TimmBackbone("test_resnet", backbone_kwargs={"in_chans": 13}).eval()
+    image = torch.randn(1, 13, 64, 64)
+    (expected,) = backbone.model.forward_intermediates(
+        image, indices=[backbone.layer], intermediates_only=True
+    )
+    assert torch.equal(backbone(image), expected)
+    with pytest.raises(ValueError, match=r"must have 13 bands, \(B, 13, H, W\); got \(1, 3,"):
+        backbone(torch.randn(1, 3, 64, 64))
+
+
+def test_the_channels_are_those_behind_a_neck() -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone("samvit_base_patch16").eval()
+        assert backbone.feat_dim == 256
+        assert backbone(torch.empty(1, 3, 97, 131)).shape[:2] == (1, 256)
 
 
 def test_networks_that_know_no_closing_norm_are_not_asked_for_one() -> None:
@@ -243,18 +295,16 @@ def test_networks_that_know_no_closing_norm_are_not_asked_for_one() -> None:
 def test_a_card_can_be_made_for_any_network_of_timm() -> None:
     row = timm_card("convnext_tiny.fb_in1k")
     assert (row.name, row.image_size) == ("timm/convnext_tiny.fb_in1k", 224)
-    assert row.backbone_file is not None
-    assert row.backbone_file.repo_id == "timm/convnext_tiny.fb_in1k"
-    assert row.backbone_file.filename == "model.safetensors"
+    assert (row.backbone, row.licence) == ("convnext_tiny.fb_in1k", "apache-2.0")
 
 
 @pytest.mark.shared
 def test_real_vit_weights_give_the_same_structure_at_any_size(shared: Path) -> None:
     tensors = read(shared / "backbones" / "dinov2_vits14_saliency_ft.safetensors")
     backbone = TimmBackbone("vit_small_patch14_dinov2", weights=tensors).eval()
-    image = torch.nn.functional.interpolate(torch.randn(1, 3, 6, 8), (210, 280), mode="bicubic")
+    image = F.interpolate(torch.randn(1, 3, 6, 8), (210, 280), mode="bicubic")
     with torch.no_grad():
         fitting, odd = backbone(image), backbone(image[..., :205, :275])
     assert fitting.shape == (1, 384, 15, 20)
     assert odd.shape == (1, 384, 15, 20)
-    assert torch.nn.functional.cosine_similarity(fitting, odd).mean() > 0.9
+    assert F.cosine_similarity(fitting, odd).mean() > 0.9

@@ -12,10 +12,8 @@ from featup_hub.ops.choice import ImplementationStatus
 
 
 def test_models_are_listed_with_where_their_weights_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "jbu_universal.safetensors").touch()
-    monkeypatch.setattr("featup_hub.weights.shipped_folder", lambda: tmp_path)
     cached: dict[str, str] = {"timm/vit_small_patch16_224.dino": "/cache/file"}
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache", lambda repo_id, *_, **__: cached.get(repo_id)
@@ -34,7 +32,7 @@ def test_models_are_listed_with_where_their_weights_are(
     assert rows["dino16"]["weights"] == "cached"
     assert rows["jbu"]["weights"] == "shipped"
     assert rows["jbu"]["channels"] is None
-    assert rows["efficientnet_lite0"]["weights"] == "missing"
+    assert rows["efficientnet_lite0"]["weights"] == "shipped"
     assert rows["efficientnet_lite0"]["licence"] == "Apache-2.0"
 
 

@@ -1,0 +1,171 @@
+"""Building a network of timm, with its weights or the user's."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from featup_hub.weights import explained, read_state
+from featup_hub.weights.files import listed
+
+__all__ = ["build", "cached_file", "create", "find_config", "is_timm_model"]
+
+_HUB = ("hf-hub:", "hf_hub:")  # what timm writes before the name of a Hub repository
+
+
+def create(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: Mapping[str, Tensor] | str | Path | None = None,
+    backbone_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Builds a network of timm, with weights loaded strictly if any are wanted.
+
+    timm itself loads them, so its own conversions apply: position embeddings are resampled, and
+    files in the layout of the network's authors are understood.
+
+    Args:
+        name: See :class:`TimmBackbone`, as the other arguments.
+        pretrained: See there.
+        weights: See there.
+        backbone_kwargs: See there.
+
+    Returns:
+        The network, with its classifier.
+    """
+    config = find_config(name)
+    kwargs = dict(backbone_kwargs or {})
+    if weights is None:
+        if pretrained and not config.has_weights:
+            raise RuntimeError(
+                f"timm has no weights for {name!r}; give a file of your own, or pretrained=False"
+            )
+        if pretrained and (cached := cached_file(name)):
+            kwargs["pretrained_cfg_overlay"] = {"file": cached}
+        with explained(f"the weights of timm's {name}") if pretrained else nullcontext():
+            return build(name, {**kwargs, "pretrained": pretrained})
+    tensors = dict(weights) if isinstance(weights, Mapping) else read_state(weights)
+    overlay = {"state_dict": tensors, "source": "", "custom_load": False, "label_offset": 0}
+    classes = _classes(tensors, config.classifier)
+    # A file without a classifier that timm knows fits a network without one, or timm makes one.
+    attempts = [classes] if classes is not None else [0, config.num_classes]
+    problems = []
+    for num_classes in attempts:
+        with_classes = {**overlay, "num_classes": num_classes}
+        try:
+            model = build(
+                name, {**kwargs, "pretrained": True, "pretrained_cfg_overlay": with_classes}
+            )
+        except (RuntimeError, KeyError) as error:
+            problems.append(error)
+        else:
+            model.pretrained_cfg.pop("state_dict", None)  # else it lives as long as the model
+            _check_biases(name, model, tensors)
+            return model
+    raise ValueError(
+        f"these weights are not those of timm's {name}: {_problems(problems[-1])}; "
+        "check that file and network belong together"
+    ) from problems[-1]
+
+
+def cached_file(name: str) -> str | None:
+    """Returns timm's weights of a name if they are in the Hub's cache; nobody is asked then."""
+    import huggingface_hub as hub
+
+    config = find_config(name)
+    if config.source == "hf-hub" or not config.hf_hub_id:
+        return None
+    file = config.hf_hub_filename or "model.safetensors"
+    found = hub.try_to_load_from_cache(config.hf_hub_id, file)
+    return found if isinstance(found, str) else None
+
+
+def build(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """Calls timm, which follows the image's size with its position embeddings if it can."""
+    import timm
+
+    with redirect_stdout(io.StringIO()):  # timm prints while it converts DINOv3's names
+        try:
+            return timm.create_model(name, **{"dynamic_img_size": True, **kwargs})
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+        return timm.create_model(name, **kwargs)
+
+
+def _classes(tensors: Mapping[str, Tensor], classifier: str | tuple[str, ...] | None) -> int | None:
+    """Counts the classes of a file; None where it has no classifier of a usual name."""
+    named = (classifier,) if isinstance(classifier, str) else (classifier or ())
+    for layer in (*named, "head", "head.fc", "fc", "classifier"):
+        if f"{layer}.weight" in tensors:
+            return len(tensors[f"{layer}.weight"])
+    return None
+
+
+def _check_biases(name: str, model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a DINOv3 file whose biases timm would drop without a word."""
+    names = [n for n in tensors if n.endswith("attn.qkv.bias") and "storage_tokens" in tensors]
+    if not names or any(parameter.endswith("q_bias") for parameter, _ in model.named_parameters()):
+        return
+    for query, _, value in (tensors[n].chunk(3) for n in names):
+        if query.any() or value.any():
+            raise ValueError(
+                f"this DINOv3 file has biases of queries and values, which timm's {name} lacks; "
+                f"take {name.split('.')[0]}_qkvb"
+            )
+
+
+def is_timm_model(name: str) -> bool:
+    """Tells whether timm takes this name, with or without a tag of weights."""
+    import timm
+
+    return name.startswith(_HUB) or timm.is_model(name.split(".")[0])
+
+
+def _problems(error: Exception) -> str:
+    """Says what PyTorch found not to fit, without its lists of hundreds of names."""
+    text = str(error)
+    # From the text, for only timm knows which names and shapes its conversions end in.
+    missing, unknown = (
+        re.findall(r'"([^"]+)"', "".join(re.findall(rf"{which} key\(s\).*", text)))
+        for which in ("Missing", "Unexpected")
+    )
+    shapes = r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)"
+    differing = [f"{key} ({got}), needed ({due})" for key, got, due in re.findall(shapes, text)]
+    problems = {"missing": missing, "not known here": unknown, "of another shape": differing}
+    told = (f"{len(names)} {label}: {listed(names)}" for label, names in problems.items() if names)
+    return "; ".join(told) or text
+
+
+def find_config(name: str) -> Any:
+    """Returns what timm knows of a name, refusing unknown ones."""
+    import timm
+    from timm.models import PretrainedCfg, load_model_config_from_hf
+
+    if name.startswith(_HUB):
+        place = name.partition(":")[2]
+        with explained(f"config.json of {place}"):
+            return PretrainedCfg(**load_model_config_from_hf(place)[0])
+    architecture = name.split(".")[0]
+    if not is_timm_model(name):
+        near = get_close_matches(architecture.lower(), timm.list_models(), n=3)
+        raise ValueError(
+            f"timm {timm.__version__} has no model {name!r}; "
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + "newer versions may have it: pip install --upgrade timm"
+        )
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tagged = ", ".join(timm.list_pretrained(f"{architecture}.*"))
+        raise ValueError(
+            f"timm {timm.__version__} has no weights {name!r}; it has {tagged or 'none'}"
+        ) from None

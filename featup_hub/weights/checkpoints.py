@@ -1,0 +1,100 @@
+"""Reading weights as people have them: safetensors, or what ``torch.save`` wrote.
+
+No code in a file is ever run: PyTorch's loader is asked for tensors and plain containers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featup_hub.weights.files import existing, kind, read
+
+__all__ = ["read_state", "unpickle"]
+
+# Where training programs (timm, Lightning, DINO, MAE) keep the weights in a checkpoint, and the
+# prefixes that wrappers (torch.compile, DistributedDataParallel, DINO) put before their names.
+_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+_PREFIXES = ("_orig_mod.", "module.", "backbone.")
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Reads a network's tensors from a file, whatever program wrote it.
+
+    Args:
+        path: A safetensors file, or a ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` of ``torch.save``:
+            a state dict, or a checkpoint that holds one.
+
+    Returns:
+        Tensors by name, without the prefixes of wrappers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is neither, is damaged, or would run code.
+    """
+    path = existing(path)
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":
+            return read(path)
+    loaded, damage = unpickle(path)
+    while isinstance(loaded, dict) and (inside := [k for k in _KEYS if _is_dict(loaded.get(k))]):
+        loaded = loaded[inside[0]]
+    tensors = loaded if isinstance(loaded, dict) else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    for prefix in _PREFIXES:
+        if inner := {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}:
+            tensors = inner
+    if not tensors:
+        raise ValueError(
+            f"{path} must hold a network's weights, as safetensors or as torch.save writes a "
+            f"state dict; got {damage or f'{type(loaded).__name__} without tensors'}; "
+            "check the file, or save the network's state_dict() again"
+        )
+    return tensors
+
+
+def unpickle(path: Path) -> tuple[object, str | None]:
+    """Unpickles a file by PyTorch's loader that knows tensors and plain containers only.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        What the file holds and None, or None and why it cannot be read.
+    """
+    # timm's and DINO's trainers keep their arguments in a Namespace, which is only a container.
+    allowed = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5 and later
+    try:
+        if damage := _damage(path):
+            return None, damage
+        with allowed([argparse.Namespace]) if allowed else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True), None
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        if not zipfile.is_zipfile(path):
+            return None, kind(path) or "no file of torch.save"
+        if isinstance(error, pickle.UnpicklingError):
+            return None, "a pickle with more than tensors in it, which may run code when opened"
+        first = str(error).partition("\n")[0]
+        return None, f"a damaged file ({type(error).__name__}: {first})"
+
+
+def _damage(path: Path) -> str | None:
+    """Looks for what PyTorch's loader accepts in a zip file and nobody means to have."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        # torch.save never compresses; a few compressed kilobytes could unfold to all memory.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            return "a zip file with compressed entries"
+        damaged = archive.testzip()
+    return f"a damaged file: {damaged} fails its checksum" if damaged else None
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
