@@ -39,7 +39,9 @@ class JBUStack(Pretrained):
 
     With n stages to pass (see :func:`stage_sizes`) the last is always the last of ``up1..upN``,
     because weights belong to a guidance resolution relative to the output. Where fewer are needed
-    the first ones are left out, where more are needed ``up1`` repeats.
+    the first ones are left out, where more are needed ``up1`` repeats. An output of at most half
+    the image's size is computed at twice its size, which takes one stage more, and averaged down
+    (with ``joint_first`` only; FeatUp's checkpoints keep FeatUp's output).
 
     In lower precision: under autocast kernels are computed in float32. Whole modules can be
     converted, too: with random features and a photograph at 14²→224² ``jbu_denoise`` then errs by
@@ -169,6 +171,7 @@ class JBUStack(Pretrained):
             source = self.pass_first(source, plan.first, impl=impl)
             for stage, pooled in plan.stages:
                 source = stage(source, pooled, impl=impl)
+            source = shrunk(source, plan.shrink)
             if self.fixup_proj is not None:
                 source = source + 0.1 * self.fixup_proj(source)
             return source if head is None else _linear(source, *_matrices(head))
@@ -176,7 +179,8 @@ class JBUStack(Pretrained):
         kernels = (stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
         source, bias = self.before(source, head)
         source = self.pass_first(source, plan.first, impl=impl)
-        return _pass_stages(source, kernels, len(plan.stages), bias, impl)
+        output = _pass_stages(source, kernels, len(plan.stages), bias, impl)
+        return shrunk(output, plan.shrink)
 
     def kernels(
         self,
@@ -199,7 +203,9 @@ class JBUStack(Pretrained):
         """
         plan = self.plan(guidance, source_size, size=size, impl=impl)
         kernels = tuple(stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
-        return JBUKernels(source_size=source_size, stages=kernels, first=plan.first)
+        return JBUKernels(
+            source_size=source_size, stages=kernels, first=plan.first, shrink=plan.shrink
+        )
 
     def upsample(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
@@ -221,7 +227,8 @@ class JBUStack(Pretrained):
         kernels.check(_size(source), joint_first=self.joint_first)
         source, bias = self.before(source)
         source = self.pass_first(source, kernels.first, impl=impl)
-        return _pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
+        output = _pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
+        return shrunk(output, kernels.shrink)
 
     def pyramid(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
@@ -255,6 +262,7 @@ class JBUStack(Pretrained):
             levels += self.first.levels(source, kernels.first, impl=impl)
         for kernel in kernels.stages:
             levels.append(jbu_apply(levels[-1], kernel, impl=impl))
+        levels[-1] = shrunk(levels[-1], kernels.shrink)
         return levels if bias is None else [level + bias[:, None, None] for level in levels]
 
     def fold_head(self, head: nn.Module) -> FoldedHead:
@@ -343,17 +351,22 @@ class JBUStack(Pretrained):
         """
         check_floating(guidance, "guidance")
         size = output_size(guidance, size)
-        sizes = stage_sizes(source_size, size)
+        small = size != tuple(source_size) and all(
+            cells <= side <= whole // 2
+            for cells, side, whole in zip(source_size, size, _size(guidance), strict=True)
+        )
+        shrink = 2 if small and self.joint_first else 1
+        sizes = stage_sizes(source_size, (shrink * size[0], shrink * size[1]))
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
             pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
             stages = list(zip(self.stages(len(sizes)), pooled, strict=True))
             if self.first is None or not stages:
-                return JBUPlan(size=size, first=None, stages=stages)
+                return JBUPlan(size=size, first=None, stages=stages, shrink=shrink)
             joint = 1 + max(len(stages) - self.num_stages, 0)
             learned = [stage.kernel(image, impl=impl) for stage, image in stages[:joint]]
             first = self.first.kernels(guidance, source_size, learned, impl=impl)
-        return JBUPlan(size=size, first=first, stages=stages[joint:])
+        return JBUPlan(size=size, first=first, stages=stages[joint:], shrink=shrink)
 
     def before(self, source: Tensor, head: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
         """Applies the closing convolution, x + 0.1·(Wx + b), and a head where it is cheap.
@@ -451,6 +464,11 @@ def _matrices(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def shrunk(features: Tensor, factor: int) -> Tensor:
+    """Averages squares of ``factor`` pixels, see :attr:`JBUPlan.shrink`."""
+    return features if factor == 1 else F.avg_pool2d(features, factor)
 
 
 def _pass_stages(

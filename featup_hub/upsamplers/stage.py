@@ -229,11 +229,13 @@ class JBUPlan:
         size: Height and width of the output.
         first: Kernels of the joint bilateral stage, which comes first; None if there is none.
         stages: The learned stages behind it, each with its guidance, (B, G, H, W).
+        shrink: What the stages compute is larger than the output by this factor, and averaged.
     """
 
     size: tuple[int, int]
     first: JointKernels | None
     stages: list[tuple[JBUStage, Tensor]]
+    shrink: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,11 +247,13 @@ class JBUKernels:
         stages: Kernels of each stage, (B, D², H, W), first to last, without the stages that have a
             joint bilateral stage beside them.
         first: The kernels of these; None where all stages are learned alone.
+        shrink: What they compute is larger than the output by this factor, and averaged.
     """
 
     source_size: tuple[int, int]
     stages: tuple[Tensor, ...]
     first: JointKernels | None = None
+    shrink: int = 1
 
     def check(self, source_size: tuple[int, int], *, joint_first: bool) -> None:
         """Refuses features of another size, and a stack of another kind.

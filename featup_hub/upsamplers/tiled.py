@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.tables import bicubic_row
-from featup_hub.upsamplers.jbu import JBUStack
+from featup_hub.upsamplers.jbu import JBUStack, shrunk
 from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = ["upsample_tiled"]
@@ -96,14 +96,22 @@ def upsample_tiled(
             out = source.new_empty(shape)
         elif tuple(out.shape) != shape:
             raise ValueError(f"out must have the output's shape, {shape}; got {tuple(out.shape)}")
-        side = _side(max_bytes, source.shape[1])
+        shrink = plan.shrink
+        side = _side(max_bytes, source.shape[1]) // shrink
         for sample in range(shape[0]):
             pooled = [(stage, image[sample : sample + 1]) for stage, image in plan.stages]
             low = source[sample : sample + 1]
             for rows in _slices(height, side):
                 for columns in _slices(width, side):
                     tile = out[sample : sample + 1, :, rows, columns]
-                    _fill(tile, low, pooled, (rows, columns), upsampler.radius, impl)
+                    if shrink == 1:
+                        _fill(tile, low, pooled, (rows, columns), upsampler.radius, impl)
+                    else:
+                        wanted = _enlarged(rows, shrink), _enlarged(columns, shrink)
+                        sides = (shrink * tile.shape[2], shrink * tile.shape[3])
+                        larger = source.new_empty((1, shape[1], *sides))
+                        _fill(larger, low, pooled, wanted, upsampler.radius, impl)
+                        tile.copy_(shrunk(larger, shrink))
                     if bias is not None:
                         tile += bias[:, None, None].to(tile)
     return out
@@ -167,6 +175,10 @@ def _side(max_bytes: int, channels: int) -> int:
         least = per_pixel * (3 * SMALLEST + 1) ** 2
         raise ValueError(f"a small tile needs {least:,} bytes; got max_bytes={max_bytes:,}")
     return side
+
+
+def _enlarged(span: slice, factor: int) -> slice:
+    return slice(factor * span.start, factor * span.stop)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -1,0 +1,40 @@
+"""Outputs of at most half the image's size: one stage more, then averaged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from featup_hub.ops import Implementation
+from featup_hub.upsamplers import JBUStack
+from featup_hub.upsamplers.tiled import upsample_tiled
+from tests.ops.formulations import randomise
+
+SMALL = [((3, 4), (24, 32)), ((5, 4), (23, 31)), ((5, 4), (5, 31))]
+
+
+@pytest.mark.parametrize(("cells", "size"), SMALL)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@torch.no_grad()
+def test_a_small_output_is_computed_at_twice_its_size_and_averaged(
+    cells: tuple[int, int], size: tuple[int, int], impl: Implementation
+) -> None:
+    stack = randomise(JBUStack(6, joint_first=True)).eval()
+    source, image = torch.randn(1, 6, *cells), torch.randn(1, 3, 48, 64)
+    double = stack(source, image, size=(2 * size[0], 2 * size[1]), impl="reference")
+    expected = F.avg_pool2d(double, 2)
+
+    torch.testing.assert_close(stack(source, image, size=size, impl=impl), expected)
+    kernels = stack.kernels(image, cells, size=size, impl=impl)
+    torch.testing.assert_close(stack.upsample(source, kernels, impl=impl), expected)
+    torch.testing.assert_close(stack.pyramid(source, kernels, impl=impl)[-1], expected)
+    tiles = upsample_tiled(stack, source, image, size=size, max_bytes=6_000_000, impl=impl)
+    torch.testing.assert_close(tiles, expected)
+
+
+def test_stages_of_featup_keep_featups_small_outputs() -> None:
+    stack, source = JBUStack().eval(), torch.randn(1, 5, 3, 4)
+    image = torch.randn(1, 3, 48, 64)
+    small = F.adaptive_avg_pool2d(image, (24, 32))
+    torch.testing.assert_close(stack(source, image, size=(24, 32)), stack(source, small))
