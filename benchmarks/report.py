@@ -154,13 +154,30 @@ def stack_cost() -> str:
 
 
 def peers_cost() -> str:
-    """Time and memory beside AnyUp."""
-    lines = [
-        [row["features"], row["upsampler"], row["CPU seconds"], row["peak MiB"]]
-        for row in read("peers_cost.csv")
-        if row["run"] == "main"
-    ]
-    return markdown(["features", "upsampler", "CPU seconds", "peak MiB"], lines)
+    """Time and memory beside AnyUp, one line per source of features."""
+    lines: dict[str, list[str]] = {}
+    names: dict[str, None] = {}
+    for row in read("peers_cost.csv"):
+        if row["run"] == "main":
+            names[row["upsampler"]] = None
+            cell = f"{row['CPU seconds']} s, {row['peak MiB']} MiB"
+            lines.setdefault(row["features"], []).append(cell)
+    return markdown(["features", *names], [[name, *cells] for name, cells in lines.items()])
+
+
+def oracle() -> str:
+    """The label oracle on BSDS: boundary accuracy and mIoU by upsampler."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in evaluations("oracle"):
+        found.setdefault(row["metric"], {})[row["upsampler"]] = row
+    if not found:
+        return "Not measured yet."
+    names = list(found["mIoU"])
+    lines = []
+    for metric in ("boundary accuracy", "mIoU"):
+        values = [f"{100 * found[metric][name]['score']['value']:.2f}" for name in names]
+        lines.append([metric, *bold_best(values, metric)])
+    return markdown(["score", *names], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -170,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "propagation": propagation,
     "stack_cost": stack_cost,
     "peers_cost": peers_cost,
+    "oracle": oracle,
 }
 
 

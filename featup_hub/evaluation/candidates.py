@@ -26,7 +26,7 @@ from featup_hub.registry import JBU_UNIVERSAL, UPSAMPLERS, shipped_upsampler
 from featup_hub.upsamplers import JBUStack, baselines
 from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
-__all__ = ["Candidate", "UnknownUpsamplerError", "candidate"]
+__all__ = ["Candidate", "UnknownUpsamplerError", "candidate", "plug_in"]
 
 Head = Literal["before", "inside", "after"]
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral")

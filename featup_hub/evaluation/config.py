@@ -31,7 +31,8 @@ class EvaluationConfig:
         upsamplers: Each a baseline (nearest, bilinear, bicubic, joint_bilateral), a weights file,
             ``FILE@unit`` (kernels divided by their sum) or a plug-in ``module:callable``;
             ``NAME=`` in front names it in tables.
-        backbones: Whose features, each ``NAME`` or ``NAME=FILE``, a model and weights of your own.
+        backbones: Whose features, each ``NAME``, ``NAME=FILE``, a model and weights of your own,
+            or a plug-in ``module:callable`` that returns a backbone.
         protocols: What to measure: label oracle, frozen probe (preservation), probe of each
             upsampler's own features (transfer), multi-view consistency, propagation of a first
             frame's mask through videos, time and memory (cost), class activation maps (cam).

@@ -83,9 +83,9 @@ def propagate(first: Tensor, labels: Tensor, later: Tensor, *, radius: int = RAD
             )
             best, index = similar.topk(min(NEIGHBOURS, similar.shape[1]))
             weights = (best / TEMPERATURE).softmax(1)
-            told = labels[:, rows, columns].flatten(1)[:, index]  # (K, N, 7)
+            carried = labels[:, rows, columns].flatten(1)[:, index]  # (K, N, 7)
             result[:, top : top + TILE, left : left + TILE] = (
-                (told * weights).sum(2).view(-1, *tile.shape[1:])
+                (carried * weights).sum(2).view(-1, *tile.shape[1:])
             )
     return result
 

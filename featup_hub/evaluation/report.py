@@ -74,7 +74,7 @@ def rows(
     Args:
         measurements: What the protocols found.
         versus: Upsamplers to give paired differences from, where they took part.
-        metrics: Scores wanted, where their sums were measured.
+        metrics: Scores to give, if their sums were measured.
         resamples: Bootstrap replicates.
 
     Returns:

@@ -1,4 +1,4 @@
-"""One run: every upsampler on the same images and features, by every protocol asked for."""
+"""Runs every protocol for every upsampler, on the same images and features."""
 
 from __future__ import annotations
 

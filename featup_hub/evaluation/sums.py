@@ -17,7 +17,7 @@ from featup_hub.weights import metadata, read, write
 __all__ = ["Measurement", "measure_new"]
 
 VERSION = 4
-"""To be raised by whoever changes what any measurement means."""
+"""Raise this if the meaning of a measurement changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
