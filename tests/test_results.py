@@ -36,3 +36,61 @@ def test_the_pictures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     report.draw_intervals(tmp_path / "intervals.svg")
     assert "jbu_denoise" in (tmp_path / "intervals.svg").read_text(encoding="utf-8")
+
+
+def evaluated(protocol, metric, scores, *, percent=True):
+    """Rows as ``benchmarks.evaluate --out`` writes them, with a difference from jbu_denoise."""
+    return [
+        {
+            "protocol": protocol,
+            "data": "camvid/val",
+            "backbone": "net /16",
+            "images": 20,
+            "metric": metric,
+            "percent": percent,
+            "upsampler": name,
+            "score": {"value": value, "low": value - 0.01, "high": value + 0.01},
+            "versus": {"jbu_denoise": {"value": value - 0.5, "low": -0.01, "high": 0.2}},
+        }
+        for name, value in scores.items()
+    ]
+
+
+@pytest.fixture
+def rows_in(tmp_path, monkeypatch):
+    """Writes rows into a folder of results of their own."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+    def write(folder, rows):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+
+    return write
+
+
+def test_looks_are_compared_on_one_line_per_data_set_and_features(rows_in):
+    scores = {"bilinear": 0.4, "jbu_denoise": 0.5, "jbu_denoise ×4": 0.6}
+    rows_in("looks", evaluated("frozen probe", "mIoU", scores))
+    assert report.looks().splitlines()[-1] == (
+        "| camvid | net /16 | 20 | 40.0, 50.0, **60.0** (+10.0 [-1.0, +20.0]) |"
+    )
+
+
+def test_propagation_has_a_line_per_upsampler(rows_in):
+    scores = {"jbu_denoise": 0.5, "AnyUp": 0.6}
+    both = ("boundary accuracy", "J")
+    rows_in("propagation", [r for m in both for r in evaluated("propagation", m, scores)])
+    assert (
+        report.propagation()
+        .splitlines()[-1]
+        .startswith("| net /16, 20 frames | AnyUp | **60.0** | +10.0 [-1.0, +20.0] | **60.0** |")
+    )
+
+
+def test_quality_is_drawn_against_cost(rows_in, tmp_path):
+    pytest.importorskip("matplotlib")
+    scores = {"bilinear": 0.4, "JAFAR": 0.5}
+    seconds = evaluated("cost", "CPU seconds with backbone", {"bilinear": 1, "JAFAR": 9})
+    rows_in("quality", evaluated("frozen probe", "boundary accuracy", scores) + seconds)
+    report.draw_quality(tmp_path / "quality.svg")
+    assert "JAFAR" in (tmp_path / "quality.svg").read_text(encoding="utf-8")
