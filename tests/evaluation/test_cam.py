@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from featup_hub.backbones.timm import create
 from featup_hub.evaluation import cam
 from featup_hub.evaluation.cam import (
     CAM,
@@ -98,14 +99,18 @@ def test_other_files_may_lie_beside_photographs(classifier, tmp_path):
     assert len(found.sums["nearest"]["cam"]) == 2
 
 
+def random_weights(name, *, pretrained, weights):
+    return create(name, pretrained=False, weights=None)
+
+
 @pytest.mark.parametrize("name", ["jbu", "maskclip", "dinov2"])
 def test_a_model_without_such_a_classifier_is_refused(name, monkeypatch):
-    monkeypatch.setattr(cam, "load", lambda file: None)  # random weights
+    monkeypatch.setattr(cam, "create", random_weights)
     with pytest.raises(ValueError, match=rf"linear layer of its averaged features.*'{name}' does"):
         open_classifier(name)
 
 
 def test_any_network_that_averages_its_features_will_do(monkeypatch):
-    monkeypatch.setattr(cam, "load", lambda file: None)
+    monkeypatch.setattr(cam, "create", random_weights)
     classifier = open_classifier("timm/resnet18")
     assert classifier.weight.shape == (1000, 512)
