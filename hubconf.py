@@ -11,9 +11,10 @@ of which all but the first two are handed to ``featup_hub.load``:
 
     pretrained: False draws random weights in place of loading any.
     use_norm: Whether every position's vector is normalised before upsampling.
-    weights: Path of your own weights for the upsampler, or the name of shipped ones: "jbu_sharp"
-        where a backbone's own features matter, cell by cell, not what is made of them.
+    upsampler: "jbu_denoise", the default, which averages cells that look alike; "jbu_faithful",
+        which keeps every cell's features; or a file of your own. Former name: weights.
     backbone_weights: Path of your own weights for the backbone, laid out as timm's.
+    layer: Which features of the backbone; default: the deepest of the model's stride.
     looks: Passes of the backbone over shifted images, 1, 4, 9 and so on: more of them make
         features sharper.
 
@@ -116,6 +117,6 @@ def siglip2_vitb16(pretrained=True, use_norm=True, **options):
     return _load("siglip2_vitb16", pretrained=pretrained, use_norm=use_norm, **options)
 
 
-def jbu(pretrained=True, *, weights=None):
+def jbu(pretrained=True, **options):
     """The upsampler alone, for features of your own: upsampler(source, image) -> features."""
-    return _load_upsampler(pretrained=pretrained, weights=weights)
+    return _load_upsampler(pretrained=pretrained, **options)
