@@ -135,14 +135,14 @@ def test_what_onnx_lacks_is_said_before_a_model_is_traced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("featup_hub.cli.export.load", None)
+    monkeypatch.setattr("featup_hub.model.load", None)
     assert main(["export", str(tmp_path / "x.onnx")]) == 1
     assert "needs onnx and onnxscript; pip install" in capsys.readouterr().err
 
 
 @pytest.fixture
 def _tiny_model(complete: UpsampledBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featup_hub.cli.export.load", lambda *_, **__: complete)
+    monkeypatch.setattr("featup_hub.model.load", lambda *_, **__: complete)
 
 
 @pytest.mark.usefixtures("_tiny_model")
