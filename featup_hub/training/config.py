@@ -1,4 +1,4 @@
-"""What a training run of JBU stages is made of; the command line's flags are these fields."""
+"""The configuration of a training run of JBU stages. The command line has a flag for each field."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Literal
 __all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig"]
 
 UPSTREAM_TAPS = (0, 1, 4, 9, 16, 25, 36)
-"""Taps that ever got a gradient in upstream's CUDA code, for ``kernel_taps``."""
+"""The only taps that get a gradient in upstream's CUDA code, for ``kernel_taps``."""
 
 _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a finite number": (
-        math.isfinite,  # but for max_grad_norm and checkpoint_minutes: never to clip, to keep none
+        math.isfinite,  # an infinite max_grad_norm clips nothing; checkpoint_minutes likewise
         (
             *("max_aspect", "max_stride", "max_zoom", "window", "lr", "final_lr"),
             *("crf_weight", "tv_weight", "region_weight", "region_noise"),
@@ -41,57 +41,56 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "'attention' or 'simple'": (lambda value: value in ("attention", "simple"), ("downsampler",)),
     "taps from 0 to 48": (lambda taps: all(0 <= tap < 49 for tap in taps), ("kernel_taps",)),
 }
-"""What a field must be, how that is told, and of which fields; ``parts`` depends on processes."""
+"""Checks by their wording in errors, and the fields they apply to. The trainer checks ``parts``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JBUTrainingConfig:
-    """All that decides what a run learns; defaults are upstream's unless they say otherwise.
+    """All that decides what a run learns. Defaults are upstream's, unless marked as ours.
 
     Attributes:
-        backbones: Whose features to explain: each ``NAME`` or ``NAME=FILE``, a model and
-            weights of your own. One is drawn per step; a name given twice is drawn
-            twice as often.
+        backbones: Backbones to train with, by name, or ``NAME=FILE`` with weights from a file.
+            Each step draws one. A name given twice is drawn twice as often.
         steps: Optimiser steps.
         batch: Photographs per step.
-        parts: Parts in which a batch is computed: one after the other, which takes less memory,
-            or shared by as many processes, or a divisor of it, as torchrun starts them (ours).
-        image_size: Side of the crops, in pixels; the root of their area where shapes vary.
-        max_aspect: Crops are up to this much wider than high, or higher than wide (ours; 1:
-            squares, as upstream).
-        max_stride: Backbones look at the crops enlarged or reduced by up to this factor, so that
-            strides other than their own are learnt, too (ours; 1: never, as upstream).
+        parts: Parts in which a batch is computed. One process computes them in turn, which takes
+            less memory; torchrun's processes, a divisor of the parts, share them (ours).
+        image_size: Side of the crops, in pixels; with other shapes, the root of their area.
+        max_aspect: Largest ratio of a crop's longer side to its shorter one (ours; 1: squares, as
+            upstream).
+        max_stride: Crops are enlarged or reduced by up to this factor for the backbone, so that
+            the stages learn other strides, too (ours; 1: never, as upstream).
         min_scale: Smallest share of a photograph's area in a crop (ours).
         views: Jittered views per photograph.
         max_pad: Pixels by which a view may reach beyond the crop.
         max_zoom: Largest magnification of a view.
-        downsampler: Model of how the backbone makes features, "attention" or "simple".
+        downsampler: Model of how the backbone reduces features, "attention" or "simple".
         window: Side of the downsampler's window in the backbone's patches.
         projection_dim: Channels in which features are compared.
-        uncertainty: Whether to predict where features cannot be explained.
+        uncertainty: Whether to predict the standard deviation of the error at each position.
         crf_weight: Weight of the conditional random field.
-        crf_samples: Pixels it draws.
+        crf_samples: Number of pixels that it compares.
         tv_weight: Weight of the total variation of magnitudes.
-        region_weight: Weight of restoring piecewise constant regions, see
+        region_weight: Weight of restoring synthetic piecewise constant features, see
             :mod:`featup_hub.training.synthetic_regions` (ours).
-        region_field: Greatest share of smooth random fields in the regions' variance; drawn
-            evenly from zero up to it for every batch (ours).
-        region_noise: Greatest deviation of the noise on the regions' cells, whose own deviation is
-            one; drawn evenly from zero up to it for every batch (ours).
+        region_field: Largest share of smooth random fields in the regions' variance. Each batch
+            draws its share uniformly from 0 to this (ours).
+        region_noise: Largest standard deviation of the noise added to the regions' source, which
+            itself has one. Each batch draws it uniformly from 0 to this (ours).
         region_channels: Length of a region's random vector.
         lr: Peak learning rate of NAdam.
         final_lr: Share of it that is left at the end of a cosine (ours; upstream: constant).
-        warmup: Steps over which the rate rises (ours; upstream clips at 1e-4 for ten steps).
-        max_grad_norm: Gradients are clipped to this norm (ours).
+        warmup: Steps of linear warm-up (ours; upstream clips at 1e-4 for ten steps).
+        max_grad_norm: Norm to which gradients are clipped (ours).
         ema: Decay of the running mean of weights that is exported; 0 exports the last (ours).
         dropout: Chance of dropping a hidden channel of a stage (upstream: 0.1).
-        unit_sum: Whether kernels are kept to a sum of exactly one, so that features keep their
-            scale (ours).
-        kernel_taps: Research only: the taps whose gradient counts; empty means all, and
-            0 1 4 9 16 25 36 repeats the fault of upstream's CUDA code.
-        start: Weights of stages to start from, with their joint bilateral stage where they hold
-            one: a file, or the name of shipped ones, ``jbu_denoise`` or ``jbu_faithful``; empty
-            starts afresh, with learned stages alone.
+        unit_sum: Whether every kernel sums to exactly one, so that features keep their scale
+            (ours).
+        kernel_taps: Research only: the taps that get a gradient. Empty means all;
+            0 1 4 9 16 25 36 reproduces the fault of upstream's CUDA code.
+        start: Weights of stages to start from, with their joint bilateral stage if they have one: a
+            file, or a shipped upsampler, ``jbu_denoise`` or ``jbu_faithful``. Empty: new stages,
+            without a joint bilateral stage.
         seed: Decides all that is random.
         checkpoint_minutes: Longest time between checkpoints.
         device: Where to compute.
@@ -142,7 +141,7 @@ class JBUTrainingConfig:
                     raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
     def learning_rate(self, step: int) -> float:
-        """Returns the rate of a step: linear warm-up, then a cosine down to ``final_lr``."""
+        """Returns the learning rate of a step: linear warm-up, then a cosine to ``final_lr``."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)

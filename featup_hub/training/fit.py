@@ -60,7 +60,8 @@ def fit(
 
     Raises:
         ValueError: If ``image`` is not (1, 3, H, W), or an option is out of its range.
-        TypeError: If ``image`` is not float32, or there is no such option.
+        TypeError: If ``image`` is not a float32 tensor, ``backbone`` not a backbone, or there is
+            no such option.
         RuntimeError: If the backbone's features or the network's loss are not finite.
 
     Example:
@@ -71,15 +72,21 @@ def fit(
         >>> fitted.features((64, 80)).shape
         torch.Size([1, 8, 64, 80])
     """
+    if not isinstance(backbone, Backbone):
+        raise TypeError(
+            f"fit takes a backbone; got {type(backbone).__name__}; use model.backbone of a loaded "
+            "model, or wrap a module of your own in featup_hub.ModuleBackbone"
+        )
+    if not isinstance(image, Tensor) or image.dtype != torch.float32:
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(
+            f"fit takes a normalised image as a float32 tensor; got {got}; make it with "
+            "featup_hub.preprocess, or use image.float() if it is normalised"
+        )
     if image.dim() != 4 or image.shape[:2] != (1, 3):
         raise ValueError(
             f"fit takes one normalised RGB image, (1, 3, H, W); got {tuple(image.shape)}; "
             "fit several one by one"
-        )
-    if image.dtype != torch.float32:
-        raise TypeError(
-            f"a fit needs a normalised image of float32; got {image.dtype}; make it with "
-            "featup_hub.image.preprocess, or use image.float() if it is normalised"
         )
     config = replace(config, **options)
     found: FittedFeatures

@@ -136,8 +136,12 @@ def test_features_that_are_not_finite_and_a_loss_that_diverges_are_errors() -> N
 def test_wrong_images_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one normalised RGB image, \(1, 3, H, W\); got \(2, 3,"):
         fit(torch.zeros(2, 3, 16, 16), Blur())
-    with pytest.raises(TypeError, match=r"image of float32; got torch.uint8; make it with"):
+    with pytest.raises(TypeError, match=r"as a float32 tensor; got torch.uint8; make it with"):
         fit(picture().to(torch.uint8), Blur())
+    with pytest.raises(TypeError, match=r"as a float32 tensor; got str; make it with"):
+        fit("photo.jpg", Blur())
+    with pytest.raises(TypeError, match=r"takes a backbone; got UpsampledBackbone; use model.b"):
+        fit(picture(), featup_hub.load("efficientnet_lite0"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):
         fit(picture(), Blur(), stepz=3)
     with pytest.raises(ValueError, match="method must be 'least-squares' or 'network'; got 'gd'"):
