@@ -37,7 +37,7 @@ from featup_hub import FittedFeatures, load_backbone, load_upsampler
 from featup_hub.backbones import Backbone
 from featup_hub.files import write_atomically
 from featup_hub.image import preprocess, read_image, resize
-from featup_hub.training.fit import fit
+from featup_hub.training.fit import BASIS, fit
 from featup_hub.training.seeds import seeded
 from featup_hub.training.training_source import open_backbones, random_projection
 from featup_hub.training.views import apply_jitter, sample_jitter
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("photos", nargs="+", type=Path)
     parser.add_argument("--model", default="efficientnet_lite0", metavar="NAME[=FILE]")
     parser.add_argument("--size", nargs=2, type=int, default=(224, 224), metavar=("H", "W"))
-    parser.add_argument("--upsampler", metavar="NAME|FILE", help="basis, and the map without a fit")
+    parser.add_argument("--upsampler", default=BASIS, metavar="NAME|FILE", help="basis of the fit")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of the fit")
     parser.add_argument("--views", type=int, default=12, help="per photograph, to measure on")
     parser.add_argument("--network", type=Path, help="JSON file of the network's rows")
@@ -63,7 +63,7 @@ def main() -> None:
     settings = {
         "model": args.model.partition("=")[0],
         "size": list(args.size),
-        "upsampler": args.upsampler and Path(args.upsampler).stem,
+        "upsampler": Path(args.upsampler).stem,
         "options": dict(_option(text) for text in args.options),
         "views": args.views,
         "threads": torch.get_num_threads(),
@@ -124,7 +124,7 @@ def _measure(
     size = (args.size[0], args.size[1])
     shown = resize(read_image(photo), size)
     image = preprocess(shown, mean=backbone.mean, std=backbone.std)
-    stack = load_upsampler(weights=args.upsampler)
+    stack = load_upsampler(args.upsampler)
     with torch.inference_mode():
         source = backbone(image)
         maps = {

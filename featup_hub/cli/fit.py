@@ -10,7 +10,7 @@ from featup_hub.cli.arguments import open_device
 from featup_hub.cli.flags import add_flags
 from featup_hub.cli.outputs import check_output
 from featup_hub.cli.terminal import UsageError
-from featup_hub.training.fit_config import PRESETS, FitConfig
+from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
 
 __all__ = ["add_parser"]
 
@@ -50,7 +50,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--upsampler",
         metavar="NAME|FILE",
         help="JBU stages that least squares use: a shipped upsampler, jbu_denoise or jbu_faithful, "
-        "or a file (default: the shipped default)",
+        "or a file (default: %(default)s)",
+        default=BASIS,
     )
     add("--start", dest="upsampler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--no-picture", action="store_true", help="make no picture")

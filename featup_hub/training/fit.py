@@ -18,14 +18,14 @@ from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
 from featup_hub.model import load_upsampler
 from featup_hub.training.checkpoints import Progress
-from featup_hub.training.fit_config import PRESETS, FitConfig
+from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
 from featup_hub.training.least_squares import fit_source
 from featup_hub.training.network import fit_network
 from featup_hub.training.seeds import seeded
 from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
 from featup_hub.upsamplers import FittedFeatures, JBUFit, JBUStack
 
-__all__ = ["PRESETS", "FitConfig", "fit"]
+__all__ = ["BASIS", "PRESETS", "FitConfig", "fit"]
 
 _BATCH = 10  # views in one pass of the backbone
 
@@ -49,8 +49,8 @@ def fit(
         image: Normalised RGB of any size, (1, 3, H, W). The fit runs on its device.
         backbone: The backbone, on the image's device.
         config: The configuration.
-        upsampler: JBU stages whose kernels are the basis of least squares; default: the shipped
-            ones.
+        upsampler: JBU stages whose kernels are the basis of least squares; default:
+            ``jbu_faithful``.
         progress: Whether to show progress on the standard error stream.
         **options: Fields of :class:`FitConfig` to change, such as ``views=50``.
 
@@ -97,7 +97,7 @@ def fit(
             found, error = fit_network(image, fitted, held_out, backbone.patch_size, config)
         else:
             # A copy: the caller's own stays on its device and in its mode.
-            stages = load_upsampler() if upsampler is None else copy.deepcopy(upsampler)
+            stages = load_upsampler(BASIS) if upsampler is None else copy.deepcopy(upsampler)
             stages.to(image.device).eval()
             with torch.no_grad():
                 source, error = fit_source(image, stages, fitted, held_out)

@@ -1,4 +1,4 @@
-"""How the features of one image are fitted; the command line's flags are these fields."""
+"""The configuration of a fit. The command line has a flag for each field."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["PRESETS", "FitConfig"]
+__all__ = ["BASIS", "PRESETS", "FitConfig"]
+
+BASIS = "jbu_faithful"  # the views average by themselves, so stages that average add nothing
 
 _LEAST = {"views": 1, "held_out": 1, "max_pad": 0, "max_zoom": 1, "steps": 1, "batch": 1}
 

@@ -1,13 +1,13 @@
 r"""Multi-view consistency of one image as a linear least-squares problem, solved exactly.
 
 With a uniform downsampler FeatUp's objective is linear in the high-resolution features F. Write
-F = U z: z is a source of twice the backbone's resolution, U the JBU upsampler of this image, which
-is linear in its source. Then every channel is a ridge regression with the same matrix:
+F = U z: z is a source of two to four times the backbone's resolution, U the JBU upsampler of this
+image, which is linear in its source. Then every channel is a ridge regression with the same matrix:
 
 .. math:: \min_z \sum_v \|D_v U z - f_v\|^2 + \lambda \|z - z_0\|^2
 
-f_v are the backbone's features of view v. D_v averages over the cells of that view. z_0 is the
-backbone's features of the image, interpolated bilinearly.
+f_v are the backbone's features of view v. D_v averages over the middle of every cell of that view.
+z_0 is the backbone's features of the image, interpolated bilinearly.
 
 :class:`NormalEquations` adds up AᵀA and Aᵀf with A = D_v U, a few views at a time. U reaches a few
 cells only. Impulses that are far apart therefore share a channel when the columns of U are
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.training.views import Jitter, positions
+from featup_hub.training.views import Jitter, centres, positions
 from featup_hub.upsamplers import JBUStack
 from featup_hub.upsamplers.coordinates import sample
 
@@ -34,9 +34,10 @@ __all__ = ["Basis", "NormalEquations", "fit_source"]
 
 Views = Iterable[tuple[Sequence[Jitter], Tensor]]
 
-RATIO = 2  # cells of z per cell of the backbone, along each side
-RIDGES = (0.003, 0.03, 0.3)
-TAPS = 3  # points along each side of a cell, whose mean is the cell's
+CELLS = 64 * 64  # of z, about, unless twice the backbone's resolution takes more
+RATIOS = (2, 4)  # fewest and most cells of z per cell of the backbone, along each side
+RIDGES = (0.01, 0.1, 1.0)
+TAPS, FOOTPRINT = 3, 0.7  # points along each side of a cell, and the part of it they cover
 
 
 def fit_source(
@@ -52,14 +53,15 @@ def fit_source(
         held_out: Further views, which choose the ridge.
 
     Returns:
-        z, (1, C, 2h, 2w), and the share of the variation of the held-out views that it does not
-        explain.
+        z, (1, C, H', W'), two to four times as fine as the views; and the share of the variation of
+        the held-out views that it does not explain.
     """
     equations: NormalEquations | None = None
     for jitters, features in fitted:
         if equations is None:
             grid = (features.shape[-2], features.shape[-1])
-            size = tuple(min(RATIO * n, m) for n, m in zip(grid, image.shape[-2:], strict=True))
+            ratio = min(max(math.isqrt(CELLS // math.prod(grid)), RATIOS[0]), RATIOS[1])
+            size = tuple(min(ratio * n, m) for n, m in zip(grid, image.shape[-2:], strict=True))
             prior = F.interpolate(features[:1], size, mode="bilinear")
             equations = NormalEquations(Basis(image, upsampler, grid, (size[0], size[1])))
         equations.add(jitters, features)
@@ -101,11 +103,11 @@ class Basis:
         self.window = (high, wide)
         rows, columns = (torch.arange(n, device=image.device) for n in source_size)
         group = (rows % high)[:, None] * wide + columns % wide
-        impulses = F.one_hot(group, high * wide).permute(2, 0, 1)[None].to(image)
         kernels = upsampler.kernels(image, source_size)
-        self.maps = torch.cat(
-            [upsampler.upsample(part, kernels) for part in impulses.split(64, dim=1)], dim=1
-        )  # (1, groups, H, W)
+        self.maps = image.new_empty(1, high * wide, *image.shape[-2:])  # columns by group
+        for groups in torch.arange(high * wide, device=image.device).split(32):
+            impulses = (group == groups[:, None, None]).to(image)[None]
+            self.maps[:, groups] = upsampler.upsample(impulses, kernels)
 
 
 class NormalEquations:
@@ -166,7 +168,7 @@ class NormalEquations:
         maps, (high, wide) = self.basis.maps, self.basis.window
         weights, tops, lefts = [], [], []
         for jitter in jitters:
-            y, x = positions(jitter, (grid[0] * TAPS, grid[1] * TAPS))
+            y, x = positions(jitter, _taps(grid[0]), _taps(grid[1]))
             place = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
             points = sample(maps, place.to(maps)).unflatten(0, (grid[0], TAPS, grid[1], TAPS))
             weights.append(points.mean((1, 3)).flatten(0, 1).unflatten(1, (high, wide)))
@@ -202,6 +204,12 @@ class NormalEquations:
         """Returns the sum of squared errors of the views for a source z."""
         z = source[0].flatten(1).t()
         return float(self.power + (z * (self.matrix @ z - 2 * self.moment)).sum())
+
+
+def _taps(cells: int) -> Tensor:
+    """Returns the points that stand for each of the cells along an axis, in fractions of it."""
+    offsets = FOOTPRINT * (centres(TAPS) - 0.5)
+    return ((torch.arange(cells)[:, None] + 0.5 + offsets) / cells).flatten()
 
 
 def _reach(upsampler: JBUStack, image: Tensor, source_size: tuple[int, int]) -> tuple[float, float]:

@@ -21,7 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Jitter", "apply_jitter", "positions", "sample_axis", "sample_jitter", "sample_map"]
+__all__ = [
+    "Jitter",
+    "apply_jitter",
+    "centres",
+    "positions",
+    "sample_axis",
+    "sample_jitter",
+    "sample_map",
+]
 
 _STEPS = 2**24  # of a pixel: rounding makes whole pixels whole again after float64 arithmetic
 
@@ -113,23 +121,28 @@ def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
         return x
     return torch.cat(
         [
-            sample_map(one, *positions(j, (x.shape[-2], x.shape[-1])))
+            sample_map(one, *positions(j, centres(x.shape[-2]), centres(x.shape[-1])))
             for one, j in zip(x.split(1), jitters, strict=True)
         ]
     )
 
 
-def positions(jitter: Jitter, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Returns where the rows and the columns of a view lie in the image.
+def centres(count: int) -> Tensor:
+    """Returns the centres of ``count`` pixels along an axis, in fractions of it, float64."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def positions(jitter: Jitter, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns where rows and columns of a view lie in the image.
 
     Args:
         jitter: The view.
-        size: Number of rows and columns of the view, at any resolution.
+        rows: Positions in fractions of the view's height, (M,), float64.
+        columns: Positions in fractions of the view's width, (N,), float64.
 
     Returns:
-        Positions of the rows, (H,), and of the columns, (W,), in fractions of the image, float64.
+        Positions in fractions of the image's height, (M,), and width, (N,).
     """
-    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in size)
     if jitter.flip:
         columns = 1 - columns
     return _mirror(jitter.top + rows / jitter.zoom), _mirror(jitter.left + columns / jitter.zoom)
