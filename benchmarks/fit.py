@@ -6,8 +6,8 @@ least squares for each method on views of their own, so no downsampler favours a
 is the share of the variation of further views that is left, along random directions of the
 backbone's own features.
 
-    python -m benchmarks.fit PHOTO... --out FILE.json --network benchmarks/implicit_lite0.json
-    python -m benchmarks.fit PHOTO... --model NAME=FILE --options views=50 seed=1
+    python -m benchmarks.fit PHOTO... --network benchmarks/results/fit_network_lite0.json
+    python -m benchmarks.fit PHOTO... --model NAME=FILE --out FILE.json
 
 ``--network`` names rows of the coordinate network, measured earlier by the same protocol. With
 ``--out`` each row is kept at once, and photographs that have one are not measured again.

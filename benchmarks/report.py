@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fit import summary
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("benchmarks/RESULTS.md", "README.md")
+DOCUMENTS = ("benchmarks/RESULTS.md", "benchmarks/LOG.md", "README.md")
 LOWER_IS_BETTER = ("RMSE", "view error", "AbsRel", "Average Drop", "Complexity")
 UPSAMPLERS = ("bilinear", "bicubic", "FeatUp MaskCLIP", "AnyUp", "jbu_denoise", "jbu_faithful")
 Row = dict[str, str]
@@ -180,11 +182,30 @@ def oracle() -> str:
     return markdown(["score", *names], lines)
 
 
+def fit() -> str:
+    """The fit of one image beside interpolation, JBU and FeatUp's network: error of new views."""
+    names = ("bilinear", "jbu", "network", "fit")
+    lines = []
+    for file in sorted((RESULTS / "fit").glob("*.json")):
+        kept = json.loads(file.read_text("utf-8"))
+        errors = [row["errors"] for row in kept["rows"].values()]
+        means = [f"{sum(error[name] for error in errors) / len(errors):.4f}" for name in names]
+        found = summary(errors)["below network"]
+        low, high = (f"{100 * end:.1f}" for end in found["interval"])
+        below = f"{100 * found['mean share']:.1f} % [{low}, {high}]"
+        least = f"{100 * found['least share']:.1f} %"
+        model = kept["settings"]["model"]
+        lines.append([model, str(len(errors)), *bold_best(means, "view error"), below, least])
+    below = "fit below network"
+    return markdown(["features", "photographs", *names, below, "least"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "readme": readme,
     "looks": looks,
     "propagation": propagation,
+    "fit": fit,
     "stack_cost": stack_cost,
     "peers_cost": peers_cost,
     "oracle": oracle,

@@ -122,5 +122,5 @@ def test_the_held_out_views_choose_the_ridge() -> None:
         weak = equations(stack)
         weak.add(views, seen[:12])
         prior = F.interpolate(seen[:1], SOURCE, mode="bilinear")
-        loose = views_of(stack(weak.solve(0.01, prior), image()), unseen) - seen[12:]
+        loose = views_of(stack(weak.solve(0.03, prior), image()), unseen) - seen[12:]
     assert left.square().sum() < loose.square().sum()
