@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_checks import CHECKS, CUDA_CHECKS
-from benchmarks.gpu_session import Session
+from benchmarks.gpu import Session
+from benchmarks.gpu_worker import CHECKS, CUDA_CHECKS
 from featup_hub import ops
 from featup_hub.ops.cuda import backend, programs
 from featup_hub.ops.cuda.driver import CudaDriverError, open_driver
@@ -33,8 +33,9 @@ JBUStack(num_stages=2).cuda().eval()(source, image, impl="cuda").sum().item()
 
 
 @pytest.fixture
-def session(cuda: torch.device) -> Session:
-    return Session(device=cuda, impl="cuda", dry=False, deadline=time.monotonic() + 600)
+def session(cuda: torch.device, tmp_path: Path) -> Session:
+    deadline = time.monotonic() + 600
+    return Session(device=cuda, impl="cuda", dry=False, deadline=deadline, out=tmp_path)
 
 
 @pytest.mark.parametrize("check", CHECKS | CUDA_CHECKS)

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from benchmarks.resources import ARCHITECTURES, resources
+from benchmarks.compiled_kernels import NVCC_ARCHITECTURES, compile_with_nvcc, usage
 from featup_hub.ops.cuda import backend
 from featup_hub.ops.cuda.programs import Program
 
-OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a != 90]
+OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in NVCC_ARCHITECTURES if a != 90]
 MOST_SHARED_BYTES = 48 * 1024  # what any device grants without asking
 
 
@@ -20,8 +20,10 @@ MOST_SHARED_BYTES = 48 * 1024  # what any device grants without asking
 def test_no_kernel_spills_or_asks_for_more_than_48_kilobytes(
     program: Program, architecture: int
 ) -> None:
-    found = resources(program, architecture)
-    assert {kernel.name for kernel in found} == set(program.kernels)
-    assert not [kernel for kernel in found if kernel.spilled]
-    assert max(kernel.shared_bytes for kernel in found) <= MOST_SHARED_BYTES
-    assert all(kernel.blocks(architecture) >= 1 for kernel in found)
+    _, log = compile_with_nvcc(program, architecture)
+    found = usage(log)
+    assert set(found) == set(program.kernels)
+    assert not {name for name, use in found.items() if use.spilled}
+    for name, kernel in program.kernels.items():
+        assert kernel.shared_bytes <= MOST_SHARED_BYTES
+        assert found[name].blocks(kernel, architecture) >= 1

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import nvrtc_archs
+from benchmarks import compiled_kernels
 from featup_hub.ops.cuda import backend, nvrtc
 
 KERNEL = """
@@ -87,7 +87,7 @@ def test_the_packages_own_kernels_compile_without_spilling_a_register(
     compiler: nvrtc.Nvrtc, index: int
 ) -> None:
     program, architecture = backend.usual_programs()[index], ends(compiler, index)
-    usage = nvrtc_archs.usage(compiler, program, architecture)
+    usage = compiled_kernels.usage(compiled_kernels.compile_with_nvrtc(program, architecture)[1])
     assert set(usage) == set(program.kernels)
     assert {kernel: (use.spilled, use.stack) for kernel, use in usage.items()} == dict.fromkeys(
         usage, (0, 0)

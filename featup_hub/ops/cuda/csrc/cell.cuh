@@ -115,28 +115,15 @@ static __device__ __forceinline__ void prepare_operators(
     }
 }
 
-// A tap of the tile: the i-th, pixel by pixel and row by row.
-struct Tap {
-    static constexpr int ROW = 2 * TILE_X * TAPS, COUNT = 2 * TILE_Y * ROW;
-    int y, x, tap;
+// The outputs of a tile, and where a lane's two taps of an output lie among its weights. A warp moves
+// the taps of one output at a time, 32 and 17 of them.
+constexpr int OUTPUTS_X = 2 * TILE_X, OUTPUTS = 2 * TILE_Y * OUTPUTS_X;
 
-    __device__ Tap(int i) : y(i / ROW), x(i % ROW / TAPS), tap(i % TAPS) {}
-
-    template <int WINDOW>
-    __device__ float& in(Folded<WINDOW>& folded) const
-    {
-        return folded.at(y, x, tap / DIAMETER, tap % DIAMETER);
-    }
-    // Where it lies in a (H,W,49) kernel, the tile's first output being (top, left).
-    __device__ long long address(int top, int left, int W) const
-    {
-        return ((long long)(top + y) * W + left + x) * TAPS + tap;
-    }
-    __device__ bool inside(int top, int left, int H, int W) const
-    {
-        return top + y < H && left + x < W;
-    }
-};
+template <int WINDOW>
+static __device__ __forceinline__ float* tap_of(Folded<WINDOW>& folded, int output, int tap)
+{
+    return &folded.at(output / OUTPUTS_X, output % OUTPUTS_X, tap / DIAMETER, tap % DIAMETER);
+}
 
 // Multiplies along x, in place: every row of taps by A_x, or, adjoint, of weights by its transpose.
 // A thread keeps one column's operator and passes over rows.
@@ -198,7 +185,12 @@ static __device__ __forceinline__ void fold_columns(Folded<WINDOW>& folded)
     }
 }
 
-constexpr int TAP_LOADS = 14;    // in flight, of a thread
+// Outputs whose taps a warp loads before it stores them: two loads each are in flight.
+#ifndef JBU_TAP_OUTPUTS
+#define JBU_TAP_OUTPUTS 8
+#endif
+constexpr int TAP_OUTPUTS = JBU_TAP_OUTPUTS;
+static_assert(OUTPUTS_X % TAP_OUTPUTS == 0, "in one row of the tile");
 
 // Loads the taps of a tile, whose first cell is (y, x), and folds them: k -> A_y^T k A_x.
 template <int WINDOW>
@@ -207,20 +199,24 @@ static __device__ __forceinline__ void load_weights(
     Axis<WINDOW> columns, int y, int x)
 {
     prepare_operators(folded, rows, columns, y, x);
-#pragma unroll 1
-    for (int first = threadIdx.x; first < Tap::COUNT; first += TAP_LOADS * blockDim.x) {
-        float value[TAP_LOADS];
+    const int lane = threadIdx.x % 32, step = blockDim.x / 32 * TAP_OUTPUTS;
+    for (int first = threadIdx.x / 32 * TAP_OUTPUTS; first < OUTPUTS; first += step) {
+        const int top = 2 * y + first / OUTPUTS_X, left = 2 * x + first % OUTPUTS_X;
+        const float* from = kernel + ((long long)top * columns.output + left) * TAPS + lane;
+        float value[TAP_OUTPUTS][2] = {};
 #pragma unroll
-        for (int k = 0; k < TAP_LOADS; k++) {
-            const Tap tap(first + k * blockDim.x);
-            const bool inside = first + k * blockDim.x < Tap::COUNT &&
-                                tap.inside(2 * y, 2 * x, rows.output, columns.output);
-            value[k] = inside ? kernel[tap.address(2 * y, 2 * x, columns.output)] : 0.f;
+        for (int k = 0; k < TAP_OUTPUTS; k++)
+            if (top < rows.output && left + k < columns.output) {
+                value[k][0] = from[k * TAPS];
+                if (lane + 32 < TAPS)
+                    value[k][1] = from[k * TAPS + 32];
+            }
+#pragma unroll
+        for (int k = 0; k < TAP_OUTPUTS; k++) {
+            *tap_of(folded, first + k, lane) = value[k][0];
+            if (lane + 32 < TAPS)
+                *tap_of(folded, first + k, lane + 32) = value[k][1];
         }
-#pragma unroll
-        for (int k = 0; k < TAP_LOADS; k++)
-            if (first + k * blockDim.x < Tap::COUNT)
-                Tap(first + k * blockDim.x).in(folded) = value[k];
     }
     __syncthreads();
     fold_rows<WINDOW, false>(folded);
@@ -239,10 +235,13 @@ static __device__ __forceinline__ void store_taps(
     __syncthreads();
     fold_rows<WINDOW, true>(folded);
     __syncthreads();
-    for (int i = threadIdx.x; i < Tap::COUNT; i += blockDim.x) {
-        const Tap tap(i);
-        if (tap.inside(2 * y, 2 * x, H, W))
-            grad_kernel[tap.address(2 * y, 2 * x, W)] = tap.in(folded);
+    const int lane = threadIdx.x % 32;
+    for (int output = threadIdx.x / 32; output < OUTPUTS; output += blockDim.x / 32) {
+        const int top = 2 * y + output / OUTPUTS_X, left = 2 * x + output % OUTPUTS_X;
+        if (top < H && left < W)
+            for (int tap = lane; tap < TAPS; tap += 32)
+                grad_kernel[((long long)top * W + left) * TAPS + tap] =
+                    *tap_of(folded, output, tap);
     }
 }
 

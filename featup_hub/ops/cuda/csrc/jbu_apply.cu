@@ -175,17 +175,8 @@ static __device__ __forceinline__ void apply(
         filter_tile<WINDOW, false>(folded, maps, cell, begin, end, done);
 }
 
-// Blocks of a multiprocessor, which decide how many registers a thread may have. From sm_120 on its
-// shared memory holds two of the wider ones.
-#define BLOCKS_7 3
-#if __CUDA_ARCH__ >= 1200
-#define BLOCKS_8 2
-#else
-#define BLOCKS_8 3
-#endif
-
 #define APPLY_FORWARD(WINDOW)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_##WINDOW)                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, WINDOW == 7 ? 3 : 2)                 \
     apply_forward_##WINDOW(                                                                    \
         const Feature* __restrict__ source, const float* __restrict__ kernel,                  \
         const float* __restrict__ bias, Feature* __restrict__ output, int h, int w, int H,     \

@@ -118,15 +118,24 @@ struct Tile {
     }
 };
 
-// Copies a layer's weights, (49, count) row-major.
+// Copies a layer's weights, (49, count) row-major; a warp those of its own seven units.
 static __device__ __forceinline__ void load_layer(
-    float* to, const float* __restrict__ weight, int count)
+    float* to, const Tile& tile, const float* __restrict__ weight, int count)
 {
-#pragma unroll 4
-    for (int n = threadIdx.x; n < TAPS * count; n += THREADS) {
-        const int unit = n / count, i = n % count;
-        to[i * WEIGHT_PITCH + unit / DIAMETER * 8 + unit % DIAMETER] = weight[n];
-    }
+    static_assert(INPUTS <= 64, "two inputs a lane");
+    float value[DIAMETER][2] = {};
+#pragma unroll
+    for (int a = 0; a < DIAMETER; a++)
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+            if (tile.group + 32 * k < count)
+                value[a][k] = weight[(DIAMETER * tile.slot + a) * count + tile.group + 32 * k];
+#pragma unroll
+    for (int a = 0; a < DIAMETER; a++)
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+            if (tile.group + 32 * k < count)
+                to[(tile.group + 32 * k) * WEIGHT_PITCH + 8 * tile.slot + a] = value[a][k];
 }
 
 // sum[a] += sum_i weight[i][a] * operand[i], for the thread's pixels and its seven units.
@@ -273,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) kernel_forward(
     projection += blockIdx.z * KEYS * plane;
     kernel += blockIdx.z * plane * TAPS;
 
-    load_layer(layer, fixup_w0, INPUTS);
+    load_layer(layer, tile, fixup_w0, INPUTS);
     float k[DIAMETER][PX], sum[DIAMETER][PX], value[PX];
     match(k, tile, projection, shared, H, W);
     soften(k, tile, range_temp, sigma_spatial, shared);
@@ -294,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) kernel_forward(
     __syncthreads();
     multiply(sum, tile, layer, shared, INPUTS);
     __syncthreads();
-    load_layer(layer, fixup_w1, TAPS);
+    load_layer(layer, tile, fixup_w1, TAPS);
 #pragma unroll
     for (int a = 0; a < DIAMETER; a++) {
 #pragma unroll
