@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones.contract import Backbone
@@ -18,20 +19,26 @@ _NAMES = ("x_norm_patchtokens", "feature_maps", "last_hidden_state", "out")
 
 
 class ModuleBackbone(Backbone):
-    """Wraps a network that turns an image into features, however it hands them out.
+    """Wraps a network that turns an image into features, however it returns them.
 
-    Understood are maps, (B, C, h, w) or (B, h, w, C), and tokens, (B, N, C) in row-major order
-    with any class and register tokens first; alone, as the last of a list or tuple, or in a
-    dictionary or an output of Hugging Face Transformers. What comes is checked on every call.
+    The network may return maps, (B, C, h, w) or (B, h, w, C), or tokens, (B, N, C) in row-major
+    order after any class and register tokens; alone, as the last of a list or tuple, or in a
+    dictionary or an output of Hugging Face Transformers. Every call checks what comes.
 
     Args:
         module: The network; it is called with the image.
         feat_dim: Channels of its features.
         patch_size: Their stride in pixels.
         prefix_tokens: Class and register tokens to leave out.
+        layout: Where the channels of a map are: ``"nchw"``, (B, C, h, w), or ``"nhwc"``,
+            (B, h, w, C). By default its shape decides. Where the map could be either, as one of
+            96×96 cells with 96 channels, a look at a smaller image decides.
         mean: Normalisation the network was trained with; images come normalised as ImageNet's
             and are converted.
         std: Divisor of the same normalisation.
+        in_chans: Bands of the images; 3 are RGB.
+        fixed_size: Height and width of the only images the network takes; images are resized
+            to it.
         call: How to call the network, in place of ``module(image)``.
 
     Raises:
@@ -59,36 +66,77 @@ class ModuleBackbone(Backbone):
         feat_dim: int,
         patch_size: int,
         prefix_tokens: int = 0,
+        layout: Literal["nchw", "nhwc"] | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
+        in_chans: int = 3,
+        fixed_size: tuple[int, int] | None = None,
         call: Callable[[Any, Tensor], Any] | None = None,
     ) -> None:
-        super().__init__(feat_dim=feat_dim, patch_size=patch_size, mean=mean, std=std)
+        if layout not in (None, "nchw", "nhwc"):
+            raise ValueError(f"layout must be 'nchw' or 'nhwc'; got {layout!r}")
+        super().__init__(
+            feat_dim=feat_dim,
+            patch_size=patch_size,
+            mean=mean,
+            std=std,
+            in_chans=in_chans,
+            fixed_size=fixed_size,
+        )
         self.module = module
         self.prefix_tokens = prefix_tokens
+        self.layout = layout
         self.call = call
 
     def features(self, image: Tensor) -> Tensor:
         """Calls the network and brings what it returns to (B, C, h, w)."""
-        output = self.module(image) if self.call is None else self.call(self.module, image)
-        features = _tensor(output)
-        grid = (image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size)
+        features, grid = self._call(image), self._grid(image)
         if features.dim() == 3:
             features = self._from_tokens(features, grid)
-        elif features.dim() == 4 and features.shape[1] != self.feat_dim:
-            features = features.movedim(-1, 1)
-        # A convolution without padding loses a row; what loses more has another stride.
-        if (
-            features.dim() != 4
-            or features.shape[1] != self.feat_dim
-            or any(abs(n - m) > 1 for n, m in zip(features.shape[2:], grid, strict=True))
-        ):
+        elif features.dim() == 4:
+            layouts = [self.layout] if self.layout else self._layouts(features, grid)
+            if len(layouts) == 2:
+                self.layout = self._decided(image)
+                layouts = [self.layout]
+            if layouts == ["nhwc"]:
+                features = features.movedim(-1, 1)
+        if tuple(features.shape[1:]) != (self.feat_dim, *grid):
             raise ValueError(
                 f"needed features (B, {self.feat_dim}, {grid[0]}, {grid[1]}), as feat_dim and "
                 f"patch_size announce for an image of {tuple(image.shape[2:])}; got "
-                f"{tuple(features.shape)}; correct them, or select the features with call"
+                f"{tuple(features.shape)}; correct them, or select the features with call. A "
+                "convolution without padding loses cells at the edges: pad the image in call"
             )
         return features
+
+    def _call(self, image: Tensor) -> Tensor:
+        return _tensor(self.module(image) if self.call is None else self.call(self.module, image))
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+
+    def _layouts(self, features: Tensor, grid: tuple[int, int]) -> list[Literal["nchw", "nhwc"]]:
+        """Lists the layouts that a map's shape allows."""
+        shape, channels = tuple(features.shape[1:]), self.feat_dim
+        shapes: dict[Literal["nchw", "nhwc"], tuple[int, ...]] = {
+            "nchw": (channels, *grid),
+            "nhwc": (*grid, channels),
+        }
+        return [layout for layout, due in shapes.items() if shape == due]
+
+    @torch.no_grad()
+    def _decided(self, image: Tensor) -> Literal["nchw", "nhwc"]:
+        """Decides an ambiguous layout by a look at an image of one row of patches less."""
+        found: list[Literal["nchw", "nhwc"]] = []
+        if self.fixed_size is None and image.shape[-2] > self.patch_size:
+            smaller = image[:1, :, : -self.patch_size]
+            found = self._layouts(self._call(smaller), self._grid(smaller))
+        if len(found) != 1:
+            raise ValueError(
+                f"a map of {self.feat_dim} channels and as many rows and columns can be (B, C, h, "
+                "w) or (B, h, w, C); say which: layout='nchw' or layout='nhwc'"
+            )
+        return found[0]
 
     def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Brings tokens, (B, N, C), to a map of the grid's size."""

@@ -70,8 +70,7 @@ class Pretrained(nn.Module):
             source: Folder that :meth:`save_pretrained` wrote, or repository, ``owner/name``.
             revision: Commit, tag or branch of the repository; default: the main branch.
             token: Access token; default: the one the Hub's library finds.
-            force_download: Ask the server even if the files are cached. Otherwise a branch is
-                not looked up again.
+            force_download: Download the files even if they are cached.
 
         Returns:
             The module, in eval mode.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones import ModuleBackbone
@@ -75,10 +76,58 @@ def test_the_networks_parameters_are_the_backbones() -> None:
     assert set(backbone.parameters()) == set(module.parameters())
 
 
-def test_a_convolution_without_padding_may_lose_a_row() -> None:
-    module = nn.Conv2d(3, 5, 11, stride=8)
-    source = ModuleBackbone(module, feat_dim=5, patch_size=8)(torch.randn(1, 3, 32, 32))
-    assert source.shape == (1, 5, 3, 3)
+def test_a_convolution_without_padding_is_refused_until_the_image_is_padded() -> None:
+    conv, image = nn.Conv2d(3, 5, 11, stride=8), torch.randn(1, 3, 32, 32)
+    backbone = ModuleBackbone(conv, feat_dim=5, patch_size=8)
+    with pytest.raises(ValueError, match=r"got \(1, 5, 3, 3\); .* loses cells .*: pad the"):
+        backbone(image)
+    padded = F.pad(image, (1, 2, 1, 2), mode="replicate")
+    backbone.call = lambda conv, x: conv(F.pad(x, (1, 2, 1, 2), mode="replicate"))
+    assert torch.equal(backbone(image), conv(padded))
+
+
+@pytest.mark.parametrize("form", ["NCHW", "NHWC"])
+def test_a_map_of_as_many_rows_and_columns_as_channels_is_taken_rightly(form: str) -> None:
+    module, image = Patches(FORMS[form]), torch.randn(2, 3, 40, 40)  # 5 channels, 5×5 cells
+    first = ModuleBackbone(module, feat_dim=5, patch_size=8)
+    torch.testing.assert_close(first(image), module.conv(image))
+    later = ModuleBackbone(module, feat_dim=5, patch_size=8)
+    later(torch.randn(1, 3, 16, 24))
+    torch.testing.assert_close(later(image), module.conv(image))
+
+
+@pytest.mark.parametrize("form", ["NCHW", "NHWC"])
+def test_a_map_that_could_be_either_is_taken_as_said_or_refused(form: str) -> None:
+    module, image = Patches(FORMS[form]), torch.randn(1, 3, 40, 40)
+    options: dict[str, Any] = {"feat_dim": 5, "patch_size": 8, "fixed_size": (40, 40)}
+    with pytest.raises(ValueError, match=r"a map of 5 channels and as many .*: layout='nchw' or "):
+        ModuleBackbone(module, **options)(image)
+    said: Any = form.lower()
+    source = ModuleBackbone(module, **options, layout=said)(image)
+    torch.testing.assert_close(source, module.conv(image))
+
+
+def test_a_layout_that_is_said_is_held_to() -> None:
+    backbone = ModuleBackbone(Patches(), feat_dim=5, patch_size=8, layout="nhwc")
+    with pytest.raises(ValueError, match=r"needed features \(B, 5, 2, 3\)"):
+        backbone(torch.randn(1, 3, 16, 24))
+    with pytest.raises(ValueError, match="layout must be 'nchw' or 'nhwc'; got 'NHWC'"):
+        ModuleBackbone(Patches(), feat_dim=5, patch_size=8, layout="NHWC")  # type: ignore[arg-type]
+
+
+def test_a_network_of_one_size_sees_the_image_resized_to_it() -> None:
+    module, image = Patches(), torch.randn(1, 3, 40, 90)
+    source = ModuleBackbone(module, feat_dim=5, patch_size=8, fixed_size=(32, 48))(image)
+    seen = F.interpolate(image, (32, 48), mode="bicubic", antialias=True)
+    torch.testing.assert_close(source, module.conv(seen))
+
+
+def test_images_of_other_bands_are_passed_on_as_they_are() -> None:
+    module, image = nn.Conv2d(13, 5, 8, stride=8), torch.randn(1, 13, 16, 24)
+    backbone = ModuleBackbone(
+        module, feat_dim=5, patch_size=8, in_chans=13, mean=(0.5, 0.5, 0.5), std=(1, 1, 1)
+    )
+    assert torch.equal(backbone(image), module(image))
 
 
 @pytest.mark.parametrize(
