@@ -28,3 +28,14 @@ def test_quickstart_draws_a_picture(
     with Image.open(picture) as drawn:
         assert drawn.size == (708, 524)
     assert len(example.read_text().splitlines()) < 40
+
+
+def test_an_example_that_needs_arguments_shows_its_usage(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = root / "examples/segmentation_head.py"
+    monkeypatch.setattr("sys.argv", [str(example)])
+    with pytest.raises(
+        SystemExit, match=r"Run: python examples/segmentation_head\.py LAYOUT:FOLDER"
+    ):
+        runpy.run_path(str(example), run_name="__main__")

@@ -39,4 +39,6 @@ def extract(photos: Path, out: Path, *, actors: int = 2) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     print(extract(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -47,6 +47,7 @@ def test_a_lone_upsampler_needs_no_figure(scenes, tmp_path, capsys):
         ("--data nyu:x --backbones nope", "--backbones: a model must be one of "),
         ("--data nyu:x --backbones jbu", "--backbones: a model with a backbone is needed; got"),
         ("--data nyu:x --backbones dinov2@no.file", "--backbones: no weights file no.file; check"),
+        ("--data nyu:x --backbone dinov2=no.file", "--backbones: no weights file no.file; check"),
         ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got none"),
         ("--protocols cam --photos x --classifier no", "--classifier: a model must be one of "),
         ("--protocols cam --photos x --classifier jbu", "--classifier: class activation maps need"),

@@ -10,6 +10,7 @@ import torch
 
 from featup_hub.backbones import Backbone
 from featup_hub.evaluation.features import Source, check_source, open_source
+from featup_hub.weights import shipped_folder
 
 
 class Times(Backbone):
@@ -54,3 +55,14 @@ def test_a_plug_in_gives_a_backbone(monkeypatch):
 def test_a_plug_in_that_cannot_be_imported_is_refused():
     with pytest.raises(ValueError, match=r"must be importable; got 'no_such_module:x'"):
         check_source("no_such_module:x")
+
+
+def test_a_backbone_s_own_weights_are_named_as_on_every_command_and_as_before() -> None:
+    file = shipped_folder() / "efficientnet_lite0.safetensors"
+    now, before = (
+        open_source(f"efficientnet_lite0={file}"),
+        open_source(f"b=efficientnet_lite0@{file}"),
+    )
+    assert (now.name, before.name) == ("efficientnet_lite0=efficientnet_lite0", "b")
+    assert now.identity == before.identity
+    assert open_source("b=efficientnet_lite0").name == "b"
