@@ -94,20 +94,14 @@ def test_bright_and_constant_images_bring_no_warning(small: UpsampledBackbone) -
 
 
 def test_a_backbone_of_other_bands_is_guided_by_rgb() -> None:
-    class Satellite(ModuleBackbone):
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            return self.features(image)
-
-    network = nn.Conv2d(13, 6, 8, stride=8)
-    whole = UpsampledBackbone(
-        Satellite(network, feat_dim=6, patch_size=8), JBUStack(num_stages=3).eval()
-    )
-    bands, rgb = torch.randn(1, 13, 16, 24), torch.randn(1, 3, 32, 48)
-    expected = whole.upsampler(network(bands), rgb)
-    assert torch.equal(whole(bands, guidance=rgb), expected)
-    assert torch.equal(whole.forward_features(bands, guidance=rgb), expected)
+    model = featup_hub.load("test_resnet", pretrained=False, backbone_kwargs={"in_chans": 13})
+    bands, rgb = torch.randn(1, 13, 64, 96), torch.randn(1, 3, 128, 192)
+    with torch.no_grad():
+        expected = model.upsampler(model.source(bands), rgb)
+        assert torch.equal(model(bands, guidance=rgb), expected)
+        assert torch.equal(model.forward_features(bands, guidance=rgb), expected)
     with pytest.raises(ValueError, match=r"got one of 13; pass RGB beside it: model\(image, guid"):
-        whole(bands)
+        model(bands)
 
 
 def test_options_of_load_have_one_name_each(root: Path) -> None:

@@ -96,9 +96,8 @@ def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
     """Does what :func:`reflect_pad` does on one axis, by indices that fit symbolic sizes."""
     last = x.shape[axis] - 1
     place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
-    for _ in range(radius):  # as often as the shortest map demands
-        place = last - (last - place.abs()).abs()
-    return x.index_select(axis, place.abs().clamp(max=last))
+    place = place % torch.sym_max(2 * last, 1)  # mirror images repeat after twice the last place
+    return x.index_select(axis, last - (last - place).abs())
 
 
 def _tap_rows(x: Tensor, radius: int) -> Iterator[Tensor]:
