@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,21 @@ def test_a_static_program_takes_its_own_size_only(upsampler: JBUStack) -> None:
     assert_same(run, upsampler, *inputs)
     with pytest.raises((RuntimeError, AssertionError)):
         run(*pair(1, (4, 4), (16, 16)))
+
+
+def test_a_traced_model_runs_without_this_package(upsampler: JBUStack, tmp_path: Path) -> None:
+    inputs = pair(1, (3, 4), (12, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about sizes that become constants
+        torch.jit.trace(upsampler, inputs).save(tmp_path / "traced.pt")
+    torch.save((inputs, upsampler(*inputs).detach()), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch\n"
+        "inputs, expected = torch.load('expected.pt')\n"
+        "torch.testing.assert_close(torch.jit.load('traced.pt')(*inputs), expected)\n"
+        "assert 'featup_hub' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_programs_hold_standard_operators_only(upsampler_program: ExportedProgram) -> None:

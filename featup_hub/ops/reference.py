@@ -64,7 +64,7 @@ class StageWeights(NamedTuple):
     @property
     def diameter(self) -> int:
         """Side D of the kernel, 2·radius + 1."""
-        return round(self.fixup_w1.shape[0] ** 0.5)
+        return round(int(self.fixup_w1.shape[0]) ** 0.5)
 
     @property
     def radius(self) -> int:
@@ -96,7 +96,8 @@ def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
     """Does what :func:`reflect_pad` does on one axis, by indices that fit symbolic sizes."""
     last = x.shape[axis] - 1
     place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
-    place = place % torch.sym_max(2 * last, 1)  # mirror images repeat after twice the last place
+    period = 2 * last + 1 // (last + 1)  # after which mirror images repeat; 1 for a single pixel
+    place = place % period
     return x.index_select(axis, last - (last - place).abs())
 
 
@@ -216,7 +217,7 @@ def jbu_apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Ten
         Features, (B, C, H, W).
     """
     height, width = kernel.shape[-2:]
-    diameter = round(kernel.shape[1] ** 0.5)
+    diameter = round(int(kernel.shape[1]) ** 0.5)
     resized = F.interpolate(source, (height, width), mode="bicubic", align_corners=False)
     padded = reflect_pad(resized, diameter // 2)
     output = torch.zeros_like(resized)
