@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fit import summary
+from featup_hub.evaluation.figure import draw
+from featup_hub.evaluation.report import Row as Scored
+from featup_hub.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -223,55 +226,37 @@ def filled(text: str) -> str:
 
 
 def draw_intervals(path: Path) -> None:
-    """Draws differences from bilinear with their 95 % intervals, better to the right."""
-    from matplotlib.figure import Figure
-
-    shown = ("boundary accuracy", "mIoU", "view error")
-    rows = [r for r in read("labels.csv") if r["against"] == "bilinear" and r["score"] in shown]
-    kinds = ("frozen probe", "transfer probe", "consistency")
-    places = list(
-        dict.fromkeys(
-            f"{kind}, {r['data'].split('/')[0]}, {r['features']}"
-            for kind in kinds[:2]
-            for r in rows
-            if r["protocol"] == kind
-        )
-    )
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for panel, score in zip(panels, shown, strict=True):
-        for number, name in enumerate(("jbu_denoise", "jbu_faithful")):
-            drawn = [r for r in rows if r["score"] == score and r["upsampler"] == name]
-            for row in drawn:
-                kind = "frozen probe" if row["protocol"] == "consistency" else row["protocol"]
-                place = f"{kind}, {row['data'].split('/')[0]}, {row['features']}"
-                if place not in places:
-                    continue
-                turn = -1 if score == "view error" else 1
-                value, low, high = (turn * float(row[k]) for k in ("difference", "low", "high"))
-                low, high = min(low, high), max(low, high)
-                panel.errorbar(
-                    [value],
-                    [places.index(place) + 0.25 * (number - 0.5)],
-                    xerr=[[max(value - low, 0)], [max(high - value, 0)]],
-                    fmt="o",
-                    markersize=3,
-                    linewidth=1,
-                    color=f"C{number + 1}",
-                    label=name,
+    """Draws differences from bilinear with their 95 % intervals."""
+    rows = [
+        Scored(
+            protocol=row["protocol"],
+            data=row["data"],
+            backbone=row["features"],
+            images=int(row["images"]),
+            metric=row["score"],
+            higher_is_better=row["score"] not in LOWER_IS_BETTER,
+            percent=True,
+            upsampler=row["upsampler"],
+            score=Estimate(value=float(row["value"]) / 100, low=0, high=0),
+            versus={
+                "bilinear": Estimate(
+                    value=float(row["difference"]) / 100,
+                    low=float(row["low"]) / 100,
+                    high=float(row["high"]) / 100,
                 )
-        panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_title(f"{score}: better than bilinear →", fontsize=9)
-        panel.tick_params(labelsize=8)
-    panels[0].set_yticks(range(len(places)), places)
-    panels[0].invert_yaxis()
-    handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
-    _save(figure, path)
+            },
+        )
+        for row in read("labels.csv")
+        if row["against"] == "bilinear"
+        and row["protocol"] in ("frozen probe", "transfer probe", "consistency")
+        and row["score"] in ("boundary accuracy", "mIoU", "view error")
+    ]
+    draw(rows, path)
 
 
 def draw_quality(path: Path) -> None:
     """Draws quality against cost, one point per upsampler, from the rows of one evaluation."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     rows = evaluations("quality")
@@ -288,13 +273,6 @@ def draw_quality(path: Path) -> None:
     panel.set_xlabel("CPU seconds per image, backbone included")
     panel.set_ylabel("boundary accuracy, %")
     panel.margins(x=0.2, y=0.15)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Writes an SVG file that depends on nothing but what is drawn."""
-    import matplotlib
-
     with matplotlib.rc_context({"svg.hashsalt": "featup_hub", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -304,7 +282,7 @@ def main() -> None:
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    draw_intervals(ROOT / "docs" / "intervals.svg")
+    draw_intervals(ROOT / "docs" / "intervals.png")
     if (RESULTS / "quality").is_dir():
         draw_quality(ROOT / "docs" / "quality.svg")
 
