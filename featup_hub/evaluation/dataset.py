@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -52,21 +52,11 @@ class Sample:
         top, left = (height % stride) // 2, (width % stride) // 2
         rows = slice(top, top + height - height % stride)
         columns = slice(left, left + width - width % stride)
-        return replace(
-            self,
-            image=self.image[:, rows, columns],
-            labels=None if self.labels is None else self.labels[rows, columns],
-            depth=None if self.depth is None else self.depth[rows, columns],
-        )
+        return self._changed(lambda x: x[..., rows, columns])
 
     def mirror(self) -> Sample:
         """Mirrors image and truth left to right."""
-        return replace(
-            self,
-            image=self.image.flip(-1),
-            labels=None if self.labels is None else self.labels.flip(-1),
-            depth=None if self.depth is None else self.depth.flip(-1),
-        )
+        return self._changed(lambda x: x.flip(-1))
 
     def square(self, side: int) -> Tensor:
         """Crops the centre square and resizes it, normalised, (1, 3, side, side)."""
@@ -90,6 +80,15 @@ class Sample:
             image=image,
             labels=None if self.labels is None else _nearest(self.labels, size),
             depth=None if self.depth is None else _nearest(self.depth, size),
+        )
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """Applies a change of the last two dimensions to image and truth."""
+        return replace(
+            self,
+            image=change(self.image),
+            labels=None if self.labels is None else change(self.labels),
+            depth=None if self.depth is None else change(self.depth),
         )
 
     def normalised(self) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
+from typing import NamedTuple
 
 from featup_hub.evaluation.cam import measure_cam, open_classifier, open_photos
 from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
@@ -38,19 +39,12 @@ NOT_SETTINGS = {
 """Fields that change no sums, or that the stages they change name in their own settings."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One protocol on one data set and source of features.
-
-    Attributes:
-        title: What is measured, for people.
-        run: Measures upsamplers.
-        settings: All that the sums depend on except the upsamplers; None is never kept.
-    """
+class Stage(NamedTuple):
+    """One protocol on one data set and source of features; ``settings`` as in measure_new."""
 
     title: str
     run: Callable[[Sequence[Candidate]], Sequence[Measurement]]
-    settings: dict[str, object] | None = None
+    settings: dict[str, object] | None
 
 
 def evaluate(
@@ -115,18 +109,13 @@ def measure(
         ValueError: If data that a protocol needs is missing, before anything is measured.
     """
     stages = list(_stages(data, sources, config))
-    return _run(stages, candidates, config, progress)
 
+    def run() -> Iterator[Measurement]:
+        for stage in stages:
+            progress(stage.title)
+            yield from measure_new(stage.run, candidates, stage.settings, config.cache)
 
-def _run(
-    stages: Sequence[Stage],
-    candidates: Sequence[Candidate],
-    config: EvaluationConfig,
-    progress: Callable[[str], None],
-) -> Iterator[Measurement]:
-    for stage in stages:
-        progress(stage.title)
-        yield from measure_new(stage.run, candidates, stage.settings, config.cache)
+    return run()
 
 
 def _stages(
