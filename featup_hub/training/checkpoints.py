@@ -1,9 +1,8 @@
-"""The files of a run while it trains: checkpoints and metrics, and the progress bar."""
+"""The files of a run while it trains: checkpoints and metrics."""
 
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 
 from featup_hub.files import write_atomically
 
-__all__ = ["Metrics", "Progress", "load_checkpoint", "restoring", "save_checkpoint"]
+__all__ = ["Metrics", "load_checkpoint", "restoring", "save_checkpoint"]
 
 
 def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
@@ -140,47 +139,3 @@ def _complete_rows(path: Path, end: int) -> list[dict[str, str]]:
         and row.get("step", "").isdecimal()
         and int(row["step"]) < end
     ]
-
-
-class Progress:
-    """A progress bar on the standard error stream: tqdm's, or plain lines without tqdm.
-
-    Args:
-        total: Number of steps.
-        first: Steps already taken.
-        shown: Whether to show anything.
-        seconds: Shortest time between plain lines.
-    """
-
-    def __init__(self, total: int, first: int, shown: bool, *, seconds: float = 10.0) -> None:
-        self._total, self._done, self._shown = total, first, shown
-        self._seconds, self._next = seconds, 0.0
-        self._bar: Any = None
-        if shown:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, initial=first, unit="step", mininterval=seconds / 10)
-
-    def advance(self, note: str) -> None:
-        """Counts one step."""
-        self._done += 1
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update()
-        elif self._shown and (time.monotonic() >= self._next or self._done == self._total):
-            sys.stderr.write(f"step {self._done}/{self._total} {note}\n")
-            self._next = time.monotonic() + self._seconds
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()

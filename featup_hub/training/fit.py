@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
 from featup_hub.model import load_upsampler
-from featup_hub.training.checkpoints import Progress
 from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
 from featup_hub.training.least_squares import fit_source
 from featup_hub.training.network import fit_network
@@ -90,7 +90,8 @@ def fit(
         )
     config = replace(config, **options)
     found: FittedFeatures
-    with _evaluating(backbone), Progress(config.views + config.held_out, 0, progress) as bar:
+    count = config.views + config.held_out
+    with _evaluating(backbone), tqdm(total=count, unit="view", disable=not progress) as bar:
         fitted = _observe(image, backbone, _draw(image, config, 0, config.views - 1), bar)
         held_out = _observe(image, backbone, _draw(image, config, 1, config.held_out), bar)
         if config.method == "network":
@@ -118,7 +119,7 @@ def _draw(image: Tensor, config: FitConfig, kind: int, count: int) -> list[Jitte
 
 
 def _observe(
-    image: Tensor, backbone: Backbone, jitters: Sequence[Jitter], bar: Progress
+    image: Tensor, backbone: Backbone, jitters: Sequence[Jitter], bar: tqdm[Any]
 ) -> Iterator[tuple[Sequence[Jitter], Tensor]]:
     """Yields views and the backbone's features of them, (V, C, h, w), a few at a time."""
     for first in range(0, len(jitters), _BATCH):
@@ -131,8 +132,7 @@ def _observe(
                 "a fit needs finite features; the backbone gave NaN or infinity; check that the "
                 "image is normalised, and the backbone's weights"
             )
-        for _ in part:
-            bar.advance("views")
+        bar.update(len(part))
         yield part, features
 
 

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
 from featup_hub.registry import JBU_UNIVERSAL
 from featup_hub.training.checkpoints import (
     Metrics,
-    Progress,
     load_checkpoint,
     restoring,
     save_checkpoint,
@@ -96,13 +96,14 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
     saved = time.monotonic()
     with (
         Metrics(out / "metrics.csv" if is_main else Path(os.devnull), first) as metrics,
-        Progress(config.steps, first, progress) as bar,
+        tqdm(total=config.steps, initial=first, unit="step", disable=not progress) as bar,
     ):
         try:
             for step in range(first, config.steps):
                 row = run.step(step)
                 metrics.add({"step": step, **row})
-                bar.advance(f"{row['source']} loss {row['loss']:.4f}")
+                bar.set_postfix_str(f"{row['source']} loss {row['loss']:.4f}", refresh=False)
+                bar.update()
                 last = step + 1 == config.steps
                 if is_main and (last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
                     metrics.flush()

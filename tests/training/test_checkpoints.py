@@ -1,41 +1,18 @@
-"""Checkpoints that are none, metrics, and progress: a bar with tqdm, plain lines without."""
+"""Checkpoints and metrics: damaged ones, those of other runs, and runs that were killed."""
 
 from __future__ import annotations
 
 import csv
-import sys
 
 import pytest
 import torch
 
 from featup_hub.training.checkpoints import (
     Metrics,
-    Progress,
     load_checkpoint,
     restoring,
     save_checkpoint,
 )
-
-
-def test_without_tqdm_progress_is_plain_lines(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with Progress(3, 0, True, seconds=60) as bar:
-        for n in range(3):
-            bar.advance(f"loss {n}")
-    assert capsys.readouterr().err == "step 1/3 loss 0\nstep 3/3 loss 2\n"
-
-
-def test_with_tqdm_progress_is_a_bar(capsys):
-    with Progress(3, 1, True) as bar:
-        bar.advance("x")
-        bar.advance("loss 2")
-    assert "3/3" in capsys.readouterr().err
-
-
-def test_progress_can_be_silent(capsys):
-    with Progress(1, 0, False) as bar:
-        bar.advance("loss")
-    assert capsys.readouterr().err == ""
 
 
 def test_metrics_can_be_read_while_a_run_goes_on(tmp_path):
