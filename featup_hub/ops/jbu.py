@@ -5,7 +5,8 @@ Arguments are checked and converted here; the operators are registered with torc
 
 * ``"reference"`` – the definition in :mod:`featup_hub.ops.reference`, plain autograd;
 * ``"torch"`` – the folded form in plain PyTorch, fast on a CPU, adjoints written out;
-* ``"cuda"`` – the fused kernels; never falls back;
+* ``"cuda"`` – the fused kernels; never falls back (the gradients of :func:`jbu_kernel` are plain
+  PyTorch);
 * ``"auto"`` – ``"cuda"`` where it can run, else ``"torch"``.
 
 While a model is exported or traced, the definition computes whatever ``impl`` says: it consists of
