@@ -24,7 +24,13 @@ from featup_hub.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("benchmarks/RESULTS.md", "benchmarks/LOG.md", "README.md")
+DOCUMENTS = (
+    "README.md",
+    "benchmarks/RESULTS.md",
+    "benchmarks/LOG.md",
+    "weights/jbu_universal.md",
+    "weights/jbu_sharp.md",
+)
 LOWER_IS_BETTER = ("RMSE", "view error", "AbsRel", "Average Drop", "Complexity")
 UPSAMPLERS = ("bilinear", "bicubic", "FeatUp MaskCLIP", "AnyUp", "jbu_denoise", "jbu_faithful")
 Row = dict[str, str]

@@ -8,7 +8,7 @@ timm's files on the Hugging Face Hub have none: their newest version is taken.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -70,8 +70,6 @@ class ModelCard:
         note: What a user must know before using them.
         backbone_file: Weights of the backbone, where they are shipped; timm knows all others.
         upsampler_file: Weights of the upsampler.
-        scores: Measured figures, percent, by metric. ``weights/jbu_universal.md`` has the
-            protocol, the intervals and what they are compared with.
     """
 
     name: str
@@ -87,7 +85,6 @@ class ModelCard:
     note: str = ""
     backbone_file: WeightFile | None = None
     upsampler_file: WeightFile
-    scores: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 JBU_UNIVERSAL = WeightFile(
@@ -227,14 +224,6 @@ _LITE0 = ModelCard(
     data=EFFICIENTNET_LITE0.data,
     backbone_file=EFFICIENTNET_LITE0,
     upsampler_file=JBU_UNIVERSAL,
-    scores=MappingProxyType(
-        {
-            "frozen probe, camvid/val, strip accuracy": 58.38,
-            "frozen probe, camvid/val, mIoU": 46.81,
-            "frozen probe, nyu/val, strip accuracy": 35.45,
-            "frozen probe, nyu/val, mIoU": 10.34,
-        }
-    ),
 )
 
 _ROWS = [
@@ -244,14 +233,6 @@ _ROWS = [
         name="efficientnet_lite0_stride32",
         feat_dim=320,
         patch_size=32,
-        scores=MappingProxyType(
-            {
-                "frozen probe, camvid/val, strip accuracy": 55.68,
-                "frozen probe, camvid/val, mIoU": 49.31,
-                "frozen probe, nyu/val, strip accuracy": 44.30,
-                "frozen probe, nyu/val, mIoU": 25.22,
-            }
-        ),
     ),
     *(ModelCard(**row._asdict(), upsampler_file=JBU_UNIVERSAL) for row in _TIMM),
     ModelCard(
@@ -262,14 +243,6 @@ _ROWS = [
         licence=JBU_UNIVERSAL.licence,
         data=JBU_UNIVERSAL.data,
         upsampler_file=JBU_UNIVERSAL,
-        scores=MappingProxyType(
-            {
-                "point oracle, camvid/val, strip accuracy": 73.78,
-                "point oracle, camvid/val, mIoU": 74.72,
-                "point oracle, nyu/val, strip accuracy": 75.26,
-                "point oracle, nyu/val, mIoU": 93.13,
-            }
-        ),
     ),
 ]
 

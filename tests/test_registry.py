@@ -11,7 +11,6 @@ from featup_hub.model import find_card, list_models
 from featup_hub.registry import (
     ALIASES,
     EFFICIENTNET_LITE0,
-    JBU_UNIVERSAL,
     MODELS,
     UPSAMPLERS,
     ModelCard,
@@ -71,22 +70,6 @@ def test_shipped_files_have_the_digest_of_their_row(file: WeightFile) -> None:
     assert str(file.sha256) in (shipped_folder() / file.filename).with_suffix(".md").read_text()
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in MODELS.values() if row.scores], ids=lambda r: r.name
-)
-def test_scores_are_those_of_the_model_card(row: ModelCard) -> None:
-    card_file = (shipped_folder() / JBU_UNIVERSAL.filename).with_suffix(".md")
-    table = [line.split(" | ") for line in card_file.read_text().splitlines() if " | " in line]
-    features = "stride 16" if row.backbone is None else f"{row.name} /{row.patch_size}"
-    measured = {
-        f"{protocol.removeprefix('| ')}, {data}, {metric}": ours.strip("*")
-        for protocol, data, where, metric, _, _, ours, *_ in (c for c in table if len(c) == 8)
-        if where == features
-    }
-    for metric, score in row.scores.items():
-        assert measured[metric] == f"{score:.2f}"
-
-
 def test_upstreams_names_are_all_there() -> None:
     assert {"vit", "dino16", "dinov2", "clip", "maskclip", "resnet50"} <= set(WITH_BACKBONE)
 
@@ -126,8 +109,6 @@ def test_cards_cannot_be_changed() -> None:
     row: ModelCard = card("dinov2")
     with pytest.raises(AttributeError):
         row.feat_dim = 1  # type: ignore[misc]
-    with pytest.raises(TypeError):
-        row.scores["x"] = 1.0  # type: ignore[index]
 
 
 def test_the_table_needs_nothing_but_the_standard_library(root: Path) -> None:

@@ -78,7 +78,6 @@ def _row(card: ModelCard) -> dict[str, Any]:
         "licence": card.licence,
         "data": card.data,
         "note": card.note,
-        "scores": dict(card.scores),
     }
 
 
