@@ -104,24 +104,35 @@ def jbu_apply(
 
 
 def joint_kernel(
-    query: Tensor, key: Tensor, radius: int, *, impl: Implementation = "auto"
+    query: Tensor,
+    key: Tensor,
+    spatial: Tensor,
+    range: Tensor,
+    *,
+    cells: tuple[int, int],
+    radius: int,
+    impl: Implementation = "auto",
 ) -> Tensor:
-    """Weights the neighbours of every place by how near their keys are to the place's query.
+    """Weights the cells around every pixel by how near they lie and how alike they look.
 
     The formula is that of :func:`featup_hub.ops.reference.joint_kernel`.
 
     Args:
-        query: What a place asks for, (B, E, H, W).
-        key: What its neighbours have, (B, E, H, W).
-        radius: Reach of the kernels.
+        query: Looks of the pixels, (B, E, H, W).
+        key: Looks of the cells, (B, E, h, w).
+        spatial: Width of the spatial term in cells of the source, ().
+        range: Width of the looks' term, ().
+        cells: Height and width of the source.
+        radius: Reach of the kernels, in pixels.
         impl: Who computes; all but ``"reference"`` are one operator, the same on every device.
 
     Returns:
         Kernels, (B, D², H, W), taps row-major, D = 2·radius + 1; they sum to one.
     """
+    spatial, range = spatial.to(query), range.to(query)
     if impl == "reference" or _traced():
-        return reference.joint_kernel(query, key, radius)
-    return torch.ops.featup_hub.joint_kernel(query, key, radius)
+        return reference.joint_kernel(query, key, spatial, range, cells, radius)
+    return torch.ops.featup_hub.joint_kernel(query, key, spatial, range, *cells, radius)
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 MIN_SUM = 1e-7
 FIXUP_SCALE = 0.1
+MIN_WIDTH = 1e-3  # a width of nothing compares a place with none but itself
 
 
 class StageWeights(NamedTuple):
@@ -182,22 +183,73 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
     return kernel + FIXUP_SCALE * correction
 
 
-def joint_kernel(query: Tensor, key: Tensor, radius: int) -> Tensor:
-    r"""Weights the neighbours of every place by how near their keys are to the place's query.
+def joint_kernel(
+    query: Tensor,
+    key: Tensor,
+    spatial: Tensor,
+    range: Tensor,
+    cells: tuple[int, int],
+    radius: int,
+) -> Tensor:
+    r"""Weights the cells around every pixel by how near they lie and how alike they look.
 
-    .. math:: k_t(u) = \operatorname{softmax}_t(-|q(u) - \mathrm{pad}(key)(u + t)|^2 / 2)
+    .. math::
+        k_t(u) = \operatorname{softmax}_t(-|p_u - p_{c(u+t)}|^2 / 2\sigma^2
+                 - |q_u - k_{c(u+t)}|^2 / 2\tau^2)
+
+    c(v) is the cell that pixel v lies in, and p are places, counted in cells of the source.
 
     Args:
-        query: What a place asks for, (B, E, H, W).
-        key: What its neighbours have, (B, E, H, W), reflect-padded.
-        radius: Reach of the kernels.
+        query: Looks of the pixels, (B, E, H, W).
+        key: Looks of the cells, (B, E, h, w), with h ≤ H and w ≤ W.
+        spatial: Width σ, (); its sign does not matter, and it is at least 1e-3.
+        range: Width τ, (), likewise.
+        cells: Height and width of the source.
+        radius: Reach of the kernels, in pixels.
 
     Returns:
         Kernels, (B, D², H, W), taps row-major; they sum to one.
     """
-    rows = _tap_rows(key, radius)
-    logits = [-0.5 * (query[:, :, None] - row).square().sum(1) for row in rows]
+    asked, had = joint_features(query, key, spatial, range, cells)
+    logits = [-0.5 * (asked[:, :, None] - row).square().sum(1) for row in _tap_rows(had, radius)]
     return torch.cat(logits, dim=1).softmax(1)
+
+
+def joint_features(
+    query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, cells: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Returns places and looks of pixels and of their cells, divided by the widths.
+
+    Half the squared distance of two of them is the exponent of :func:`joint_kernel`.
+    """
+    near, alike = (width.abs().clamp(min=MIN_WIDTH) for width in (spatial, range))
+    asked, had = (torch.cat([_places(x, cells) / near, x / alike], dim=1) for x in (query, key))
+    return asked, repeat(had, (query.shape[2], query.shape[3]))
+
+
+def _places(x: Tensor, cells: tuple[int, int]) -> Tensor:
+    """Returns the rows and columns of a map's pixels on the source's grid, (B, 2, H, W)."""
+    batch, _, height, width = x.shape
+    # Products before quotients, so that symbolic sizes stay symbolic.
+    rows, columns = (
+        (torch.arange(count, device=x.device) + 0.5).to(x) * cell / count
+        for cell, count in zip(cells, (height, width), strict=True)
+    )
+    grid = torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)])
+    return grid.expand(batch, -1, -1, -1)
+
+
+def repeat(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Gives every pixel its cell's value, (B, C, h, w) -> (B, C, *size)."""
+    for axis, count in zip((2, 3), size, strict=True):
+        cells = cells.index_select(axis, cell_of_pixel(cells.shape[axis], count, cells))
+    return cells
+
+
+def cell_of_pixel(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """Returns which of n cells the centre of each of N pixels lies in, (N,)."""
+    twice = torch.arange(1, 2 * pixels, 2, device=like.device)  # of the pixels' centres
+    return twice * cells // (2 * pixels)
 
 
 def jbu_apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -48,8 +48,23 @@ def _apply_backward(
     return backend.apply_backward(grad, source, kernel, need_source, need_kernel)
 
 
-def _joint_backward(grad: Tensor, query: Tensor, key: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    return torch_backend.joint_kernel_backward(grad, query, key)
+def _joint(
+    query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, rows: int, columns: int, radius: int
+) -> Tensor:
+    return reference.joint_kernel(query, key, spatial, range, (rows, columns), radius)
+
+
+def _joint_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    spatial: Tensor,
+    range: Tensor,
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cells = rows, columns
+    return torch_backend.joint_kernel_backward(grad, query, key, spatial, range, cells)
 
 
 def _map_like(like: Tensor, channels: int) -> Tensor:
@@ -79,15 +94,15 @@ def _fake_apply_backward(
     )
 
 
-def _fake_joint(query: Tensor, key: Tensor, radius: int) -> Tensor:
+def _fake_joint(query: Tensor, *args: Any) -> Tensor:
     batch, _, height, width = query.shape
-    return query.new_empty(batch, (2 * radius + 1) ** 2, height, width)
+    return query.new_empty(batch, (2 * args[-1] + 1) ** 2, height, width)
 
 
-def _fake_joint_backward(
-    grad: Tensor, query: Tensor, key: Tensor, radius: int
-) -> tuple[Tensor, Tensor]:
-    return _map_like(query, query.shape[1]), _map_like(key, key.shape[1])
+def _fake_joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    query, key, spatial, range, *_ = args
+    maps = _map_like(query, query.shape[1]), _map_like(key, key.shape[1])
+    return *maps, spatial.new_empty(()), range.new_empty(())
 
 
 def _save_kernel(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,12 +129,13 @@ def _apply_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_joint(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, ctx.radius = inputs
-    ctx.save_for_backward(query, key)
+    *tensors, ctx.rows, ctx.columns, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _joint_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.featup_hub.joint_kernel_backward(grad, *ctx.saved_tensors, ctx.radius), None
+    backward = torch.ops.featup_hub.joint_kernel_backward
+    return *backward(grad, *ctx.saved_tensors, ctx.rows, ctx.columns), None, None, None
 
 
 def _refuse_gradients(ctx: Any, *grads: Tensor) -> None:  # torch would take them for zero
@@ -183,15 +199,16 @@ _register(
     _apply_backward,
     _fake_apply_backward,
 )
+_JOINT = "Tensor query, Tensor key, Tensor spatial, Tensor range, SymInt rows, SymInt columns"
 _register(
-    "joint_kernel(Tensor query, Tensor key, int radius) -> Tensor",
-    reference.joint_kernel,
+    f"joint_kernel({_JOINT}, int radius) -> Tensor",
+    _joint,
     _fake_joint,
     _joint_gradients,
     _save_joint,
 )
 _register(
-    "joint_kernel_backward(Tensor grad, Tensor query, Tensor key, int radius) -> (Tensor, Tensor)",
+    f"joint_kernel_backward(Tensor grad, {_JOINT}) -> (Tensor, Tensor, Tensor, Tensor)",
     _joint_backward,
     _fake_joint_backward,
 )

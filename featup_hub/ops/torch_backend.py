@@ -59,21 +59,46 @@ def apply_backward(
     return grad_source, grad_kernel
 
 
-def joint_kernel_backward(grad: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of query and key of :func:`featup_hub.ops.reference.joint_kernel`.
+def joint_kernel_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    spatial: Tensor,
+    range: Tensor,
+    cells: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of :func:`featup_hub.ops.reference.joint_kernel`'s tensors.
 
-    With dL the gradient of the logits, dq = Σ dL_t (k_t - q) and, at the other end of each tap,
-    dk = Σ dL_t (q - k): both are filters with dL and their adjoints.
+    With dL the gradient of the logits, the pixels' features q receive Σ dL_t (k_t - q), and the
+    cells' features k, at the other end of each tap, Σ dL_t (q - k). Both are filters with dL.
     """
-    kernel = reference.joint_kernel(query, key, round(grad.shape[1] ** 0.5) // 2)
+    radius = round(grad.shape[1] ** 0.5) // 2
+    kernel = reference.joint_kernel(query, key, spatial, range, cells, radius)
     inner = (grad * kernel).sum(1, keepdim=True)
     grad_logits = _channels_last((grad - inner) * kernel)
-    query, key = _channels_last(query), _channels_last(key)
-    grad_query = folded.apply(key, grad_logits) - query * grad_logits.sum(3, keepdim=True)
-    asked = F.pad(query, (0, 1), value=1)
-    received = folded.source_gradient(asked, grad_logits, (key.shape[1], key.shape[2]))
-    grad_key = received[..., :-1] - key * received[..., -1:]
-    return grad_query.permute(0, 3, 1, 2), grad_key.permute(0, 3, 1, 2)
+    asked, had = (
+        _channels_last(x) for x in reference.joint_features(query, key, spatial, range, cells)
+    )
+    grad_asked = folded.apply(had, grad_logits) - asked * grad_logits.sum(3, keepdim=True)
+    received = folded.source_gradient(
+        F.pad(asked, (0, 1), value=1), grad_logits, (had.shape[1], had.shape[2])
+    )
+    grad_had = received[..., :-1] - had * received[..., -1:]
+    # Places are the first two channels. Features are what they are made of, divided by the widths.
+    total = (grad_asked * asked + grad_had * had).sum((0, 1, 2))
+    of_spatial, of_range = (
+        torch.where(width.abs() >= reference.MIN_WIDTH, -part.sum() / width, 0.0).to(width.dtype)
+        for width, part in ((spatial, total[:2]), (range, total[2:]))
+    )
+    alike = range.abs().clamp(min=reference.MIN_WIDTH)
+    grad_query, grad_pixels = grad_asked[..., 2:] / alike, grad_had[..., 2:] / alike
+    rows, columns = (
+        F.one_hot(reference.cell_of_pixel(few, many, key), few).to(key.dtype)
+        for few, many in zip(key.shape[2:], query.shape[2:], strict=True)
+    )
+    grad_key = rows.t() @ grad_pixels.permute(0, 3, 1, 2) @ columns
+    grad_query, grad_key = grad_query.permute(0, 3, 1, 2), _channels_last(grad_key)
+    return grad_query, grad_key.permute(0, 3, 1, 2), of_spatial, of_range
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, joint_kernel, pool_guidance
+from featup_hub.ops.reference import repeat
 
 __all__ = ["JointBilateralStage", "JointKernels"]
 
-_MIN_WIDTH = 1e-3  # a width of nothing compares a place with none but itself
 _FINER = 2  # times the output: where colours are embedded; finer is no better, and costs memory
 
 
@@ -116,7 +116,7 @@ class JointBilateralStage(nn.Module):
         # an exported program to the strides of its example.
         angles = self.phases.to(image)[:, None, None]
         for weight, channel in zip(self.frequencies.to(image).t(), image.unbind(1), strict=True):
-            angles = angles + weight[:, None, None] * channel[:, None]
+            angles = torch.addcmul(angles, weight[:, None, None], channel[:, None])
         return (2 / angles.shape[1]) ** 0.5 * angles.cos()
 
     def kernels(
@@ -151,23 +151,23 @@ class JointBilateralStage(nn.Module):
         pixels = self.embed(pool_guidance(image, (_FINER * height, _FINER * width)))
         looks = [pool_guidance(pixels, size) for size in sizes]
 
-        def key(level: int, near: Tensor, alike: Tensor) -> Tensor:
-            """Returns a level's places and looks, such that differences are exponents' roots."""
-            place = _places(source_size, sizes[level], image) / _width(near, image)
-            return torch.cat([place, looks[level] / _width(alike, image)], dim=1)
-
-        cells = key(0, self.smoothing_spatial, self.smoothing_range)
-        upsampling = [
-            joint_kernel(
-                key(level + 1, self.spatial, self.range),
-                _repeat(key(level, self.spatial, self.range), sizes[level + 1]),
-                self.radius,
+        def kernel(level: int, finer: int, spatial: Tensor, range: Tensor) -> Tensor:
+            """Compares the pixels of a finer level with the cells of another."""
+            return joint_kernel(
+                looks[finer],
+                looks[level],
+                spatial,
+                range,
+                cells=source_size,
+                radius=self.radius,
                 impl=impl,
             )
-            for level, _ in enumerate(learned)
-        ]
-        smoothing = joint_kernel(cells, cells, self.radius, impl=impl)
-        return JointKernels(smoothing, tuple(upsampling), tuple(learned))
+
+        return JointKernels(
+            kernel(0, 0, self.smoothing_spatial, self.smoothing_range),
+            tuple(kernel(i, i + 1, self.spatial, self.range) for i, _ in enumerate(learned)),
+            tuple(learned),
+        )
 
     def levels(
         self, source: Tensor, kernels: JointKernels, *, impl: Implementation = "auto"
@@ -176,9 +176,9 @@ class JointBilateralStage(nn.Module):
         levels = [jbu_apply(source, kernels.smoothing, impl=impl)]
         for upsampling, learned in zip(kernels.upsampling, kernels.learned, strict=True):
             size = (upsampling.shape[2], upsampling.shape[3])
-            placed = jbu_apply(_repeat(levels[-1], size), upsampling, impl=impl)
+            placed = jbu_apply(repeat(levels[-1], size), upsampling, impl=impl)
             other = jbu_apply(levels[-1], learned, impl=impl)
-            levels.append(other + self.share.to(source) * (placed - other))
+            levels.append(torch.lerp(other, placed, self.share.to(source)))
         return levels[1:]
 
     def forward(
@@ -195,27 +195,3 @@ class JointBilateralStage(nn.Module):
             Features at the size of the last pass, (B, C, H, W).
         """
         return self.levels(source, kernels, impl=impl)[-1]
-
-
-def _width(sigma: Tensor, like: Tensor) -> Tensor:
-    return sigma.to(like).abs().clamp(min=_MIN_WIDTH)
-
-
-def _places(source_size: tuple[int, int], size: tuple[int, int], image: Tensor) -> Tensor:
-    """Returns the rows and columns of pixels on the source's grid, (B, 2, *size)."""
-    # Shapes, not lengths, and products before quotients, so that symbolic sizes stay symbolic.
-    rows, columns = (
-        (torch.arange(count, device=image.device) + 0.5).to(image) * cells / count
-        for cells, count in zip(source_size, size, strict=True)
-    )
-    height, width = size
-    grid = torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)])
-    return grid.expand(image.shape[0], -1, -1, -1)
-
-
-def _repeat(cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """Gives every pixel its cell's value, (B, C, h, w) -> (B, C, *size)."""
-    for axis, count in zip((2, 3), size, strict=True):
-        pixel = torch.arange(count, device=cells.device)
-        cells = cells.index_select(axis, (2 * pixel + 1) * cells.shape[axis] // (2 * count))
-    return cells

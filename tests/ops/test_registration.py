@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from featup_hub.ops import StageWeights, jbu_apply, jbu_kernel
+from featup_hub import load_upsampler
+from featup_hub.ops import StageWeights, jbu_apply, jbu_kernel, joint_kernel
 from featup_hub.upsamplers import JBUStack, JBUStage
 
 OPS = torch.ops.featup_hub
@@ -77,6 +81,55 @@ def test_opcheck_passes_with_gradients_static_and_dynamic(operation: str) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, from its tracing
         torch.library.opcheck(getattr(OPS, operation), tuple(args))
+
+
+def joint_inputs() -> list[Tensor]:
+    shapes = ((2, 3, 7, 9), (2, 3, 4, 6), (), ())  # query, key, spatial width, range width
+    return [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_the_joint_kernels_gradients_pass_gradcheck(impl: str) -> None:
+    def kernels(*inputs: Tensor) -> Tensor:
+        return joint_kernel(*inputs, cells=(4, 6), radius=2, impl=impl)
+
+    assert torch.autograd.gradcheck(kernels, joint_inputs())
+
+
+def test_opcheck_passes_for_the_joint_kernel() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, from its tracing
+        torch.library.opcheck(OPS.joint_kernel, (*joint_inputs(), 4, 6, 3))
+
+
+def test_reloading_the_module_of_the_operations_uses_the_operators_there_are() -> None:
+    reloaded = importlib.reload(sys.modules["featup_hub.ops.jbu"])
+    _, source, kernel, _ = maps()
+    assert torch.equal(reloaded.jbu_apply(source, kernel), jbu_apply(source, kernel))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute; views and questions about types cost nothing."""
+
+    FREE = ("promote_types", "view", "unsqueeze", "unbind", "t", "expand", "slice", "select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        if name not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_forward_pass_of_the_default_upsampler_is_few_operators() -> None:
+    upsampler = load_upsampler()
+    with torch.no_grad(), Launches() as launches:
+        upsampler(torch.randn(1, 8, 4, 4), torch.randn(1, 3, 64, 64))
+    centring = [name for name in launches.names if name in ("mean", "sub")]  # of the weights
+    assert len(launches.names) - len(centring) <= 40
 
 
 def test_an_absent_bias_is_none() -> None:
