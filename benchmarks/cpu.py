@@ -1,6 +1,7 @@
 """Time and peak memory of the folded form on a CPU, against two others, in one run.
 
     python benchmarks/cpu.py --out cpu.json
+    python benchmarks/cpu.py --sizes --out cpu_sizes.json
 
 * unfold: keys unfolded and multiplied by an einsum, as FeatUp's published code forms kernels;
   features filtered tap by tap (unfolding them, too, takes 20 GB at the largest size);
@@ -9,6 +10,9 @@
 
 Every measurement is a process of its own, so that peak memory is that of one implementation;
 implementations take turns, and the ratio is that of their best times.
+
+With ``--sizes`` the default upsampler is measured alone, by CPU time per output pixel, at the sizes
+that photographs have, beside this machine's rates of matrix products and copies in the same run.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub import JBUStack
+from featup_hub import JBUStack, load_upsampler
 from featup_hub.ops import StageWeights
 from featup_hub.ops.reference import jbu_apply, spatial_logits
 
@@ -39,6 +44,8 @@ CASES = [
 ]
 
 
+SIZES = [(448, 640), (427, 640), (375, 500), (518, 518), (480, 360), (224, 224)]
+STRIDE = 16
 IMPLEMENTATIONS = ("unfold", "reference", "torch")
 
 
@@ -96,13 +103,59 @@ def measure(passes: str, channels: int, low: int, high: int, impl: str) -> dict[
     return {"seconds": min(times), "bytes": 1024 * peak}
 
 
+def best(run: Callable[[], object], times: int) -> float:
+    """Returns the least CPU time of several runs, after one that sets up memory."""
+    run()
+    seconds = []
+    for _ in range(times):
+        began = time.process_time()
+        run()
+        seconds.append(time.process_time() - began)
+    return min(seconds)
+
+
+def measure_sizes(out: Path | None) -> None:
+    """Measures the default upsampler at all sizes, forward and training, 384 channels."""
+    torch.manual_seed(0)
+    upsampler, a, b = load_upsampler(), torch.randn(1024, 1024), torch.randn(1 << 24)
+    copy = torch.empty_like(b)
+    rows: dict[str, object] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "sgemm_gflops": 2e-9 * 1024**3 / best(lambda: a @ a, 5),
+        "copy_gbytes": 8e-9 * len(b) / best(lambda: copy.copy_(b), 5),
+    }
+    print(rows, flush=True)
+    for passes in ("forward", "training"):
+        for height, width in SIZES:
+            size = -(-height // STRIDE), -(-width // STRIDE)
+            source, image = torch.randn(1, 384, *size), torch.randn(1, 3, height, width)
+            source.requires_grad_(passes == "training")
+
+            def run(source: Tensor = source, image: Tensor = image) -> None:
+                with torch.set_grad_enabled(source.requires_grad):
+                    output = upsampler(source, image)
+                if source.requires_grad:
+                    output.sum().backward()
+
+            price = 1e6 * best(run, 2 if passes == "forward" else 1) / (height * width)
+            rows[f"{passes} {height}x{width}"] = price
+            print(f"{passes} {height}×{width}: {price:.2f} µs per pixel", flush=True)
+            if out is not None:
+                out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main() -> None:
     """Runs all cases and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", action="store_true", help="the default upsampler at all sizes")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each implementation")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     chosen = parser.parse_args()
+    if chosen.sizes:
+        measure_sizes(chosen.out)
+        return
     if chosen.one:
         passes, channels, low, high, impl = chosen.one
         print(json.dumps(measure(passes, int(channels), int(low), int(high), impl)))

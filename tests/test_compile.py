@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,14 +76,6 @@ def test_inductor_compiles_the_shipped_upsampler_in_a_time_people_wait(dynamic: 
     # Time is not asserted: it is that of about 400 nodes, where there were 1,300.
     assert len(graphs) == 1
     assert graphs[0] < 500
-
-
-def test_a_traced_upsampler_holds_standard_operators_alone(upsampler: JBUStack) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own: tracing is deprecated, sizes are constants
-        traced = torch.jit.trace(upsampler, pair(1, (6, 5), (24, 20)), check_trace=False)
-    assert "featup_hub::" not in str(traced.inlined_graph)
-    assert_same(traced, upsampler, *pair(1, (6, 5), (24, 20)))
 
 
 @pytest.mark.slow
