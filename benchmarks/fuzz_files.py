@@ -57,6 +57,18 @@ def good_checkpoint(folder: Path) -> list[bytes]:
     return [buffer.getvalue()]
 
 
+def good_backbone(folder: Path) -> list[bytes]:
+    """A small file of weights in every format that backbones have."""
+    state = {"cls_token": torch.rand(1, 1, 4), "patch_embed.proj.weight": torch.rand(4, 3, 2, 2)}
+    checkpoint = {"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    files = [save(state)]
+    for content, is_zip in ((state, True), (checkpoint, True), (state, False)):
+        buffer = io.BytesIO()
+        torch.save(content, buffer, _use_new_zipfile_serialization=is_zip)
+        files.append(buffer.getvalue())
+    return files
+
+
 def good_config(folder: Path) -> list[bytes]:
     """The config beside a saved upsampler, whose weights stay as they are."""
     JBUStack(2).save_pretrained(folder)
@@ -141,6 +153,7 @@ Reader = tuple[
 ]
 READERS: dict[str, Reader] = {
     "weights": (good_weights, mutated, weights.read, "model.safetensors"),
+    "backbone": (good_backbone, mutated, weights.read_state, "in.pth"),
     "checkpoint": (good_checkpoint, mutated, weights.convert_upstream, "in.ckpt"),
     "config": (
         good_config,

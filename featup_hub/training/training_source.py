@@ -26,6 +26,9 @@ class TrainingSource(nn.Module):
         backbone: The backbone.
         downsampler: Model of how the backbone makes features, "attention" or "simple".
         window: Side of the downsampler's window, in cells.
+
+    Raises:
+        ValueError: If the backbone takes images of one size only.
     """
 
     def __init__(
@@ -36,6 +39,11 @@ class TrainingSource(nn.Module):
         window: float = 1.0,
     ) -> None:
         super().__init__()
+        if backbone.fixed_size is not None:
+            raise ValueError(
+                "training shows a backbone images of several sizes; this one sees every image at "
+                f"{backbone.fixed_size}; use one that takes any size"
+            )
         backbone = backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self._backbone = (backbone,)  # a tuple hides it from the state_dict
         self.patch_size = backbone.patch_size

@@ -70,13 +70,15 @@ def unpickle(path: Path) -> tuple[object, str | None]:
     """
     # timm's and DINO's trainers keep their arguments in a Namespace, which is only a container.
     allowed = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5 and later
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
     try:
-        if damage := _damage(path):
+        if is_zip and (damage := _damage(path)):
             return None, damage
         with allowed([argparse.Namespace]) if allowed else nullcontext():
             return torch.load(path, map_location="cpu", weights_only=True), None
     except Exception as error:  # a damaged archive or pickle can raise anything
-        if not zipfile.is_zipfile(path):
+        if not is_zip:
             return None, kind(path) or "no file of torch.save"
         if isinstance(error, pickle.UnpicklingError):
             return None, "a pickle with more than tensors in it, which may run code when opened"
@@ -86,8 +88,6 @@ def unpickle(path: Path) -> tuple[object, str | None]:
 
 def _damage(path: Path) -> str | None:
     """Looks for what PyTorch's loader accepts in a zip file and nobody means to have."""
-    if not zipfile.is_zipfile(path):
-        return None
     with zipfile.ZipFile(path) as archive:
         # torch.save never compresses; a few compressed kilobytes could unfold to all memory.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):

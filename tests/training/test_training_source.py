@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featup_hub import JBUStack
+from featup_hub import JBUStack, ModuleBackbone
 from featup_hub.training.jbu import make_unit_sum
 from featup_hub.training.seeds import seeded
-from featup_hub.training.training_source import Standardiser, random_projection
+from featup_hub.training.training_source import Standardiser, TrainingSource, random_projection
 
 
 def test_a_projection_has_orthonormal_rows_and_follows_its_generator():
@@ -63,3 +63,10 @@ def test_the_projection_changes_nothing_it_need_not_and_is_final():
     make_unit_sum(stack)
     for name, value in stack.state_dict().items():
         torch.testing.assert_close(value, once[name], atol=1e-7, rtol=0)
+
+
+def test_a_backbone_of_one_size_is_refused():
+    pool = torch.nn.AvgPool2d(16)
+    backbone = ModuleBackbone(pool, feat_dim=3, patch_size=16, fixed_size=(32, 32))
+    with pytest.raises(ValueError, match=r"sees every image at \(32, 32\); use one that takes any"):
+        TrainingSource(backbone)
