@@ -71,3 +71,10 @@ def test_what_files_do_not_hold_is_one_line_and_exit_code_1(missing, tmp_path, c
 def test_backbones_are_no_matter_where_nothing_looks_through_them(scenes):
     typed = "--protocols oracle --strides 16 --upsamplers nearest --resamples 2 --backbones nope"
     assert main(["evaluate", "--data", f"folder:{scenes}", *typed.split()]) == 0
+
+
+def test_with_json_the_standard_output_is_json_alone(scenes, capsys):
+    typed = "--protocols oracle --strides 16 --upsamplers nearest bilinear --resamples 2 --json"
+    assert main(["evaluate", "--data", f"folder:{scenes}", *typed.split()]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["upsampler"] for row in rows} == {"nearest", "bilinear"}
