@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,7 @@ class UpsampledBackbone(nn.Module):
             )
         self.backbone = backbone
         self.norm = norm
-        self.upsampler = upsampler
+        self.upsampler = _for_looks(upsampler, backbone.looks_per_side)
         self.image_size = image_size
         self.mean, self.std = backbone.mean, backbone.std
         self.patch_size, self.feat_dim = backbone.patch_size, backbone.feat_dim
@@ -279,6 +280,16 @@ class UpsampledBackbone(nn.Module):
                 "and divide by model.std",
                 stacklevel=4,
             )
+
+
+def _for_looks(upsampler: JBUStack | FoldedHead, count: int) -> JBUStack | FoldedHead:
+    """Tells an upsampler how many looks there are per side, in a copy that shares its parts."""
+    stack = upsampler.upsampler if isinstance(upsampler, FoldedHead) else upsampler
+    if stack.looks_per_side == count:
+        return upsampler
+    stack = copy.copy(stack)
+    stack.looks_per_side = count
+    return FoldedHead(stack, upsampler.head) if isinstance(upsampler, FoldedHead) else stack
 
 
 def list_models() -> list[str]:

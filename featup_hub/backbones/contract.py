@@ -40,10 +40,13 @@ class Backbone(nn.Module):
     Attributes:
         mean: Normalisation of RGB images given to :meth:`forward`, ImageNet's for every backbone.
         std: Divisor of the same normalisation.
+        looks_per_side: Looks at an image on each side, see
+            :class:`~featup_hub.backbones.ShiftAndStitch`.
     """
 
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
+    looks_per_side = 1
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +54,7 @@ class Candidate:
         identity: Digest of what it computes, so that its sums may be kept on disk; None if that
             is unknown.
         looks: How many times the backbone looks at an image to give it features.
+        takes_looks: Whether the function takes ``looks_per_side``.
     """
 
     name: str
@@ -59,6 +62,18 @@ class Candidate:
     head: Head = "after"
     identity: str | None = None
     looks: int = 1
+    takes_looks: bool = False
+
+    def with_looks(self, looks: int) -> Candidate:
+        """Returns the upsampler for features of so many looks, a square number."""
+        if looks == 1:
+            return self
+        function, identity = self.function, self.identity
+        if self.takes_looks:
+            function = partial(function, looks_per_side=isqrt(looks))
+            identity = identity and f"{identity}, each look smoothed by itself"
+        name = f"{self.name} ×{looks}"
+        return replace(self, name=name, looks=looks, function=function, identity=identity)
 
     def __call__(self, source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Upsamples features, (B, C, h, w) -> (B, C, *size)."""
@@ -101,12 +116,14 @@ def candidate(spec: str) -> Candidate:
     module, _, attribute = rest.partition(":")
     function: Callable[..., Tensor]
     head: Head = "before"
+    takes_looks = False
     if rest in BASELINES:
         function, default, part = getattr(baselines, rest), rest, rest
         source = Path(baselines.__file__)
     elif (shipped_upsampler(file) or Path(file).is_file()) and option in ("", "unit"):
         source = resolve(JBU_UNIVERSAL, path=file)
         function = _stack(source, unit_sum=option == "unit")
+        takes_looks = True
         stem = file if shipped_upsampler(file) else source.stem
         default, part = stem + (f"@{option}" if option else ""), option
     elif attribute and all(part.isidentifier() for part in module.split(".")):
@@ -122,7 +139,13 @@ def candidate(spec: str) -> Candidate:
             f"or a plug-in module:callable; got {spec!r}"
         )
     identity = f"{digest(source)} {part}" if source.is_file() else None
-    return Candidate(name=name or default, function=function, head=head, identity=identity)
+    return Candidate(
+        name=name or default,
+        function=function,
+        head=head,
+        identity=identity,
+        takes_looks=takes_looks,
+    )
 
 
 def plug_in(spec: str) -> Any:
@@ -157,12 +180,15 @@ def _check_call(function: Callable[..., Tensor], head: Head, spec: str) -> None:
         raise TypeError(f"{needed}; {spec!r} takes {parameters} ({error}); wrap it") from error
 
 
-def _stack(path: Path, *, unit_sum: bool) -> Callable[[Tensor, Tensor, tuple[int, int]], Tensor]:
+def _stack(path: Path, *, unit_sum: bool) -> Callable[..., Tensor]:
     tensors = _stages(path)
     stack = JBUStack.fitting(tensors).eval().requires_grad_(False)
     load_into(stack, tensors, origin=path)
 
-    def upsample(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def upsample(
+        source: Tensor, image: Tensor, size: tuple[int, int], looks_per_side: int = 1
+    ) -> Tensor:
+        stack.looks_per_side = looks_per_side
         if not unit_sum:
             return stack(source, image, size=size)
         kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]), size=size)

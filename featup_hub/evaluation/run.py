@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ def evaluate(
             A message about a field begins with its name.
     """
     candidates = [
-        each if looks == 1 else replace(each, name=f"{each.name} ×{looks}", looks=looks)
+        each.with_looks(looks)
         for each in map(_candidate, config.upsamplers)
         for looks in config.looks
     ]

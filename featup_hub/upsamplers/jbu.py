@@ -65,6 +65,11 @@ class JBUStack(Pretrained):
         unit_sum: Whether kernels sum to one, in training too, so that constant features stay as
             they are. Upstream's do not.
 
+    Attributes:
+        looks_per_side: k, for sources that :class:`~featup_hub.backbones.ShiftAndStitch` made of k²
+            looks. The joint bilateral stage then smooths each look by itself. 1 at first;
+            :class:`~featup_hub.UpsampledBackbone` takes it from its backbone.
+
     Example:
         >>> upsampler = JBUStack().eval()
         >>> source, image = torch.randn(1, 5, 2, 3), torch.randn(1, 3, 32, 48)
@@ -95,6 +100,7 @@ class JBUStack(Pretrained):
         self.dropout = dropout
         self.joint_first = joint_first
         self.unit_sum = unit_sum
+        self.looks_per_side = 1
         self.first = JointBilateralStage(guidance_dim, radius) if joint_first else None
         for index in range(num_stages):
             stage = JBUStage(guidance_dim, key_dim, radius, dropout=dropout, unit_sum=unit_sum)
@@ -365,7 +371,9 @@ class JBUStack(Pretrained):
                 return JBUPlan(size=size, first=None, stages=stages, shrink=shrink)
             joint = 1 + max(len(stages) - self.num_stages, 0)
             learned = [stage.kernel(image, impl=impl) for stage, image in stages[:joint]]
-            first = self.first.kernels(guidance, source_size, learned, impl=impl)
+            first = self.first.kernels(
+                guidance, source_size, learned, looks_per_side=self.looks_per_side, impl=impl
+            )
         return JBUPlan(size=size, first=first, stages=stages[joint:], shrink=shrink)
 
     def before(self, source: Tensor, head: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:

@@ -15,13 +15,15 @@ Machines", NIPS 2007.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, joint_kernel, pool_guidance
-from featup_hub.ops.reference import repeat
+from featup_hub.ops.reference import mirror, repeat
 
 __all__ = ["JointBilateralStage", "JointKernels"]
 
@@ -32,15 +34,18 @@ class JointKernels(NamedTuple):
     """Kernels of a joint bilateral stage; all but the learned ones sum to one in any case.
 
     Attributes:
-        smoothing: One per cell, over cells, (B, D², h, w).
+        smoothing: One per cell, over cells, (B, D², h, w); of a stitched source, one per cell of
+            each look, (B·k², D², h/k, w/k), rounded up.
         upsampling: Of each pass, one per pixel, over pixels that have their cell's features,
             (B, D², H, W).
         learned: Of each pass, one per pixel, over pixels of the resized source, (B, D², H, W).
+        looks_per_side: k, see :meth:`JointBilateralStage.kernels`.
     """
 
     smoothing: Tensor
     upsampling: tuple[Tensor, ...]
     learned: tuple[Tensor, ...]
+    looks_per_side: int = 1
 
 
 class JointBilateralStage(nn.Module):
@@ -125,6 +130,7 @@ class JointBilateralStage(nn.Module):
         source_size: tuple[int, int],
         learned: Sequence[Tensor],
         *,
+        looks_per_side: int = 1,
         impl: Implementation = "auto",
     ) -> JointKernels:
         """Computes both filters.
@@ -134,6 +140,8 @@ class JointBilateralStage(nn.Module):
             source_size: Height and width of the source.
             learned: Kernels of the learned stage in each pass, (B, D², H, W), first to last, at
                 the size of the pass's output.
+            looks_per_side: k, if the source is stitched from k² looks. Each look is smoothed by
+                itself, so that smoothing reaches as far as with one look, and averages as much.
             impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
@@ -151,29 +159,35 @@ class JointBilateralStage(nn.Module):
         pixels = self.embed(pool_guidance(image, (_FINER * height, _FINER * width)))
         looks = [pool_guidance(pixels, size) for size in sizes]
 
-        def kernel(level: int, finer: int, spatial: Tensor, range: Tensor) -> Tensor:
-            """Compares the pixels of a finer level with the cells of another."""
+        def kernel(
+            query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, cells: tuple[int, int]
+        ) -> Tensor:
+            """Compares pixels with the cells, or with the coarser pixels, around them."""
             return joint_kernel(
-                looks[finer],
-                looks[level],
-                spatial,
-                range,
-                cells=source_size,
-                radius=self.radius,
-                impl=impl,
+                query, key, spatial, range, cells=cells, radius=self.radius, impl=impl
             )
 
+        own = looks[0]
+        if looks_per_side > 1:
+            own = _split(_over_stride(own, looks_per_side), looks_per_side)
+        grid = (own.shape[2], own.shape[3])
         return JointKernels(
-            kernel(0, 0, self.smoothing_spatial, self.smoothing_range),
-            tuple(kernel(i, i + 1, self.spatial, self.range) for i, _ in enumerate(learned)),
+            kernel(own, own, self.smoothing_spatial, self.smoothing_range, grid),
+            tuple(
+                kernel(finer, coarser, self.spatial, self.range, source_size)
+                for coarser, finer in pairwise(looks)
+            ),
             tuple(learned),
+            looks_per_side,
         )
 
     def levels(
         self, source: Tensor, kernels: JointKernels, *, impl: Implementation = "auto"
     ) -> list[Tensor]:
         """Applies the kernels and returns the output of every pass, first to last."""
-        levels = [jbu_apply(source, kernels.smoothing, impl=impl)]
+        count = kernels.looks_per_side
+        smoothed = jbu_apply(_split(source, count), kernels.smoothing, impl=impl)
+        levels = [_joined(smoothed, count, (source.shape[2], source.shape[3]))]
         for upsampling, learned in zip(kernels.upsampling, kernels.learned, strict=True):
             size = (upsampling.shape[2], upsampling.shape[3])
             placed = jbu_apply(repeat(levels[-1], size), upsampling, impl=impl)
@@ -195,3 +209,30 @@ class JointBilateralStage(nn.Module):
             Features at the size of the last pass, (B, C, H, W).
         """
         return self.levels(source, kernels, impl=impl)[-1]
+
+
+def _over_stride(cells: Tensor, count: int) -> Tensor:
+    """Averages around every cell of a stitched source over one stride, ``count`` cells."""
+    padded = mirror(mirror(cells, count // 2, 2), count // 2, 3)
+    means = F.avg_pool2d(padded, count, 1)
+    return means if count % 2 else F.avg_pool2d(means, 2, 1)
+
+
+def _split(cells: Tensor, count: int) -> Tensor:
+    """Takes a stitched source apart into its looks, (B, C, h, w) -> (B·k², C, h/k, w/k)."""
+    if count == 1:
+        return cells
+    for axis in (2, 3):  # where a look has a cell less, its last one stands in
+        length = cells.shape[axis]
+        place = torch.arange(-(-length // count) * count, device=cells.device)
+        cells = cells.index_select(axis, place.clamp(max=length - 1))
+    looks = F.pixel_unshuffle(cells, count).unflatten(1, (-1, count * count))
+    return looks.movedim(2, 1).flatten(0, 1)
+
+
+def _joined(looks: Tensor, count: int, size: tuple[int, int]) -> Tensor:
+    """Puts the looks of a source together, the inverse of :func:`_split`."""
+    if count == 1:
+        return looks
+    parts = looks.unflatten(0, (-1, count * count)).movedim(1, 2).flatten(1, 2)
+    return F.pixel_shuffle(parts, count)[:, :, : size[0], : size[1]]

@@ -138,3 +138,12 @@ def test_a_file_may_hold_any_number_of_stages(inputs, tmp_path):
     with torch.no_grad():
         found = candidate(str(tmp_path / "five.safetensors"))(*inputs, SIZE)
         assert torch.equal(found, stack(*inputs))
+
+
+def test_a_stack_smooths_each_of_four_looks_by_itself() -> None:
+    source, image = torch.randn(1, 5, 8, 12), torch.randn(1, 3, 64, 96)
+    stack = load_upsampler()
+    stack.looks_per_side = 2
+    four = candidate("jbu_denoise").with_looks(4)
+    assert (four.name, four.looks) == ("jbu_denoise ×4", 4)
+    torch.testing.assert_close(four(source, image, (64, 96)), stack(source, image))
