@@ -45,6 +45,9 @@ def fit(
     :mod:`featup_hub.training.least_squares`. ``method="network"`` trains FeatUp's coordinate
     network; ``PRESETS["upstream"]`` has upstream's numbers and needs a GPU.
 
+    Least squares hold matrices of n² numbers. With a stride of 16, n is at most about 4,000 up to
+    500 pixels a side, and W·H / 64 above, where memory and time grow fast.
+
     Args:
         image: Normalised RGB of any size, (1, 3, H, W). The fit runs on its device.
         backbone: The backbone, on the image's device.
@@ -59,7 +62,8 @@ def fit(
         variation of the held-out views that they do not explain.
 
     Raises:
-        ValueError: If ``image`` is not (1, 3, H, W), or an option is out of its range.
+        ValueError: If ``image`` is not (1, 3, H, W), ``upsampler`` has a closing convolution, or an
+            option is out of its range.
         TypeError: If ``image`` is not a float32 tensor, ``backbone`` not a backbone, or there is
             no such option.
         RuntimeError: If the backbone's features or the network's loss are not finite.
@@ -87,6 +91,11 @@ def fit(
         raise ValueError(
             f"fit takes one normalised RGB image, (1, 3, H, W); got {tuple(image.shape)}; "
             "fit several one by one"
+        )
+    if upsampler is not None and upsampler.feat_dim is not None:
+        raise ValueError(
+            "fit takes JBU stages alone; got an upsampler with a closing convolution for "
+            f"{upsampler.feat_dim} channels; use load_upsampler(), or leave it out"
         )
     config = replace(config, **options)
     found: FittedFeatures

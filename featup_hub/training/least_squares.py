@@ -36,7 +36,7 @@ Views = Iterable[tuple[Sequence[Jitter], Tensor]]
 
 CELLS = 64 * 64  # of z, about, unless twice the backbone's resolution takes more
 RATIOS = (2, 4)  # fewest and most cells of z per cell of the backbone, along each side
-RIDGES = (0.03, 0.3, 1.0)
+RIDGES = (0.03, 0.3, 1.0)  # λ to choose from, in units of the matrix' mean diagonal
 TAPS, FOOTPRINT = 3, 0.7  # points along each side of a cell, and the part of it they cover
 
 

@@ -142,6 +142,10 @@ def test_wrong_images_and_options_are_refused() -> None:
         fit("photo.jpg", Blur())
     with pytest.raises(TypeError, match=r"takes a backbone; got UpsampledBackbone; use model.b"):
         fit(picture(), featup_hub.load("efficientnet_lite0"))
+    with pytest.raises(
+        ValueError, match=r"stages alone; got .* closing convolution for 5 channels"
+    ):
+        fit(picture(), Blur(), upsampler=JBUStack(5))
     with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):
         fit(picture(), Blur(), stepz=3)
     with pytest.raises(ValueError, match="method must be 'least-squares' or 'network'; got 'gd'"):
