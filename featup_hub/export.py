@@ -6,7 +6,8 @@ the graph serves. These are all batches, and all sizes whose ratio of output to 
 many stages, ceil(log2 ratio). Behind a backbone of stride p that is every image whose sides are
 multiples of p. A PyTorch program checks this; an ONNX graph cannot.
 
-Writing takes about a minute of a CPU's time: each tap of each stage is an operation of its own.
+Writing the default model for every size takes about two minutes of a CPU's time as ONNX, because
+each tap of each stage is an operation of its own, and half a minute of that is tracing.
 """
 
 from __future__ import annotations
