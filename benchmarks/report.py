@@ -261,24 +261,43 @@ def draw_intervals(path: Path) -> None:
 
 
 def draw_quality(path: Path) -> None:
-    """Draws quality against cost, one point per upsampler, from the rows of one evaluation."""
+    """Draws boundary accuracy against CPU time on CamVid, one panel per source of features.
+
+    Dashed lines stand for upsamplers whose time was not measured in the same run.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows = evaluations("quality")
-    cost = {r["upsampler"]: r for r in rows if r["metric"] == "CPU seconds with backbone"}
-    quality = [r for r in rows if r["metric"] == "boundary accuracy"]
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    panel = figure.subplots()
-    for row in quality:
-        name, seconds = row["upsampler"], cost[row["upsampler"]]["score"]["value"]
-        score = {part: 100 * row["score"][part] for part in ("value", "low", "high")}
-        panel.plot(seconds, score["value"], "o", color="C1" if "jbu" in name else "C0")
-        panel.annotate(name, (seconds, score["value"]), (5, 4), textcoords="offset points")
-    panel.set_xscale("log")
-    panel.set_xlabel("CPU seconds per image, backbone included")
-    panel.set_ylabel("boundary accuracy, %")
-    panel.margins(x=0.2, y=0.15)
+    scores = {
+        (row["features"], row["upsampler"]): float(row["value"])
+        for row in [*read("labels.csv"), *read("peers.csv")]
+        if (row["protocol"], row["data"]) == ("frozen probe", "camvid/val")
+        and row["score"] == "boundary accuracy"
+    }
+    costs = [row for row in read("peers_cost.csv") if row["run"] == "main"]
+    titles = list(dict.fromkeys(row["features"] for row in costs))
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    for panel, title in zip(figure.subplots(1, len(titles)), titles, strict=True):
+        features = title.split(",")[0]
+        for name in ("bilinear", "FeatUp MaskCLIP"):
+            level = scores[features, name]
+            panel.axhline(level, color="grey", linewidth=0.8, linestyle="--")
+            side = {"transform": panel.get_yaxis_transform(), "ha": "left", "va": "bottom"}
+            panel.text(0.02, level, name, color="grey", fontsize=8, **side)
+        for row in costs:
+            name, seconds = row["upsampler"], float(row["CPU seconds"])
+            if row["features"] != title or "queries" in name:
+                continue
+            name = name.removesuffix(" as it comes")
+            place = (seconds, scores[features, name])
+            panel.plot(*place, "o", color="C1" if "jbu" in name else "C0")
+            panel.annotate(name, place, (5, 4), textcoords="offset points", fontsize=8)
+        panel.set_xscale("log")
+        panel.set_xlim(0.3, 100)
+        panel.margins(y=0.15)
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("CPU seconds per image", fontsize=8)
+    figure.supylabel("boundary accuracy, %", fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "featup_hub", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -289,8 +308,7 @@ def main() -> None:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
     draw_intervals(ROOT / "docs" / "intervals.png")
-    if (RESULTS / "quality").is_dir():
-        draw_quality(ROOT / "docs" / "quality.svg")
+    draw_quality(ROOT / "docs" / "quality.svg")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def test_the_pictures_are_drawn(tmp_path):
     report.draw_intervals(tmp_path / "intervals.png")
     with Image.open(tmp_path / "intervals.png") as picture:
         assert min(picture.size) > 100
+    report.draw_quality(tmp_path / "quality.svg")
+    assert "AnyUp" in (tmp_path / "quality.svg").read_text(encoding="utf-8")
 
 
 def evaluated(protocol, metric, scores, *, percent=True):
@@ -87,12 +89,3 @@ def test_propagation_has_a_line_per_upsampler(rows_in):
         .splitlines()[-1]
         .startswith("| net /16, 20 frames | AnyUp | **60.0** | +10.0 [-1.0, +20.0] | **60.0** |")
     )
-
-
-def test_quality_is_drawn_against_cost(rows_in, tmp_path):
-    pytest.importorskip("matplotlib")
-    scores = {"bilinear": 0.4, "JAFAR": 0.5}
-    seconds = evaluated("cost", "CPU seconds with backbone", {"bilinear": 1, "JAFAR": 9})
-    rows_in("quality", evaluated("frozen probe", "boundary accuracy", scores) + seconds)
-    report.draw_quality(tmp_path / "quality.svg")
-    assert "JAFAR" in (tmp_path / "quality.svg").read_text(encoding="utf-8")
