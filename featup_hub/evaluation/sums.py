@@ -16,7 +16,7 @@ from featup_hub.weights import metadata, read, write
 
 __all__ = ["Measurement", "measure_new"]
 
-VERSION = 4
+VERSION = 5
 """Raise this if the meaning of a measurement changes."""
 
 
