@@ -25,7 +25,8 @@ def stack() -> JBUStack:
 
 def model() -> UpsampledBackbone:
     network = nn.Conv2d(3, CHANNELS, STRIDE, stride=STRIDE)
-    backbone = ModuleBackbone(network, feat_dim=CHANNELS, patch_size=STRIDE)
+    # A layout that is named takes no guard against sides equal to the channels.
+    backbone = ModuleBackbone(network, feat_dim=CHANNELS, patch_size=STRIDE, layout="nchw")
     return UpsampledBackbone(backbone, stack(), norm=ChannelNorm(CHANNELS)).eval()
 
 
