@@ -1,4 +1,4 @@
-"""The example trains what it says it trains, and stays short enough to be read."""
+"""The example trains what it says it trains."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ def example(root, tmp_path, monkeypatch):
     load = featup_hub.load
     monkeypatch.setattr(featup_hub, "load", lambda name: load(name, weights=stages))
     return runpy.run_path(str(root / "examples" / "segmentation_head.py"))
-
-
-def test_it_is_under_eighty_lines(root):
-    text = (root / "examples" / "segmentation_head.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 80
 
 
 @pytest.mark.parametrize("decoder", ["jbu", "bilinear"])
