@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.image import preprocess, resize
-from featup_hub.model import UpsampledBackbone, load
+from featup_hub.model import UpsampledBackbone, load, name_and_file
 from featup_hub.visualize import fit_pca, pca_rgb
 
 try:
@@ -201,7 +201,7 @@ def build(
 
     Args:
         photos: The photographs that it shows first, at most two.
-        model: The name of the model that it uses first.
+        model: The model that it uses first, ``NAME`` or ``NAME=FILE``.
         upsampler: The name of the upsampler that it uses first.
         models: The names to choose from; others can be typed.
         size: Short side of the photographs as the backbone sees them, in pixels.
@@ -287,4 +287,5 @@ def build(
 
 
 def _open(model: str, upsampler: str) -> UpsampledBackbone:
-    return load(model, weights=upsampler)
+    name, file = name_and_file(model)
+    return load(name, backbone_weights=file, upsampler=upsampler)

@@ -31,6 +31,9 @@ IMAGE_SUFFIXES = {
 }
 """What the names of images end in, in lower case. Some builds of Pillow cannot read AVIF."""
 
+_OTHER_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".raf", ".rw2"}
+"""Photographs that Pillow cannot read."""
+
 
 def read_image(
     image: str | Path | Image.Image | NDArray[Any],
@@ -189,7 +192,8 @@ def preprocess(
 def list_images(folder: str | Path) -> list[Path]:
     """Lists the images in a folder and its subfolders, sorted by path.
 
-    Links to folders are followed, and loops of links end. Hidden files (``.name``) are left out.
+    Links to folders are followed, and loops of links end. Hidden files (``.name``) are left out. A
+    warning tells of photographs in formats that cannot be read, such as HEIC.
 
     Args:
         folder: Where to look.
@@ -200,11 +204,20 @@ def list_images(folder: str | Path) -> list[Path]:
     Raises:
         OSError: If the folder does not exist or cannot be read.
     """
-    return sorted(_walk(Path(folder), ()))
+    found = sorted(_walk(Path(folder), ()))
+    images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    if len(images) < len(found):
+        others = {path.suffix.lower() for path in found} - IMAGE_SUFFIXES
+        warnings.warn(
+            f"left out are {len(found) - len(images)} files in {folder} of formats that cannot be "
+            f"read ({' '.join(sorted(others))}); convert them to JPEG or PNG",
+            stacklevel=2,
+        )
+    return images
 
 
 def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yields the images below a folder; ``parents`` are the folders on the way to it."""
+    """Yields the photographs below a folder; ``parents`` are the folders on the way to it."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in parents:
@@ -220,7 +233,7 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
         if path.is_dir():
             yield from _walk(path, (*parents, here))
         elif (
-            path.suffix.lower() in IMAGE_SUFFIXES
+            path.suffix.lower() in IMAGE_SUFFIXES | _OTHER_SUFFIXES
             and not path.name.startswith(".")
             and path.is_file()  # no broken link
         ):

@@ -316,8 +316,15 @@ def find_card(name: str) -> ModelCard:
             both have are the table's, unless ``timm/`` says otherwise.
 
     Raises:
+        TypeError: If ``name`` is no string.
         ValueError: If there is no such model.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"a model is named by a string; got {type(name).__name__}; wrap a module of your own: "
+            "UpsampledBackbone(ModuleBackbone(module, feat_dim=..., patch_size=...), "
+            "load_upsampler())"
+        )
     name = ALIASES.get(name, name)
     timm_name = name.removeprefix("timm/")
     if timm_name != name or (name not in MODELS and is_timm_model(name)):
@@ -402,11 +409,12 @@ def load(
         )
         if looks > 1:
             backbone = ShiftAndStitch(backbone, looks_per_side)
+        stride = backbone.patch_size
         model = UpsampledBackbone(
             backbone,
             stack,
             norm=ChannelNorm(backbone.feat_dim) if use_norm else None,
-            image_size=row.image_size,
+            image_size=max(round(row.image_size / stride), 1) * stride,
         )
         if norm is not None and model.norm is not None:
             load_into(model.norm, norm, origin=origin)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Pixels", "decode"]
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_IN_FLAGS = "value_range=(LOW, HIGH) in Python, --value-range LOW HIGH on the command line"
+_IN_FLAGS = (
+    "read_image(photo, value_range=(LOW, HIGH)) in Python, --value-range LOW HIGH on the command "
+    "line"
+)
 # How Pillow names 16-bit colours, by the order of their bytes, and the opposite order.
 _OTHER_ORDER = {";16B": ";16L", ";16L": ";16B"}
 _OTHER_ORDER[";16N"] = ";16B" if sys.byteorder == "little" else ";16L"
@@ -66,7 +69,8 @@ class Pixels:
         if values.ndim == 3 and values.shape[2] != 3:
             raise ValueError(
                 f"three bands are needed; {self.name} has {values.shape[2]}; say which are red, "
-                "green and blue: bands=(4, 3, 2) in Python, --bands 4,3,2 on the command line"
+                "green and blue: read_image(photo, bands=(4, 3, 2)) in Python, --bands 4,3,2 on "
+                "the command line"
             )
         if value_range is None and values.dtype == np.uint8:
             return values

@@ -73,6 +73,11 @@ def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(
         assert float(patches.max()) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_backbone_is_named_with_a_file_of_its_weights_as_on_the_command_line() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no weights file missing\.pth"):
+        demo._open("dinov2=missing.pth", "jbu_denoise")
+
+
 def test_the_overlay_goes_from_the_photograph_to_the_colours() -> None:
     photo = Image.new("RGB", (8, 4), "#336699")
     similarities = torch.tensor([[0.2, 1.0]])

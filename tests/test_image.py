@@ -276,6 +276,13 @@ def test_a_folder_lists_images_as_cameras_and_browsers_name_them(tmp_path: Path)
     assert list_images(tmp_path) == [tmp_path / name for name in named]
 
 
+def test_photographs_that_pillow_cannot_read_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.HEIC", "c.heic", "d.nef", "._e.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"left out are 3 files in .* \(\.heic \.nef\).*JPEG"):
+        assert list_images(tmp_path) == [tmp_path / "a.jpg"]
+
+
 def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path: Path) -> None:
     real, data = tmp_path / "real", tmp_path / "data"
     for folder in (real, data / "a"):

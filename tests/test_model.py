@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
@@ -69,6 +70,12 @@ def test_a_model_is_backbone_norm_and_upsampler(model: UpsampledBackbone) -> Non
 @torch.no_grad()
 def test_another_output_size_can_be_asked_for() -> None:
     assert tiny()(torch.randn(1, 3, 30, 40), size=(64, 80)).shape == (1, 6, 64, 80)
+
+
+@pytest.mark.parametrize("size", ["48", 48.0, (48,), (48.0, 64)])
+def test_an_output_size_that_is_no_number_or_pair_of_numbers_is_refused(size: object) -> None:
+    with pytest.raises(TypeError, match=r"size must be a number of pixels, or \(height, width\); "):
+        tiny()(torch.randn(1, 3, 30, 40), size=size)
 
 
 @torch.no_grad()
@@ -239,6 +246,19 @@ def test_the_upsampler_alone_is_no_model() -> None:
 def test_unknown_models_bring_suggestions() -> None:
     with pytest.raises(ValueError, match="did you mean 'dinov2'"):
         load("dinov22")
+
+
+@pytest.mark.parametrize("name", [nn.Conv2d(3, 3, 1), None, 5])
+def test_what_is_no_name_is_refused_with_what_takes_modules(name: object) -> None:
+    with pytest.raises(TypeError, match=r"named by a string; got \w+; wrap a module of your own"):
+        load(name)
+
+
+def test_an_image_size_is_a_multiple_of_the_stride() -> None:
+    # SigLIP's So400m has patches of 14 pixels and images of 384; 378 is the nearest multiple.
+    model = load("timm/test_vit", pretrained=False, backbone_kwargs={"patch_size": 14})
+    assert model.image_size == 154
+    assert model.preprocess(Image.new("RGB", (200, 160))).shape == (1, 3, 154, 196)
 
 
 @torch.no_grad()

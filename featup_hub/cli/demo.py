@@ -21,7 +21,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add = parser.add_argument
     add("images", nargs="*", type=Path, metavar="IMAGE", help="at most two photographs")
-    add("--model", default="efficientnet_lite0", help="its name (default: %(default)s)")
+    add(
+        "--model",
+        default="efficientnet_lite0",
+        metavar="NAME[=FILE]",
+        help="the backbone, and a file with its weights if they are your own "
+        "(default: %(default)s)",
+    )
     add("--upsampler", default="jbu_denoise", help="its name (default: %(default)s)")
     add("--size", type=int, default=448, help="short side in pixels (default: %(default)s)")
     add("--port", type=int, help="of the page's address (default: the first free one from 7860)")

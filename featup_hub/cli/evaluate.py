@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
+_FLAGS = {"backbones": "--backbone"}
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
@@ -32,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--out", type=Path, help="folder for results.json, results.csv and results.png"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    add_flags(parser, EvaluationConfig, flags={"backbones": "--backbone"})
+    add_flags(parser, EvaluationConfig, flags=_FLAGS)
     parser.set_defaults(run=_run)
 
 
@@ -48,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.out:
         make_folder(args.out)
-    with in_terms_of_flags(EvaluationConfig):
+    with in_terms_of_flags(EvaluationConfig, flags=_FLAGS):
         config = from_flags(EvaluationConfig, args)
         results = evaluate(config, progress=progress)
     scored: list[Row] = []

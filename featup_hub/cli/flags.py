@@ -102,11 +102,14 @@ def from_flags(config: type[T], args: argparse.Namespace) -> T:
 
 
 @contextmanager
-def in_terms_of_flags(config: type) -> Iterator[None]:
+def in_terms_of_flags(
+    config: type, *, flags: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
     """Turns an error that begins with the name of a field into one of its flag.
 
     Args:
         config: The dataclass of the fields.
+        flags: As :func:`add_flags` was given.
 
     Raises:
         UsageError: In place of such a ValueError.
@@ -114,10 +117,12 @@ def in_terms_of_flags(config: type) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        field, _, message = str(error).partition(" ")
-        if field.rstrip(":") not in getattr(config, "__dataclass_fields__", {}):
+        first, _, message = str(error).partition(" ")
+        field = first.rstrip(":")
+        if field not in getattr(config, "__dataclass_fields__", {}):
             raise
-        raise UsageError(f"--{field.replace('_', '-')} {message}") from error
+        flag = flags.get(field, f"--{field.replace('_', '-')}")
+        raise UsageError(f"{flag}{first[len(field) :]} {message}") from error
 
 
 def _options(hint: Any, name: str) -> dict[str, Any]:

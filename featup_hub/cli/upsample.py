@@ -93,13 +93,18 @@ def _run(args: argparse.Namespace) -> int:
 
     choice = choose_model(args)
     size = parse_size(args.size or str(choice.image_size))
-    _check_size(size, choice.stride or 1, choice.name)
+    if args.size:
+        _check_size(size, choice.stride or 1, choice.name)
     bands = _bands(args.bands)
     device = open_device(args.device)
     if args.impl == "cuda" and device.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {device}; leave --impl out")
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
+    model = None
+    if not args.size and choice.stride is None:  # only the loaded model tells a size that fits
+        model = choice.load(device)
+        size = model.image_size or size
     settings = {
         **choice.settings(),
         "size": "x".join(map(str, size)) if isinstance(size, tuple) else str(size),
@@ -110,8 +115,8 @@ def _run(args: argparse.Namespace) -> int:
 
     progress = Progress(len(jobs))
     todo = jobs if args.overwrite else _unfinished(jobs, settings, progress)
-    model = choice.load(device) if todo else None
-    if model is not None:
+    if todo and model is None:
+        model = choice.load(device)
         _check_size(size, model.patch_size, choice.name)
 
     def read(job: Job) -> Image.Image:

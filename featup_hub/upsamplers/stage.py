@@ -9,6 +9,7 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -82,10 +83,14 @@ def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[i
     height, width = guidance.shape[-2:]
     if size is None:
         return height, width
-    if isinstance(size, int):
+    if isinstance(size, (int, Integral)):
+        size = int(size)
         short = min(height, width)
         return (height * size + short // 2) // short, (width * size + short // 2) // short
-    return size
+    pair = isinstance(size, (tuple, list)) and len(size) == 2
+    if not pair or any(isinstance(side, float) for side in size):
+        raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
+    return size[0], size[1]
 
 
 class ZeroSumConv2d(nn.Conv2d):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -178,6 +179,22 @@ def test_a_size_the_network_cannot_take_is_refused_once_its_stride_is_known(
         "error: --size must be a positive multiple of 16; got 40; try 32 or 48; "
         "16 is the stride of timm/resnet18\n"
     )
+
+
+def test_without_a_size_the_stride_s_multiple_nearest_to_the_card_s_is_taken(
+    stages: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # LeViT's images have 224 pixels a side, and its deepest features a stride of 64.
+    own = tmp_path / "own.pth"
+    torch.save(timm.create_model("levit_128s").state_dict(), own)
+    model = ["--model", f"levit_128s={own}", "--upsampler", str(stages)]
+    line = ["upsample", str(photos / "a.jpg"), *model, "--out", str(tmp_path / "out")]
+    assert main(line) == 0, capsys.readouterr().err
+    with safe_open(tmp_path / "out/a.safetensors", framework="pt") as file:
+        assert file.get_tensor("features").shape == (384, 256, 320)
+        assert file.metadata()["size"] == "256"
+    assert main(line) == 0
+    assert "kept" in capsys.readouterr().out
 
 
 def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(
