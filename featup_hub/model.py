@@ -300,11 +300,16 @@ def list_models() -> list[str]:
 def name_and_file(spec: str) -> tuple[str, str | None]:
     """Splits ``NAME`` or ``NAME=FILE``, as commands name a backbone and a file of its weights.
 
+    Raises:
+        ValueError: If no file follows the ``=``.
+
     Example:
         >>> name_and_file("dinov2"), name_and_file("dinov2=mine.safetensors")
         (('dinov2', None), ('dinov2', 'mine.safetensors'))
     """
-    name, _, file = spec.partition("=")
+    name, equals, file = spec.partition("=")
+    if equals and not file:
+        raise ValueError(f"a file must follow {spec!r}; give it, or leave the = out")
     return name, file or None
 
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.backbones import ChannelNorm, MaskClipBackbone, TimmBackbone
 from featup_hub.image import preprocess, read_image
-from featup_hub.model import find_card, list_models, load, load_backbone, load_upsampler
+from featup_hub.model import (
+    find_card,
+    list_models,
+    load,
+    load_backbone,
+    load_upsampler,
+    name_and_file,
+)
 from featup_hub.registry import MODELS
 from featup_hub.weights import convert, write
 
@@ -241,6 +248,11 @@ def test_the_upsampler_alone_is_no_model() -> None:
         load("jbu")
     assert "jbu" not in list_models()
     assert set(list_models()) < set(MODELS)
+
+
+def test_a_file_left_out_behind_a_name_is_not_taken_for_none() -> None:
+    with pytest.raises(ValueError, match=r"a file must follow 'dinov2='; give it, or"):
+        name_and_file("dinov2=")
 
 
 def test_unknown_models_bring_suggestions() -> None:

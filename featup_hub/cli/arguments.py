@@ -105,9 +105,9 @@ def choose_model(args: argparse.Namespace) -> ChosenModel:
     from featup_hub.weights import resolve
     from featup_hub.weights.files import existing
 
-    name, file = name_and_file(args.model)
-    file = file or args.backbone_weights
     try:
+        name, file = name_and_file(args.model)
+        file = file or args.backbone_weights
         card = find_card(name)
         if card.backbone is None:
             raise ValueError(

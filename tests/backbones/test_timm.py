@@ -308,3 +308,15 @@ def test_real_vit_weights_give_the_same_structure_at_any_size(shared: Path) -> N
     assert fitting.shape == (1, 384, 15, 20)
     assert odd.shape == (1, 384, 15, 20)
     assert F.cosine_similarity(fitting, odd).mean() > 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(224, 256), (96, 128)])
+def test_mvitv2_sees_the_size_of_its_relative_positions(size: tuple[int, int]) -> None:
+    backbone = TimmBackbone("mvitv2_tiny").eval()
+    image = torch.randn(1, 3, *size)
+    smaller = size[1] > 224
+    native = F.interpolate(image, (224, 224), mode="bicubic", antialias=smaller)
+    found = backbone(image)
+    assert found.shape == (1, 768, 7, 7)
+    torch.testing.assert_close(found, backbone(native))
