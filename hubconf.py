@@ -21,8 +21,8 @@ of which all but the first two are handed to ``featup_hub.load``:
 Licences and training data of the weights: ``featup-hub models`` and featup_hub/registry.py.
 """
 
-from featup_hub.model import load as _load
-from featup_hub.model import load_upsampler as _load_upsampler
+from featup_hub.loading import load as _load
+from featup_hub.loading import load_upsampler as _load_upsampler
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]
 

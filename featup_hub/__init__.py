@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featup_hub.backbones import Backbone, ModuleBackbone, ShiftAndStitch, TimmBackbone
     from featup_hub.image import preprocess, read_image
-    from featup_hub.model import (
-        UpsampledBackbone,
-        list_models,
-        load,
-        load_backbone,
-        load_upsampler,
-    )
+    from featup_hub.loading import list_models, load, load_backbone, load_upsampler
+    from featup_hub.model import UpsampledBackbone
     from featup_hub.ops import implementations
     from featup_hub.training.fit import fit
     from featup_hub.upsamplers import FittedFeatures, ImplicitUpsampler, JBUStack, JBUStage
@@ -51,7 +46,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "backbones": ("Backbone", "ModuleBackbone", "ShiftAndStitch", "TimmBackbone"),
     "image": ("preprocess", "read_image"),
-    "model": ("UpsampledBackbone", "list_models", "load", "load_backbone", "load_upsampler"),
+    "loading": ("list_models", "load", "load_backbone", "load_upsampler"),
+    "model": ("UpsampledBackbone",),
     "ops": ("implementations",),
     "training.fit": ("fit",),
     "upsamplers": ("FittedFeatures", "ImplicitUpsampler", "JBUStack", "JBUStage"),

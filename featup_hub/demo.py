@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.image import preprocess, resize
-from featup_hub.model import UpsampledBackbone, load, name_and_file
+from featup_hub.loading import load, name_and_file
+from featup_hub.model import UpsampledBackbone
 from featup_hub.visualize import fit_pca, pca_rgb
 
 try:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from featup_hub.model import load
+from featup_hub.loading import load
 
 pytest.importorskip("gradio")
 from featup_hub import demo

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
-from featup_hub.model import load
+from featup_hub.loading import load
 from tests.exported import IMAGES, PAIRS, assert_same, in_onnxruntime, model, pair, stack
 
 
@@ -153,14 +153,14 @@ def test_what_onnx_lacks_is_said_before_a_model_is_traced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("featup_hub.model.load", None)
+    monkeypatch.setattr("featup_hub.loading.load", None)
     assert main(["export", str(tmp_path / "x.onnx")]) == 1
     assert "needs onnx and onnxscript; pip install" in capsys.readouterr().err
 
 
 @pytest.fixture
 def _tiny_model(complete: UpsampledBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featup_hub.model.load", lambda *_, **__: complete)
+    monkeypatch.setattr("featup_hub.loading.load", lambda *_, **__: complete)
 
 
 @pytest.mark.usefixtures("_tiny_model")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from featup_hub.export import trace, write_onnx, write_pt2
-from featup_hub.model import load
+from featup_hub.loading import load
 from tests.exported import assert_same, in_onnxruntime
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import featup_hub
 from featup_hub import weights
-from featup_hub.model import load_backbone
+from featup_hub.loading import load_backbone
 from tests.local_hub import Fault, LocalHub, serving
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -137,8 +137,8 @@ def test_a_repository_of_timms_kind_loads_by_the_name_that_timm_gives_it(hub, sp
         rgb = rgb + torch.tensor(model.mean)[:, None, None]
         tokens = donor.forward_features((rgb - 0.4) / 0.3)[:, 1:]
         torch.testing.assert_close(model.backbone(image).flatten(2).mT, tokens, atol=1e-4, rtol=0)
-    assert featup_hub.model.find_card(spelling).licence == "mit"
-    assert featup_hub.model.find_card(spelling).image_size == 96
+    assert featup_hub.loading.find_card(spelling).licence == "mit"
+    assert featup_hub.loading.find_card(spelling).image_size == 96
     pinned = f"{spelling}@{hub.commit('someone/some.vit')}"
     assert load_backbone(pinned).feat_dim == model.feat_dim
 
@@ -169,7 +169,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def test_offline_and_not_cached_is_one_error(tmp_path):
-    code = f"from featup_hub.model import load_backbone; load_backbone({MODEL!r})"
+    code = f"from featup_hub.loading import load_backbone; load_backbone({MODEL!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)),
@@ -193,7 +193,7 @@ def test_offline_and_not_cached_is_one_error(tmp_path):
 def test_processes_that_load_at_once_get_one_whole_file(filled, hub_cache, tmp_path, donor):
     code = f"""if True:
         import pathlib, time, huggingface_hub.file_download
-        from featup_hub.model import load_backbone
+        from featup_hub.loading import load_backbone
         print("ready", flush=True)
         while not pathlib.Path({str(tmp_path / "go")!r}).exists():
             time.sleep(0.01)

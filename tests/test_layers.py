@@ -16,6 +16,7 @@ LAYERS = [
     {"weights"},
     {"upsamplers", "backbones"},
     {"model"},
+    {"loading"},
     {"training", "evaluation", "export", "demo"},
     {"cli"},
     {"__main__"},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.backbones import ChannelNorm, MaskClipBackbone, TimmBackbone
 from featup_hub.image import preprocess, read_image
-from featup_hub.model import (
+from featup_hub.loading import (
     find_card,
     list_models,
     load,

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone, TimmBackbone
-from featup_hub.model import find_card, list_models
+from featup_hub.loading import find_card, list_models
 from featup_hub.registry import (
     ALIASES,
     EFFICIENTNET_LITE0,

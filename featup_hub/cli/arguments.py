@@ -43,7 +43,7 @@ class ChosenModel:
 
     def load(self, device: torch.device | None = None) -> UpsampledBackbone:
         """Loads the model."""
-        from featup_hub.model import load
+        from featup_hub.loading import load
 
         return load(
             self.name,
@@ -101,7 +101,7 @@ def choose_model(args: argparse.Namespace) -> ChosenModel:
     Raises:
         UsageError: If there is no such model or file.
     """
-    from featup_hub.model import find_card, name_and_file
+    from featup_hub.loading import find_card, name_and_file
     from featup_hub.weights import resolve
     from featup_hub.weights.files import existing
 

@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(args: argparse.Namespace) -> int:
     from featup_hub.demo import build
     from featup_hub.image import read_image
-    from featup_hub.model import list_models
+    from featup_hub.loading import list_models
 
     page = build(
         [read_image(path) for path in args.images],

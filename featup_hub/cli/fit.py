@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from featup_hub.files import write_atomically
     from featup_hub.image import preprocess, read_image, resize
-    from featup_hub.model import load_backbone, load_upsampler, name_and_file
+    from featup_hub.loading import load_backbone, load_upsampler, name_and_file
     from featup_hub.training.fit import fit
     from featup_hub.visualize import comparison
 

@@ -32,7 +32,7 @@ from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.statistics import Metric
 from featup_hub.evaluation.sums import Measurement
 from featup_hub.image import list_images, preprocess, read_image
-from featup_hub.model import find_card
+from featup_hub.loading import find_card
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.weights import load
 

@@ -17,7 +17,7 @@ from featup_hub.evaluation.candidates import plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.evaluation.sums import Measurement
-from featup_hub.model import find_card, load_backbone, name_and_file
+from featup_hub.loading import find_card, load_backbone, name_and_file
 from featup_hub.weights import digest, read, write
 from featup_hub.weights.files import existing
 

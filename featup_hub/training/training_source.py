@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
-from featup_hub.model import load_backbone, name_and_file
+from featup_hub.loading import load_backbone, name_and_file
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
 

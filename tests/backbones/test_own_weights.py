@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featup_hub.backbones import TimmBackbone
-from featup_hub.model import load_backbone
+from featup_hub.loading import load_backbone
 from featup_hub.weights import read_state
 
 State = dict[str, Tensor]

@@ -34,7 +34,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return tiny(upsampler)
 
-    monkeypatch.setattr("featup_hub.model.load", load_tiny)
+    monkeypatch.setattr("featup_hub.loading.load", load_tiny)
     return names
 
 

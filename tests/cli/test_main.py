@@ -79,7 +79,7 @@ def test_an_output_that_is_a_folder_is_refused_before_the_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work began")
 
-    for name in ("image.read_image", "model.load", "weights.convert"):
+    for name in ("image.read_image", "loading.load", "weights.convert"):
         monkeypatch.setattr(f"featup_hub.{name}", work)
     out = tmp_path / ("d.onnx" if command == "export" else "d.safetensors")
     out.mkdir()

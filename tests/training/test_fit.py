@@ -166,7 +166,7 @@ def test_fit_is_a_name_of_the_package() -> None:
 def test_the_command_writes_a_fit_and_a_picture(
     options: list[str], tmp_path: Path, photos: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr("featup_hub.model.load_backbone", lambda *_, **__: Blur())
+    monkeypatch.setattr("featup_hub.loading.load_backbone", lambda *_, **__: Blur())
     out = tmp_path / "one.safetensors"
     line = ["fit", str(photos / "p0.png"), "--out", str(out), "--size", "32", "--max-pad", "4"]
     assert main([*line, "--views", "12", "--start", "jbu_faithful", *options]) == 0

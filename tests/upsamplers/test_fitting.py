@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featup_hub.model import load_upsampler
+from featup_hub.loading import load_upsampler
 from featup_hub.upsamplers import JBUStack
 from featup_hub.weights import write
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.image import preprocess, read_image
-from featup_hub.model import load_upsampler
+from featup_hub.loading import load_upsampler
 from featup_hub.ops import torch_backend
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.upsamplers import JBUStack, JBUStage

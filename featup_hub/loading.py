@@ -1,0 +1,292 @@
+"""Models by their names: what there is, and how to load one with its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featup_hub.backbones import (
+    Backbone,
+    ChannelNorm,
+    ClipBackbone,
+    MaskClipBackbone,
+    ShiftAndStitch,
+    TimmBackbone,
+    is_timm_model,
+    timm_card,
+)
+from featup_hub.model import UpsampledBackbone
+from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard, WeightFile, card
+from featup_hub.upsamplers import JBUStack
+from featup_hub.weights import load as load_weights
+from featup_hub.weights import load_into, split_norm
+
+__all__ = ["find_card", "list_models", "load", "load_backbone", "load_upsampler", "name_and_file"]
+
+
+def list_models() -> list[str]:
+    """Returns the names that :func:`load` takes; any model of timm comes beside them."""
+    return [name for name, row in MODELS.items() if row.backbone is not None]
+
+
+def name_and_file(spec: str) -> tuple[str, str | None]:
+    """Splits ``NAME`` or ``NAME=FILE``, as commands name a backbone and a file of its weights.
+
+    Raises:
+        ValueError: If no file follows the ``=``.
+
+    Example:
+        >>> name_and_file("dinov2"), name_and_file("dinov2=mine.safetensors")
+        (('dinov2', None), ('dinov2', 'mine.safetensors'))
+    """
+    name, equals, file = spec.partition("=")
+    if equals and not file:
+        raise ValueError(f"a file must follow {spec!r}; give it, or leave the = out")
+    return name, file or None
+
+
+def find_card(name: str) -> ModelCard:
+    """Returns what is known of a model, be it of the table or of timm.
+
+    Args:
+        name: A name of the table, or of timm's, with or without ``timm/`` before it. Names that
+            both have are the table's, unless ``timm/`` says otherwise.
+
+    Raises:
+        TypeError: If ``name`` is no string.
+        ValueError: If there is no such model.
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"a model is named by a string; got {type(name).__name__}; wrap a module of your own: "
+            "UpsampledBackbone(ModuleBackbone(module, feat_dim=..., patch_size=...), "
+            "load_upsampler())"
+        )
+    name = ALIASES.get(name, name)
+    timm_name = name.removeprefix("timm/")
+    if timm_name != name or (name not in MODELS and is_timm_model(name)):
+        return timm_card(timm_name)
+    return card(name)
+
+
+def load(
+    name: str,
+    *,
+    pretrained: bool = True,
+    use_norm: bool = True,
+    upsampler: str | Path | None = None,
+    weights: str | Path | None = None,
+    backbone_weights: str | Path | None = None,
+    backbone_kwargs: Mapping[str, Any] | None = None,
+    layer: int | None = None,
+    looks: int = 1,
+    device: str | torch.device | None = None,
+) -> UpsampledBackbone:
+    """Loads a model by its name, in evaluation mode.
+
+    A pretrained model has no random weights, and the global random state stays as it is. With
+    ``pretrained=False`` weights are drawn from it, and the architecture is the same.
+
+    Args:
+        name: One of :func:`list_models`, any name of timm's, ``hf-hub:owner/name``, or the name
+            that Meta gives one of its models.
+        pretrained: Whether to load the weights that the model's card names.
+        use_norm: Whether every position's vector is normalised before upsampling.
+        upsampler: A shipped upsampler, ``"jbu_denoise"``, the default, which averages cells that
+            look alike, or ``"jbu_faithful"``, which does not; or a file of your own. It is read
+            even if ``pretrained`` is False.
+        weights: Former name of ``upsampler``.
+        backbone_weights: A file of your own for the backbone, see :func:`load_backbone`.
+        backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
+        layer: Which features of the backbone, see :class:`~featup_hub.TimmBackbone`; default:
+            the card's.
+        looks: Passes of the backbone over shifted images, 1, 4, 9 and so on; see
+            :class:`~featup_hub.ShiftAndStitch`.
+        device: Where to put the model; default: the CPU.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no such model, a file is damaged or does not fit, or ``looks`` is
+            no square number or does not fit the backbone's stride.
+        FileNotFoundError: If a file of your own does not exist.
+        RuntimeError: If a file is nowhere to be had: not shipped, not cached, no connection.
+
+    Example:
+        >>> model = load("efficientnet_lite0", pretrained=False)
+        >>> model(torch.randn(1, 3, 64, 96)).shape
+        torch.Size([1, 112, 64, 96])
+    """
+    row = _card_with_backbone(name)[0]
+    own = _one_of(upsampler, weights)
+    looks_per_side = math.isqrt(max(looks, 0))
+    if looks < 1 or looks_per_side**2 != looks:
+        raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks}")
+    with _undisturbed(pretrained):
+        # The small file first: what fails should fail before a large download.
+        stack, norm = _read_upsampler(row.upsampler_file, pretrained, own)
+        origin = own or row.upsampler_file.filename
+        if norm is not None and not use_norm:
+            raise ValueError(
+                f"{origin} was trained behind a channel norm, which it holds; got use_norm=False; "
+                "leave it at True (leave --no-norm out)"
+            )
+        if norm is None and use_norm and stack.feat_dim is not None:
+            raise ValueError(
+                f"{origin} was trained for one backbone without a channel norm; got "
+                "use_norm=True; pass use_norm=False (give --no-norm)"
+            )
+        backbone = load_backbone(
+            name,
+            pretrained=pretrained,
+            weights=backbone_weights,
+            backbone_kwargs=backbone_kwargs,
+            layer=layer,
+        )
+        if looks > 1:
+            backbone = ShiftAndStitch(backbone, looks_per_side)
+        stride = backbone.patch_size
+        model = UpsampledBackbone(
+            backbone,
+            stack,
+            norm=ChannelNorm(backbone.feat_dim) if use_norm else None,
+            image_size=max(round(row.image_size / stride), 1) * stride,
+        )
+        if norm is not None and model.norm is not None:
+            load_into(model.norm, norm, origin=origin)
+    return model.to(device or "cpu").eval()
+
+
+def load_backbone(
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    backbone_kwargs: Mapping[str, Any] | None = None,
+    layer: int | None = None,
+) -> Backbone:
+    """Loads a model's backbone alone, see :func:`load`.
+
+    Args:
+        name: One of :func:`list_models`, any name of timm's, ``hf-hub:owner/name``, or the name
+            that Meta gives one of its models.
+        pretrained: Whether to load the weights that the model's card names.
+        weights: A file of your own, read in any case: laid out as timm's or as its authors', with
+            any number of classes, or none.
+        backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
+        layer: Which features, see :class:`~featup_hub.TimmBackbone`; default: the card's.
+
+    Returns:
+        The backbone, on the CPU, in evaluation mode.
+    """
+    row, architecture = _card_with_backbone(name)
+    if layer is not None and row.kind != "timm":
+        raise ValueError(f"{name} has features of one layer only; got {layer=}; leave it out")
+    with _undisturbed(pretrained):
+        shipped = row.backbone_file
+        own: Mapping[str, Tensor] | str | Path | None = weights
+        if own is None and pretrained and shipped is not None:
+            own = load_weights(shipped)
+        backbone: Backbone
+        if row.kind == "timm":
+            backbone = TimmBackbone(
+                architecture,
+                pretrained=pretrained,
+                weights=own,
+                layer=layer,
+                stride=row.patch_size if layer is None else None,
+                backbone_kwargs=backbone_kwargs,
+            )
+        else:
+            kind = ClipBackbone if row.kind == "clip" else MaskClipBackbone
+            backbone = kind(
+                architecture, pretrained=pretrained, weights=own, backbone_kwargs=backbone_kwargs
+            )
+    return backbone.eval()
+
+
+def load_upsampler(
+    upsampler: str | Path | None = None,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> JBUStack:
+    """Loads the upsampler alone, for features of your own.
+
+    Args:
+        upsampler: A shipped upsampler or a file of your own, see :func:`load`.
+        pretrained: Whether to load the weights that come with the package, which fit any number
+            of channels.
+        weights: Former name of ``upsampler``.
+        device: Where to put it; default: the CPU.
+
+    Returns:
+        The upsampler ``(source, guidance) -> features``, in evaluation mode. Its
+        guidance is an image normalised as ImageNet's.
+
+    Raises:
+        ValueError: If the file is damaged, does not fit, or holds a channel norm, too.
+        FileNotFoundError: If a file of your own does not exist.
+
+    Example:
+        >>> upsampler = load_upsampler(pretrained=False)
+        >>> upsampler(torch.randn(1, 5, 4, 6), torch.randn(1, 3, 56, 84)).shape
+        torch.Size([1, 5, 56, 84])
+    """
+    own = _one_of(upsampler, weights)
+    with _undisturbed(pretrained):
+        stack, norm = _read_upsampler(JBU_UNIVERSAL, pretrained, own)
+    if norm is not None:
+        raise ValueError(
+            f"{own} holds a channel norm, which belongs behind its backbone; "
+            "load both: load(NAME, upsampler=...)"
+        )
+    return stack.to(device or "cpu").eval()
+
+
+def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | Path | None:
+    """Returns what was given under the present name or the former one."""
+    if upsampler is not None and weights is not None:
+        raise ValueError(
+            f"weights is the former name of upsampler; got both, {upsampler} and {weights}; "
+            "leave weights out"
+        )
+    return weights if upsampler is None else upsampler
+
+
+def _card_with_backbone(name: str) -> tuple[ModelCard, str]:
+    """Returns a card, and what its backbone is called in timm."""
+    row = find_card(name)
+    if row.backbone is None:
+        raise ValueError(
+            f"a model with a backbone is needed; got {name!r}, an upsampler alone; "
+            "call load_upsampler(), or name another model"
+        )
+    return row, row.backbone
+
+
+def _read_upsampler(
+    file: WeightFile, pretrained: bool, path: str | Path | None
+) -> tuple[JBUStack, dict[str, Tensor] | None]:
+    """Builds an upsampler and returns it with the tensors of the norm that came with it."""
+    if not pretrained and path is None:
+        return JBUStack(joint_first=True, unit_sum=True), None
+    tensors, norm = split_norm(load_weights(file, path=path))
+    upsampler = JBUStack.fitting(tensors)
+    load_into(upsampler, tensors, origin=path or file.filename)
+    return upsampler, norm
+
+
+@contextmanager
+def _undisturbed(pretrained: bool) -> Iterator[None]:
+    """Builds on the CPU, without changing the random state if weights will be overwritten."""
+    with torch.random.fork_rng(devices=[], enabled=pretrained), torch.device("cpu"):
+        yield
