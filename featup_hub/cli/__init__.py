@@ -1,8 +1,8 @@
 """The command line: ``featup-hub COMMAND``, one module per command.
 
 A command is a module with ``add_parser(commands)``, which adds its flags and names the function
-to run. Parsing does not import torch, so that help and mistyped flags are answered at once. Exit
-codes: 0 all went well, 1 something failed, 2 what was typed cannot work, 130 interrupted.
+to run. Parsing does not import torch, so that help and errors in flags appear at once. Exit codes:
+0 success, 1 failure, 2 wrong arguments, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default: those of the process.
 
     Returns:
-        The exit code. A user's mistake is one line on stderr; with ``--debug`` it is raised.
+        The exit code. A user's mistake gives one line on stderr; with ``--debug`` it is raised.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, TextIOWrapper):  # names of files need not be valid UTF-8
@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes_on = "; the same command goes on from there" if _goes_on(argv) else ""
         complain(f"interrupted; what is finished is kept{goes_on}")
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    # Other exceptions are our mistakes, and their traceback is what a report needs.
+    # Other exceptions are bugs; a bug report needs their traceback.
     except (OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
         if "--debug" in argv:
             raise
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _goes_on(argv: Sequence[str]) -> bool:
-    """Tells whether the command takes up what an earlier run of it finished."""
+    """Returns whether the command resumes an earlier run."""
     cached = any(word.partition("=")[0] == "--cache" for word in argv)
     return cached or not {"upsample", "fit", "train"}.isdisjoint(argv[:1])
 

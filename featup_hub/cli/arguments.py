@@ -1,4 +1,4 @@
-"""What several commands ask for: a model, a size, a device. Nothing here imports torch early."""
+"""Arguments of several commands: model, size, device. Its import does not import torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ChosenModel:
         backbone_weights: A file for the backbone; None for its own.
         upsampler: The file of the upsampler.
         use_norm: Whether features are normalised before upsampling.
-        layer: Which features of the backbone; None for the card's.
+        layer: Block of the backbone that gives the features; None for the card's.
         looks: Passes of the backbone over shifted images.
-        image_size: Short side that the model's card asks for, in pixels.
-        stride: Stride of the source in pixels; None if only the loaded model tells.
+        image_size: Short side given by the model's card, in pixels.
+        stride: Stride of the source in pixels; None if unknown before loading.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ChosenModel:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a model; ``--weights`` and ``--backbone-weights`` are old ones."""
+    """Adds the flags that name a model, and old spellings of them."""
     add = parser.add_argument
     add(
         "--model",
@@ -132,7 +132,7 @@ def parse_size(text: str, flag: str = "--size") -> int | tuple[int, int]:
     """Reads a size: 448 is the short side, 448x640 is height and width.
 
     Raises:
-        UsageError: If it is something else.
+        UsageError: If the text has another form.
 
     Example:
         >>> parse_size("448"), parse_size("448x640")
@@ -145,13 +145,13 @@ def parse_size(text: str, flag: str = "--size") -> int | tuple[int, int]:
 
 
 def open_device(name: str | None) -> torch.device:
-    """Returns a device after a first use of it.
+    """Returns a device after testing it.
 
     Args:
         name: Its name in PyTorch; default: cuda if there is one, else cpu.
 
     Raises:
-        UsageError: If there is no such device, or it cannot be used here.
+        UsageError: If the device does not exist or cannot be used.
     """
     import torch
 

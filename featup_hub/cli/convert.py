@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="convert a FeatUp checkpoint",
         description=(
             "Converts a checkpoint of FeatUp's own code to safetensors, without running code from "
-            "it. The upsampler and the channel norm are kept; what only training needs is not."
+            "it. Keeps the upsampler and the channel norm; drops tensors that only training needs."
         ),
     )
     parser.add_argument("checkpoint", type=Path, metavar="IN.ckpt", help="file to read")

@@ -1,4 +1,4 @@
-"""``featup-hub demo``: a page in the browser to explore what features say is similar."""
+"""``featup-hub demo``: a page in the browser that shows similarity of features."""
 
 from __future__ import annotations
 

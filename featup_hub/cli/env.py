@@ -1,4 +1,4 @@
-"""``featup-hub env``: what a report of a problem needs to say about this machine."""
+"""``featup-hub env``: facts about this machine for a bug report."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Adds the command."""
     parser = commands.add_parser(
         "env",
-        help="show versions and devices, for a report of a problem",
+        help="show versions and devices, for a bug report",
         description="Shows the versions of the packages, the devices, and for each device how "
-        "the upsampling is computed and why. On a GPU, kernels not compiled yet are compiled.",
+        "the upsampling is computed and why. On a GPU, compiles missing kernels.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)
@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
 
     statuses = implementations()
     versions = {"featup_hub": __version__, "python": platform.python_version()}
-    versions |= {"torch": torch.__version__}  # with the CUDA it was built for
+    versions |= {"torch": torch.__version__}  # includes the CUDA version of the build
     versions |= {name: _version(name) for name in _PACKAGES}
     if args.json:
         content: dict[str, Any] = {
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def implementation_lines(status: ImplementationStatus) -> str:
-    """Says of a device how it computes, and where its compiled kernels are."""
+    """Describes how a device computes, and where its compiled kernels are."""
     return "\n".join([str(status), *(f"  {cubin}" for cubin in status.cubins)])
 
 

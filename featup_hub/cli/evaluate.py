@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         if not args.json:
             print(table(rows), end="\n\n", flush=True)
         scored += rows
-        if args.out:  # after every table, so that a run that is stopped keeps its results
+        if args.out:  # after every table, so that a stopped run keeps its results
             write_json(scored, config, args.out / "results.json")
             write_csv(scored, args.out / "results.csv")
     if args.out:

@@ -21,16 +21,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "export",
         help="write a model as ONNX or as a PyTorch program",
         description=(
-            "Writes a model, image in and features at its resolution out, for any batch and every "
-            "image whose sides are multiples of the model's stride. Images come normalised as "
-            "ImageNet's, (B, 3, H, W)."
+            "Writes a model that computes features at image resolution, for any batch size and any "
+            "sides that are multiples of the model's stride. Images must be normalised with "
+            "ImageNet's mean and deviation, (B, 3, H, W)."
         ),
     )
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="file to write")
-    add("--format", choices=_FORMATS, help="default: what the name of OUT ends in")
+    add("--format", choices=_FORMATS, help="default: by the suffix of OUT")
     add_model(parser)
-    add("--static", metavar="HxW", help="one image of this size only, such as 224x224")
+    add("--static", metavar="HxW", help="only one image of this size, such as 224x224")
     parser.set_defaults(run=_run)
 
 

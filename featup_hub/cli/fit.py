@@ -14,7 +14,7 @@ from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
 
 __all__ = ["add_parser"]
 
-_FORMATS = ("featup_hub.jbu_fit/", "featup_hub.implicit/")  # of fits, in any version
+_FORMATS = ("featup_hub.jbu_fit/", "featup_hub.implicit/")  # entries of fits, in any version
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,7 +55,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add("--start", dest="upsampler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--no-picture", action="store_true", help="make no picture")
-    add("--overwrite", action="store_true", help="replace files that are of no earlier fit")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="also replace files that an earlier fit did not make",
+    )
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add_flags(parser, FitConfig)
     parser.set_defaults(run=_run)
@@ -71,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     from featup_hub.visualize import comparison
 
     given = {f.name: getattr(args, f.name) for f in fields(FitConfig) if hasattr(args, f.name)}
-    # Before the fit, which takes a while.
+    # Checked before the slow fit.
     if args.size < 1:
         raise UsageError(f"--size must be positive; got {args.size}")
     out, picture = _outputs(args)
@@ -98,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Returns the files of the fit and the picture, and refuses those that would replace inputs."""
+    """Returns the files of the fit and the picture; refuses to replace inputs."""
     out = args.out or Path(f"{args.image.stem}.safetensors")
     check_output(out)
     if out.suffix != ".safetensors":
@@ -118,7 +122,7 @@ def _outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 def _check_earlier(out: Path, picture: Path | None) -> None:
-    """Raises ValueError where an output exists that no earlier fit made."""
+    """Raises ValueError if an output exists that an earlier fit did not make."""
     remedy = "--overwrite replaces it, another --out keeps both"
     from featup_hub.weights import metadata
 
@@ -129,7 +133,7 @@ def _check_earlier(out: Path, picture: Path | None) -> None:
             made_by = ""
         if not made_by.startswith(_FORMATS):
             raise ValueError(f"{out} exists, and is not of an earlier fit; {remedy}")
-    # A picture is made after its features: one that has none beside it is somebody else's.
+    # A fit writes the picture after the features, so a picture without features is not of a fit.
     elif picture is not None and picture.exists():
         raise ValueError(
             f"{picture} exists, and no features beside it, so it is not of an earlier fit; "

@@ -1,4 +1,4 @@
-"""Flags made from the fields of a configuration, so that neither is written twice."""
+"""Flags made from the fields of a configuration."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def add_flags(
 
     Fields may be int, float, str, bool (which makes ``--name`` and ``--no-name``), Path, Literal,
     tuples of these, and any of these or None. The help is the field's entry in the docstring's
-    ``Attributes:``; a field without a default is a flag that must be given.
+    ``Attributes:``. A field without a default is a required flag.
 
     Args:
         parser: The parser to extend.
         config: The dataclass.
-        flags: Other names of flags by the name of the field, such as ``{"backbones": "--model"}``;
-            the field's own name still works, and is not shown.
+        flags: Other names of flags by field, such as ``{"backbones": "--model"}``; the field's own
+            name still works, but is hidden.
 
     Raises:
         TypeError: If a field is of another type.
@@ -84,11 +84,11 @@ def add_flags(
 
 
 def from_flags(config: type[T], args: argparse.Namespace) -> T:
-    """Makes a configuration of the flags that were given; the others keep their defaults.
+    """Makes a configuration from the given flags; other fields keep their defaults.
 
     Args:
         config: The dataclass whose flags were added.
-        args: What the parser returned.
+        args: The parser's result.
 
     Returns:
         The configuration.
@@ -105,7 +105,7 @@ def from_flags(config: type[T], args: argparse.Namespace) -> T:
 def in_terms_of_flags(
     config: type, *, flags: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[None]:
-    """Turns an error that begins with the name of a field into one of its flag.
+    """Turns an error that begins with a field's name into an error that begins with its flag.
 
     Args:
         config: The dataclass of the fields.
@@ -126,7 +126,7 @@ def in_terms_of_flags(
 
 
 def _options(hint: Any, name: str) -> dict[str, Any]:
-    """Returns what argparse must know of a type."""
+    """Returns argparse's options for a type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         inner = [a for a in arguments if a is not type(None)]

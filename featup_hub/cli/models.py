@@ -1,4 +1,4 @@
-"""``featup-hub models``: which models there are, and where their weights are."""
+"""``featup-hub models``: lists the models, and where their weights are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _PLACES = {
-    "shipped": "came with this package",
+    "shipped": "part of this package",
     "cached": "in the Hugging Face cache",
     "Hub": "downloaded from the Hugging Face Hub at first use",
 }
@@ -82,7 +82,7 @@ def _row(card: ModelCard) -> dict[str, Any]:
 
 
 def _place(card: ModelCard) -> str:
-    """Says where a model's weights would be taken from, without taking them."""
+    """Returns where a model's weights are, without loading them."""
     from featup_hub.backbones import cached_file
 
     if card.backbone is None or card.backbone_file is not None:

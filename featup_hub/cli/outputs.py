@@ -1,7 +1,7 @@
-"""The files that commands write, checked before the work; and the outputs of ``upsample``.
+"""Output files of commands, checked before the work; and the outputs of ``upsample``.
 
-A file under its final name is complete, so a run that was stopped goes on with what is missing.
-A picture is written after its features: one without features beside it is somebody else's.
+A file under its final name is complete, so a stopped run resumes with the missing files. A picture
+is written after its features, so a picture without features is not an output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "Job", "check_output", "is_finished", "make_folder", "plan", "write_features"]
 
 FORMATS = ("safetensors", "npy")
-"""Of features, by the suffix of their file."""
+"""Formats of features, by the suffix of the file."""
 
 _FORMERLY = {
     "layer": "default",
@@ -31,7 +31,7 @@ _FORMERLY = {
     "bands": "all",
     "value_range": "full",
 }
-"""Settings that older files do not note, as they were then."""
+"""Values of settings that older files do not store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Job:
     Attributes:
         image: The file to read.
         features: The file to make.
-        picture: The picture to make beside it; None where none is wanted.
+        picture: The picture to make next to it; None for no picture.
     """
 
     image: Path
@@ -50,9 +50,9 @@ class Job:
 
 
 def plan(inputs: list[Path], out: Path, suffix: str, *, picture: bool) -> list[Job]:
-    """Lists the images and where their outputs go.
+    """Lists the images and their output files.
 
-    An image of a folder keeps its place below that folder.
+    An image in a folder keeps its path relative to that folder.
 
     Args:
         inputs: Images, and folders to search with their subfolders.
@@ -61,7 +61,7 @@ def plan(inputs: list[Path], out: Path, suffix: str, *, picture: bool) -> list[J
         picture: Whether to plan pictures.
 
     Raises:
-        UsageError: If a folder holds no image, or two files would have one name.
+        UsageError: If a folder has no image, or two outputs would have the same name.
     """
     jobs: dict[Path, Job] = {}
     for top in inputs:
@@ -97,7 +97,7 @@ def _images(path: Path, out: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     found = list_images(path)
-    if path.resolve() in out.resolve().parents:  # pictures of an earlier run are no images
+    if path.resolve() in out.resolve().parents:  # pictures of an earlier run are not inputs
         found = [file for file in found if out.resolve() not in file.resolve().parents]
     if not found:
         raise UsageError(
@@ -107,15 +107,15 @@ def _images(path: Path, out: Path) -> list[Path]:
 
 
 def check_output(path: Path) -> None:
-    """Refuses a file that could not be written, before the work is done for it.
+    """Checks, before the work, that a file can be written.
 
     Args:
         path: The file to make or replace.
 
     Raises:
-        UsageError: If it is a folder, or its folder does not exist or takes no new files.
+        UsageError: If it is a folder, or its folder does not exist or is not writable.
     """
-    try:  # permissions do not tell: root has all, and some file systems take no files at all
+    try:  # permissions are not enough: root has all, and some file systems are read-only
         if path.is_dir():
             raise UsageError(f"a file to write is needed; {path} is a folder; name a file in it")
         if not path.parent.is_dir():
@@ -147,17 +147,17 @@ def make_folder(out: Path) -> None:
 
 
 def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
-    """Tells whether the outputs exist.
+    """Returns whether the outputs exist.
 
-    Only safetensors files note how they were made; a npy file that exists is taken as it is.
+    Only safetensors files store their settings; an existing npy file counts as finished.
 
     Args:
-        job: What is to be made.
-        settings: What decides the features, as :func:`write_features` notes it.
+        job: The outputs.
+        settings: Settings of the features, as :func:`write_features` stores them.
 
     Raises:
-        FileNotFoundError: If there is neither output nor image.
-        ValueError: If the outputs were made with other settings, or are something else.
+        FileNotFoundError: If neither output nor image exists.
+        ValueError: If the outputs have other settings, or are other files.
     """
     remedy = "--overwrite replaces it, another --out keeps both"
     if job.features.exists():
@@ -191,17 +191,16 @@ def _notes(features: Path, remedy: str) -> dict[str, str]:
 
 
 def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> None:
-    """Writes features in the format that the file's name asks for, all or nothing.
+    """Writes features atomically, in the format of the file's suffix.
 
     Args:
         features: (C, H, W), on any device.
-        job: Where to.
-        settings: What decides the features, noted in a safetensors file; "dtype" is that of the
-            file.
+        job: The output files.
+        settings: Settings to store in a safetensors file; "dtype" is the type of the file.
 
     Raises:
         OSError: If the file cannot be written, such as to a full disk.
-        ValueError: If the features do not fit the type.
+        ValueError: If a value exceeds the type's range.
     """
     import torch
 
@@ -229,6 +228,6 @@ def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> N
         try:
             notes = {**settings, "image": name, "featup_hub": __version__}
             save_file({"features": whole}, partial, metadata=notes)
-        except SafetensorError as error:  # so it calls a full disk, too
+        except SafetensorError as error:  # the library's error for a full disk, too
             raise OSError(f"cannot write {job.features}: {error}") from error
-        partial.chmod(usual)  # the library makes files that nobody else may read
+        partial.chmod(usual)  # the library makes files that other users cannot read

@@ -1,4 +1,4 @@
-"""What a person sees: errors of one line, and progress."""
+"""Terminal output: one-line errors, and progress."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Parser", "Progress", "UsageError", "complain", "explain"]
 
 
 class UsageError(ValueError):
-    """What was typed cannot work, whatever the files hold; the exit code is 2."""
+    """The arguments are wrong, whatever the files contain; exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are raised, to be shown as all others are.
+    """An argument parser that raises its errors.
 
-    Flags cannot be abbreviated: a script must not break when one is added.
+    Flags cannot be abbreviated, so that a new flag does not break scripts.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Progress:
-    """Says how far a command is: a bar on a terminal, else a line per item.
+    """Shows progress: a bar on a terminal, else a line per item.
 
     Args:
         total: Number of items to come.
@@ -49,7 +49,7 @@ class Progress:
         self._bar.set_description(item)
 
     def end(self, report: str) -> None:
-        """Counts an item as written; its report is printed unless there is a bar."""
+        """Counts an item as written; prints its report if there is no bar."""
         self.written += 1
         self._bar.update()
         if not self.live:
@@ -64,14 +64,14 @@ class Progress:
         print(report, flush=True)
 
     def fail(self, problem: str) -> None:
-        """Counts an item as failed and says why."""
+        """Counts an item as failed and prints the reason."""
         self.failed += 1
         self._bar.update()
         with self._bar.external_write_mode():
             complain(problem)
 
     def finish(self, where: str) -> None:
-        """Sums up if there was more than one item."""
+        """Prints the counts if there was more than one item."""
         self._bar.close()
         if self.total > 1:
             took = duration(time.monotonic() - self.start)
@@ -86,7 +86,7 @@ def complain(problem: str, kind: str = "error") -> None:
 
 
 def explain(error: Exception) -> str:
-    """Says in a line what an exception means to a user."""
+    """Describes an exception to the user in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
@@ -96,7 +96,7 @@ def explain(error: Exception) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Says a time as a person would.
+    """Formats a duration for people.
 
     Example:
         >>> duration(7.4), duration(430), duration(9000)

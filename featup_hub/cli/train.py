@@ -1,4 +1,4 @@
-"""``featup-hub train``: stages of one's own from photographs."""
+"""``featup-hub train``: trains stages on photographs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         help="train an upsampler on photographs",
         description="Trains an upsampler on photographs without labels, by multi-view consistency.",
-        epilog="A run that was stopped goes on when the same command is given again.",
+        epilog="The same command resumes a stopped run.",
     )
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photographs")
     parser.add_argument(

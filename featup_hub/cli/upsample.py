@@ -1,4 +1,4 @@
-"""``featup-hub upsample``: images in, features at their resolution and pictures of them out."""
+"""``featup-hub upsample``: computes features at image resolution, and pictures of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _IMPLEMENTATIONS = ("auto", "cuda", "torch", "reference")
-_AHEAD = 2  # images read while one is computed
+_AHEAD = 2  # images read ahead
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,14 +32,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="compute high-resolution features of images",
         description=(
             "Computes features at the resolution of the image. For each IMAGE, OUT gets a file of "
-            "features, (C, H, W), and a picture that shows the image, the backbone's features, "
-            "and these upsampled bilinearly and by the model, all in one PCA basis. `featup-hub "
-            "models` lists the models."
+            "features, (C, H, W), and a picture. It shows the image, the backbone's features, and "
+            "the features upsampled bilinearly and by the model, all in one PCA basis. "
+            "`featup-hub models` lists the models."
         ),
         epilog=(
-            "Finished outputs are kept, so the same command again goes on after an interruption. "
-            "A bad image is reported and the others go on; the exit code is then 1. Files of "
-            "--format npy hold no settings: those of other settings count as finished, too."
+            "Finished outputs are kept, so the same command resumes after an interruption. A bad "
+            "image is reported and skipped; the exit code is then 1. Files of --format npy do not "
+            "store settings, so existing ones always count as finished."
         ),
     )
     add = parser.add_argument
@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--bands",
         metavar="R,G,B",
-        help="the bands that are red, green and blue, from 1, such as 4,3,2",
+        help="numbers of the red, green and blue bands, from 1, such as 4,3,2",
     )
     add(
         "--value-range",
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _unfinished(jobs: Sequence[Job], settings: Mapping[str, str], progress: Progress) -> list[Job]:
-    """Returns the jobs that are left to do, and reports the others."""
+    """Returns the unfinished jobs, and reports the others."""
     kept: list[Job] = []
     todo: list[Job] = []
     for job in jobs:
@@ -164,7 +164,7 @@ def _read_ahead(
             if len(waiting) > _AHEAD:
                 yield waiting.popleft()
         yield from waiting
-    finally:  # after an interruption, wait for no more than the image being read
+    finally:  # after an interruption, wait only for the image being read
         pool.shutdown(cancel_futures=True)
 
 
@@ -175,7 +175,7 @@ def _upsample(
     impl: str,
     settings: Mapping[str, str],
 ) -> str:
-    """Makes the outputs of one image and says what they are."""
+    """Makes the outputs of one image and returns a report."""
     import torch
 
     from featup_hub.files import write_atomically
@@ -191,7 +191,7 @@ def _upsample(
         job.features.parent.mkdir(parents=True, exist_ok=True)
         write_features(features[0], job, settings)
         made = str(job.features)
-        # Last, so that we can tell a picture of ours, which has features, from somebody else's.
+        # Written last: a picture without features is then known not to be an output.
         if job.picture is not None:
             with write_atomically(job.picture) as partial:
                 comparison(shown, source, features).save(partial, format="PNG")

@@ -10,7 +10,7 @@ image. With Y and O its confidence in c before and after:
 * Complexity: mean of the map;
 * ADCC: harmonic mean of Coherency, 1 - Complexity and 1 - drop, per image, averaged.
 
-The class is the one predicted for the whole image, so photographs need no labels.
+c is the class predicted for the whole image, so photographs need no labels.
 
 Source: Chattopadhay et al., "Grad-CAM++", WACV 2018, for drop and increase; Poppi et al.,
 "Revisiting The Evaluation of Class Activation Mapping for Explainability", CVPRW 2021, for the
@@ -47,7 +47,7 @@ def measure_cam(
     """Measures every upsampler on the photographs of a folder.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If the folder has no photographs.
     """
     photos = open_photos(config)
     found = Measurement(
@@ -61,10 +61,10 @@ def measure_cam(
 
 
 def open_photos(config: EvaluationConfig) -> Dataset:
-    """Lists the photographs; other files may lie beside them.
+    """Lists the photographs of the folder and ignores other files.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If the folder has no photographs.
     """
     place = config.photos
     if place is None or not place.is_dir():
@@ -72,8 +72,7 @@ def open_photos(config: EvaluationConfig) -> Dataset:
     photos = tuple(list_images(place))
     if not photos:
         raise ValueError(
-            f"class activation maps need photographs; {place} has none; "
-            "name the folder in which they lie"
+            f"class activation maps need photographs; {place} has none; name another folder"
         )
     return Dataset(name=place.name, images=photos).spread(config.photo_images)
 
@@ -83,8 +82,8 @@ class Classifier(NamedTuple):
 
     Attributes:
         features: Normalised image (B, 3, H, W) -> (B, C, h, w).
-        weight: Of the linear layer, (classes, C).
-        bias: Of the linear layer, (classes,).
+        weight: Weight of the linear layer, (classes, C).
+        bias: Bias of the linear layer, (classes,).
     """
 
     features: Callable[[Tensor], Tensor]

@@ -6,7 +6,7 @@
 * ``FILE@unit`` – the same with every kernel divided by its sum;
 * ``module:callable`` – anything ``f(source (B,C,h,w), image (B,3,H,W) normalised, size)``.
 
-``NAME=`` in front of any of them sets what tables call it.
+``NAME=`` in front of any of them sets its name in tables.
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ class Candidate:
     """An upsampler in an evaluation.
 
     Attributes:
-        name: What tables call it.
+        name: Name in tables.
         function: (source (B, C, h, w), image (B, 3, H, W), size) -> (B, C, *size).
         head: Where a linear head W (K, C) may be applied. ``"after"`` is always right.
-            ``"before"``, on the source, is much cheaper, and exact for upsamplers that are linear
-            in the source and treat channels alike. ``"inside"`` is for plug-ins that apply it
-            themselves, ``function(source, image, size, head=W)``, such as attention, which is
-            linear in its values only. A plug-in states it in an attribute ``head``.
-        identity: Digest of what it computes, so that its sums may be kept on disk; None if that
-            is unknown.
-        looks: How many times the backbone looks at an image to give it features.
+            ``"before"`` applies it to the source. This is much cheaper, and exact for upsamplers
+            that are linear in the source and treat channels alike. ``"inside"`` is for plug-ins
+            that apply it themselves, ``function(source, image, size, head=W)``, such as attention.
+            A plug-in sets it as its attribute ``head``.
+        identity: Digest of what it computes, the key of its sums on disk; None if unknown.
+        looks: Number of looks of the backbone at each image.
         takes_looks: Whether the function takes ``looks_per_side``.
     """
 
@@ -65,7 +64,7 @@ class Candidate:
     takes_looks: bool = False
 
     def with_looks(self, looks: int) -> Candidate:
-        """Returns the upsampler for features of so many looks, a square number."""
+        """Returns the upsampler for features of ``looks`` looks, a square number."""
         if looks == 1:
             return self
         function, identity = self.function, self.identity
@@ -84,7 +83,7 @@ class Candidate:
     ) -> Tensor:
         """Upsamples features and applies a linear head, (B, C, h, w) -> (B, K, *size).
 
-        The caller adds a bias afterwards, so that kernels that do not sum to one show.
+        The caller adds the bias afterwards. Kernels that do not sum to one then change the scores.
         """
         if self.head == "inside":
             return self.function(source, image, size, head=weight)
@@ -97,14 +96,14 @@ def candidate(spec: str) -> Candidate:
     """Finds an upsampler.
 
     Args:
-        spec: As the module describes.
+        spec: Name, file or plug-in, see the module's description.
 
     Returns:
         The upsampler.
 
     Raises:
         UnknownUpsamplerError: If no upsampler has that name, or a plug-in cannot be imported.
-        ValueError: If a file does not hold an upsampler.
+        ValueError: If a file does not contain an upsampler.
         TypeError: If a plug-in cannot be called as an upsampler.
 
     Example:
@@ -152,7 +151,7 @@ def plug_in(spec: str) -> Any:
     """Imports ``module:callable``.
 
     Raises:
-        UnknownUpsamplerError: If that fails.
+        UnknownUpsamplerError: If the import fails.
     """
     module, _, attribute = spec.partition(":")
     try:
@@ -160,7 +159,7 @@ def plug_in(spec: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise UnknownUpsamplerError(
             f"a plug-in module:callable must be importable; got {spec!r} ({error}); "
-            "check its name, and that PYTHONPATH has its folder"
+            "check its name, and add its folder to PYTHONPATH"
         ) from error
 
 

@@ -31,29 +31,29 @@ class EvaluationConfig:
         upsamplers: Each a baseline (nearest, bilinear, bicubic, joint_bilateral), a weights file,
             ``FILE@unit`` (kernels divided by their sum) or a plug-in ``module:callable``;
             ``NAME=`` in front names it in tables.
-        backbones: Whose features, each ``NAME``, ``NAME=FILE``, a model and weights of your own,
-            or a plug-in ``module:callable`` that returns a backbone.
+        backbones: Backbones that give the features: each ``NAME``, ``NAME=FILE`` with weights of
+            your own, or a plug-in ``module:callable`` that returns a backbone.
         protocols: What to measure: label oracle, frozen probe (preservation), probe of each
             upsampler's own features (transfer), multi-view consistency, propagation of a first
             frame's mask through videos, time and memory (cost), class activation maps (cam).
-        looks: Numbers of looks of the backbone at an image, 1, 4, 9 …; every upsampler is
-            measured with each of them.
-        strides: Cells of the label oracle, pixels.
-        reductions: Ways to downsample of the label oracle.
-        versus: Upsamplers to give paired differences from; the default ones may be missing.
+        looks: Numbers of looks of the backbone at an image, 1, 4, 9 …; every upsampler is measured
+            with each number.
+        strides: Sides of the label oracle's cells, in pixels.
+        reductions: Ways in which the label oracle downsamples.
+        versus: References of the paired differences; the default ones may be missing.
         train_images: Images a frozen probe is fitted on, evenly spread; 0 for all.
         transfer_images: Images a transfer probe is fitted on, evenly spread; 0 for all.
         val_images: Images scored, or videos by propagation, evenly spread; 0 for all.
-        cost_images: Images on which time and memory are taken.
+        cost_images: Images on which time and memory are measured.
         max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
         probe_steps: Optimiser steps of a segmentation probe.
         pixels: Random pixels of each image that a transfer probe learns from.
         photos: Folder of photographs for class activation maps.
-        photo_images: Photographs of it, evenly spread; 0 for all.
+        photo_images: Photographs to measure, evenly spread; 0 for all.
         classifier: Model with a classifier, for class activation maps.
-        cache: Folder that keeps features and sums, so that a run that was stopped goes on.
+        cache: Folder that keeps features and sums, so that a stopped run can resume.
         resamples: Bootstrap replicates over images.
-        seed: Seed of everything random.
+        seed: Seed of all random numbers.
 
     Raises:
         ValueError: If a number is out of its range, or a protocol or reduction is unknown.

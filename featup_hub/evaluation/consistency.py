@@ -1,14 +1,14 @@
 r"""Multi-view consistency: do upsampled features explain the backbone's features of other views?
 
-A view is a magnified, perhaps mirrored part of a photograph. Upsampled features pass through the
-same transform and are downsampled to the backbone's grid. The error is the share of the variation
-of the backbone's own features of the view that they leave unexplained:
+A view is a magnified, perhaps mirrored part of a photograph. Upsampled features are transformed
+like the view and downsampled to the backbone's grid. They are compared with the backbone's own
+features of the view. The error is the unexplained share of the variation:
 
 .. math:: \sum |P f(t(x)) - \sigma_\downarrow(t(\uparrow P f(x)))|^2 \,/\, \sum |P f(t(x)) - m|^2
 
-P are random directions of standardised features and m their mean. The downsampler is one blur
-kernel over a cell, fitted by least squares on other photographs for each upsampler, so no
-upsampler profits from the downsampler that it was trained with.
+P projects on random directions of standardised features; m is their mean. The downsampler is one
+blur kernel over a cell, fitted by least squares on other photographs for each upsampler, so no
+upsampler profits from its own training downsampler.
 
 Source: the objective of Fu, Hamilton et al., "FeatUp", ICLR 2024, eqs. 1 and 2.
 """
@@ -54,7 +54,7 @@ def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> list[M
 
 
 class Directions(NamedTuple):
-    """Random directions of standardised features: weight (K, C) and the mean's image m (K,)."""
+    """Random directions of standardised features: weight (K, C) and projected mean m (K,)."""
 
     weight: Tensor
     mean: Tensor
@@ -75,14 +75,14 @@ def consistency_sums(
     """Measures every upsampler on photographs of one size.
 
     Args:
-        fit: Photographs the downsamplers are fitted on, each normalised, (1, 3, H, W).
+        fit: Photographs to fit the downsamplers on, each normalised, (1, 3, H, W).
         test: Photographs to measure.
-        backbone: What encodes images and views.
+        backbone: Encodes images and views.
         candidates: Upsamplers.
         views: Views of each photograph.
         directions: Random directions K in which features are compared.
         max_zoom: Largest magnification of a view.
-        seed: Decides directions and views.
+        seed: Seed of directions and views.
 
     Yields:
         Upsampler's name, ``consistency`` (2,) of a photograph: squared error, squared variation.
@@ -137,7 +137,7 @@ class _View(NamedTuple):
 def _directions(features: Sequence[Tensor], count: int, generator: torch.Generator) -> Directions:
     cells = torch.cat([each[0].flatten(1) for each in features], dim=1)
     weight = torch.randn(count, cells.shape[0], generator=generator) / cells.shape[0] ** 0.5
-    # A channel that hardly varies here, such as a ReLU's, would dominate in other images.
+    # A channel that is almost constant here, as after a ReLU, would dominate in other images.
     deviation = cells.std(1)
     weight = weight / deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12)
     return Directions(weight, weight @ cells.mean(1))
@@ -146,10 +146,7 @@ def _directions(features: Sequence[Tensor], count: int, generator: torch.Generat
 def _encode(
     image: Tensor, plan: Sequence[_View], encoders: dict[int, Backbone], chosen: Directions
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Returns the image's features by number of looks, and its views' along the directions.
-
-    The latter are (K·V·h·w,).
-    """
+    """Returns the image's features by number of looks, and its projected views, (K·V·h·w,)."""
     sources = {looks: encode(image) for looks, encode in encoders.items()}
     views = encoders[1](torch.cat([view.apply(image) for view in plan]))
     return sources, torch.einsum("kc,vchw->kvhw", chosen.weight, views).flatten()

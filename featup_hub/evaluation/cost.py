@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
-    """Measures upsamplers in turn on a few images, after one image to warm up.
+    """Measures upsamplers in turn on a few images, after one warm-up image.
 
     Raises:
         ValueError: If there are no images.
@@ -49,18 +49,19 @@ def cost_sums(
 ) -> dict[str, Tensor]:
     """Measures one upsampler on one image, without a head.
 
-    Peak memory includes the output but not the inputs: what torch allocated on a GPU, the growth
-    of the process's resident memory on Linux, NaN elsewhere. It is accurate to about a MiB.
+    Peak memory includes the output but not the inputs. It is torch's allocated memory on a GPU, the
+    growth of the process's resident memory on Linux, and NaN elsewhere. It is accurate to about a
+    MiB.
 
     Args:
         source: Features, (1, C, h, w).
         image: Normalised RGB, (1, 3, H, W).
         upsampler: The upsampler.
-        encoding: Seconds of all cores that the backbone took.
+        encoding: Backbone's CPU seconds, summed over cores.
 
     Returns:
-        ``cost`` (5,): images, seconds, seconds of all cores together, MiB, and the seconds of all
-        cores with the backbone's.
+        ``cost`` (5,): images, seconds, CPU seconds summed over cores, MiB, and CPU seconds
+        including the backbone's.
     """
     size = (image.shape[-2], image.shape[-1])
     device = source.device
@@ -76,7 +77,7 @@ def cost_sums(
 
 
 def _start_peak(device: torch.device) -> float:
-    """Resets the peak; returns what is allocated now, in bytes."""
+    """Resets the peak; returns the memory in use, in bytes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -97,7 +98,7 @@ def _peak(device: torch.device) -> float:
 
 
 def _status(key: str) -> float:
-    """Reads a figure of this process from the kernel, bytes."""
+    """Reads a memory figure of this process from the kernel, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return float(line.split()[1]) * 1024

@@ -38,7 +38,7 @@ class Sample:
     def crop(self, stride: int) -> Sample:
         """Crops the centre to the largest multiples of the stride.
 
-        Nothing is resampled, so labels stay exact and edges stay in place.
+        Pixels are not resampled, so labels stay exact and edges stay in place.
 
         Raises:
             ValueError: If the image is smaller than the stride.
@@ -83,7 +83,7 @@ class Sample:
         )
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Sample:
-        """Applies a change of the last two dimensions to image and truth."""
+        """Applies a function of the last two dimensions to image and truth."""
         return replace(
             self,
             image=change(self.image),
@@ -92,7 +92,7 @@ class Sample:
         )
 
     def normalised(self) -> Tensor:
-        """Returns the image as backbones and upsamplers take it, (1, 3, H, W)."""
+        """Returns the normalised image for backbones and upsamplers, (1, 3, H, W)."""
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         return ((self.image - mean[:, None, None]) / std[:, None, None])[None]
 
@@ -107,7 +107,7 @@ class Sample:
         return None if self.depth is None else depth_edges(self.depth)
 
     def sums(self, labels: Tensor | None, depth: Tensor | None, classes: int) -> dict[str, Tensor]:
-        """Compares predictions with the truth, where there is both.
+        """Compares the given predictions with the sample's truth.
 
         Args:
             labels: Predicted classes, (H, W).
@@ -130,12 +130,12 @@ class Dataset:
     """One split of a data set.
 
     Attributes:
-        name: What tables call it, such as ``camvid/val``.
+        name: Name in tables, such as ``camvid/val``.
         images: Image files, in order.
         labels: Label files, one per image, or empty.
         depth: Depth files, one per image, or empty.
         classes: Number of classes; labels outside 0 .. classes-1 are void.
-        label_map: Class of every stored value, where they differ; values beyond it are void.
+        label_map: Class of every stored value, if they differ; values beyond it are void.
         depth_scale: Stored depth per metre.
         max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
         block: Number of neighbouring images that are correlated, such as frames of a clip; the
@@ -172,15 +172,15 @@ class Dataset:
         return sample.shrink(self.max_side)
 
     def check_truth(self) -> None:
-        """Checks that there is a truth to compare with.
+        """Checks that the data has labels or depth.
 
         Raises:
-            ValueError: If there are neither labels nor depth.
+            ValueError: If it has neither.
         """
         if not self.labels and not self.depth:
             raise ValueError(
                 f"labels or depth are needed beside the images of {self.name}; there are neither; "
-                "add them, or measure consistency and cost, which need none"
+                "add them, or measure only consistency and cost"
             )
 
     def spread(self, count: int) -> Dataset:
@@ -193,7 +193,7 @@ class Dataset:
         )
 
     def only(self, keep: Sequence[int]) -> Dataset:
-        """Keeps the images of these indices."""
+        """Keeps the images at these indices."""
         return replace(
             self,
             images=tuple(self.images[i] for i in keep),
@@ -202,7 +202,7 @@ class Dataset:
         )
 
     def videos(self) -> list[Dataset]:
-        """Splits the images by their folders, each holding the frames of one video."""
+        """Splits the images by folder; a folder holds the frames of one video."""
         folders: dict[Path, list[int]] = {}
         for index, image in enumerate(self.images):
             folders.setdefault(image.parent, []).append(index)

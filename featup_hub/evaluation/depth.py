@@ -1,6 +1,6 @@
 """Depth scores: RMSE, δ < 1.25, absolute relative error, and RMSE along depth edges, per image.
 
-Depth is (H, W) in metres; values that are not positive are missing and are ignored.
+Depth is (H, W) in metres; values of zero or less mean missing and are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def depth_edges(depth: Tensor, width: int = 4) -> Tensor:
     """Marks pixels within ``width`` pixels of a jump in depth of more than about 10 %.
 
     Args:
-        depth: Depth in metres, (H, W), not positive where missing.
+        depth: Depth in metres, (H, W), zero or less where missing.
         width: Reach in pixels on either side, diagonals counting as one.
 
     Returns:
@@ -36,7 +36,7 @@ def depth_edges(depth: Tensor, width: int = 4) -> Tensor:
         step = ((ends[0] - ends[2]).abs() > EDGE_JUMP) & ends[1] & ends[3]
         for start in (0, 1):
             jump.narrow(axis, start, length).logical_or_(step)
-    # A marked pixel touches the edge, so it is the first of the ``width`` pixels.
+    # A marked pixel touches the edge, so it already counts as one of the ``width`` pixels.
     band = F.max_pool2d(jump.float()[None, None], 2 * width - 1, 1, width - 1)[0, 0] > 0
     return band & valid
 
@@ -46,7 +46,7 @@ def depth_sums(prediction: Tensor, depth: Tensor, edges: Tensor) -> dict[str, Te
 
     Args:
         prediction: Predicted depth in metres, (H, W).
-        depth: True depth in metres, (H, W), not positive where missing.
+        depth: True depth in metres, (H, W), zero or less where missing.
         edges: From :func:`depth_edges`, (H, W).
 
     Returns:
@@ -56,7 +56,7 @@ def depth_sums(prediction: Tensor, depth: Tensor, edges: Tensor) -> dict[str, Te
     valid = depth > 0
     truth, guess = depth[valid].double(), prediction[valid].double()
     square = (guess - truth).square()
-    # A non-positive prediction is infinitely wrong as a ratio.
+    # The ratio of a non-positive prediction counts as infinite.
     ratio = torch.where(guess > 0, torch.maximum(guess / truth, truth / guess), torch.inf)
     edge = edges[valid]
     count = torch.tensor(float(truth.numel()), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Low-resolution features of a data set: from which backbone, and kept on disk between runs."""
+"""Low-resolution features of a data set, from a backbone or from the cache on disk."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ __all__ = ["Bench", "Source", "check_source", "file_stamp", "open_source"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A backbone whose features are measured.
+    """A backbone as a source of features.
 
     Attributes:
-        name: What tables call it.
+        name: Name in tables.
         backbone: The backbone, frozen.
-        identity: Tells its features from those of other backbones and weights, so that they may
-            be kept on disk; None if that is unknown.
+        identity: Identifies backbone and weights, the key of the features on disk; None if unknown.
     """
 
     name: str
@@ -40,10 +39,10 @@ class Source:
     identity: str | None = None
 
     def encode(self, image: Tensor, looks: int = 1) -> Tensor:
-        """Returns the features of an image, stitched from several looks at it if asked for.
+        """Returns the features of an image, stitched if ``looks`` is above one.
 
         Raises:
-            ValueError: If features are too large for half precision, in which they are kept.
+            ValueError: If features exceed the range of half precision, in which they are stored.
         """
         with torch.inference_mode():
             exact = with_looks(self.backbone, looks)(image)
@@ -58,16 +57,16 @@ class Source:
 
 
 def with_looks(backbone: Backbone, looks: int) -> Backbone:
-    """Returns the backbone, looking several times at an image: 1, 4, 9 … looks."""
+    """Returns the backbone with 1, 4, 9 … looks at each image."""
     return backbone if looks == 1 else ShiftAndStitch(backbone, isqrt(looks))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """One source of features on one data set.
+    """One backbone on one data set.
 
     Attributes:
-        source: The source.
+        source: The backbone.
         train: All training images.
         val: The images to score.
         config: What to measure.
@@ -127,22 +126,22 @@ def open_source(spec: str) -> Source:
 
     Args:
         spec: ``NAME`` or ``NAME=FILE``, a name that :func:`featup_hub.load` takes and weights of
-            your own, or a plug-in ``module:callable`` that returns a backbone. The former
-            spellings ``LABEL=NAME`` and ``LABEL=NAME@FILE`` set what tables call it.
+            your own, or a plug-in ``module:callable`` that returns a backbone. The old spellings
+            ``LABEL=NAME`` and ``LABEL=NAME@FILE`` set its name in tables.
 
     Returns:
         The source.
     """
     label, name, file = _parts(spec)
     backbone = plug_in(name)() if ":" in name else load_backbone(name, weights=file)
-    if file is None and ":" in name:  # a plug-in is told by the file that defines it
+    if file is None and ":" in name:  # a plug-in is identified by the file that defines it
         file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     identity = f"{name} {digest(file) if file else 'pretrained'}"
     return Source(name=label, backbone=backbone.requires_grad_(False), identity=identity)
 
 
 def check_source(spec: str) -> None:
-    """Checks that :func:`open_source` can open a backbone, without loading it.
+    """Checks, without loading it, that :func:`open_source` can open a backbone.
 
     Raises:
         ValueError: If there is no such model or file, or the model has no backbone.
@@ -179,6 +178,6 @@ def _is_backbone(name: str) -> bool:
 
 
 def file_stamp(path: Path) -> str:
-    """Returns what changes when a file does: its place, size and time."""
+    """Returns a file's path, size and time of change."""
     status = path.stat()
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"

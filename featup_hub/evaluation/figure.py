@@ -12,10 +12,10 @@ __all__ = ["draw"]
 
 
 def draw(scored: Sequence[Row], path: Path) -> None:
-    """Draws every upsampler's difference from the first reference, better to the right.
+    """Draws every upsampler's difference from the first reference; right is better.
 
     Args:
-        scored: Rows; those without a paired difference are not drawn.
+        scored: Rows; rows without a paired difference are not drawn.
         path: The PNG file to write.
 
     Raises:
@@ -72,9 +72,9 @@ def draw(scored: Sequence[Row], path: Path) -> None:
 
 
 def _rightwards(row: Row, reference: str) -> tuple[float, float, float]:
-    """Returns a difference, turned so that better is more, and its reach to either side.
+    """Returns a difference, signed so that more is better, and its reach to either side.
 
-    A percentile interval need not hold the value: replicates of mIoU lack rare classes.
+    A percentile interval may miss the value: replicates of mIoU may lack rare classes.
     """
     found, (scale, _) = row.versus[reference], scale_of(row)
     below, above = max(found.value - found.low, 0.0), max(found.high - found.value, 0.0)

@@ -1,4 +1,4 @@
-"""Data sets as they lie on disk, opened by ``LAYOUT:FOLDER``.
+"""Layouts of data sets on disk, opened by ``LAYOUT:FOLDER``.
 
 ``folder`` is the plain layout for data of your own. Files are paired by their stem::
 
@@ -29,21 +29,21 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a data set keeps its files, and how their values are read.
+    """Where a data set keeps its files, and how to read their values.
 
-    Patterns hold ``{split}`` and the parts that pair a truth with its image, ``{0}`` and ``{1}``.
-    The pattern ``FOLDER/{0}.*`` takes the images of a folder and its subfolders.
+    Patterns contain ``{split}``, and ``{0}`` and ``{1}``, which pair a truth with its image. The
+    pattern ``FOLDER/{0}.*`` matches the images of a folder and its subfolders.
 
     Attributes:
         images: Pattern of image files.
         labels: Pattern of label files, if there are labels.
         depth: Pattern of depth files, if there is depth.
-        index: Pattern of a text file that lists ``{0}`` of every image of a split; without one
-            all files that match ``images`` are taken.
-        train: What the data set calls the split ``train``.
-        val: What the data set calls the split ``val``.
+        index: Pattern of a text file that lists ``{0}`` of every image of a split; None takes all
+            files that match ``images``.
+        train: The data set's own name of the split ``train``.
+        val: The data set's own name of the split ``val``.
         classes: Number of classes.
-        label_map: Class of every stored value, where they differ; other values are void.
+        label_map: Class of every stored value, if they differ; other values are void.
         depth_scale: Stored depth per metre.
         block: Number of neighbouring images that are correlated.
     """
@@ -60,7 +60,7 @@ class Layout:
     block: int = 1
 
 
-# Of Cityscapes' 34 identifiers 19 are evaluated.
+# Cityscapes evaluates 19 of its 34 identifiers.
 _CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 LAYOUTS = {
@@ -120,7 +120,7 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Dataset:
 
     Args:
         spec: ``LAYOUT:FOLDER``.
-        split: The split; layouts without splits give all of their images for either.
+        split: The split; a layout without splits gives all its images for each.
         max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
 
     Returns:
@@ -166,7 +166,7 @@ def layout_and_root(spec: str) -> tuple[str, str]:
     """Splits ``LAYOUT:FOLDER``.
 
     Raises:
-        ValueError: If it is something else, or the layout is unknown.
+        ValueError: If ``spec`` has another form, or the layout is unknown.
     """
     layout, _, root = spec.partition(":")
     if layout not in LAYOUTS or not root:

@@ -1,8 +1,7 @@
 """Linear probes: segmentation by softmax regression, log depth by ridge regression.
 
-The penalty on the weights is chosen on the last fifth of the training images, since an overfitted
-probe would reward upsamplers that blur its noise. Images stay in file order, because neighbouring
-frames are alike.
+The penalty on the weights is chosen on the last fifth of the training images: an overfitted probe
+would reward upsamplers that blur. Images stay in file order, because neighbouring frames are alike.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ class ProbeConfig:
     Attributes:
         steps: Steps of AdamW; the learning rate falls by a cosine over all of them.
         batch_size: Cells per step.
-        learning_rate: At the first step; features are standardised.
-        weight_decays: AdamW's, to choose from.
-        ridges: Penalties of the depth regression, as shares of the number of cells, to choose
-            from.
-        seed: Of the order of cells.
+        learning_rate: Learning rate of the first step, for standardised features.
+        weight_decays: AdamW's weight decays to choose from.
+        ridges: Penalties of the depth regression to choose from, as shares of the number of cells.
+        seed: Seed of the order of cells.
     """
 
     steps: int = 600
@@ -49,7 +47,7 @@ class LinearProbe:
     """A 1×1 convolution to class scores, to log depth, or to both.
 
     Attributes:
-        weight: (K, C), where K counts the classes and one for depth.
+        weight: (K, C); K is the number of classes, plus one with depth.
         bias: (K,).
         classes: Number of classes.
         depth_range: Least and greatest depth predicted, metres; None without depth.
@@ -61,7 +59,7 @@ class LinearProbe:
     depth_range: tuple[float, float] | None
 
     def read(self, projected: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Reads classes and depth off features that went through ``weight``.
+        """Predicts classes and depth from features multiplied by ``weight``.
 
         Args:
             projected: ``weight`` times upsampled features, without the bias, (1, K, H, W).
@@ -145,7 +143,7 @@ def _chosen(
     kept: int,
     penalties: Sequence[float],
 ) -> Head:
-    """Fits with the penalty that is best for the examples after the first ``kept``."""
+    """Fits with the penalty that is best on the examples after the first ``kept``."""
     best = penalties[0]
     if kept < len(features) and len(penalties) > 1:
         held_out = features[kept:], truth[kept:]
@@ -171,7 +169,7 @@ def fit_segmentation(
     Args:
         features: (N, C).
         shares: Share of each class in the cell, (N, K); rows of zeros (void) are ignored.
-        weight_decay: AdamW's, of the weight alone.
+        weight_decay: AdamW's, for the weight only.
         config: How to fit.
 
     Returns:

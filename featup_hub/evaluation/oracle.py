@@ -1,9 +1,9 @@
-"""The label oracle: how well an upsampler restores ground truth that was downsampled to cells.
+"""The label oracle: how well an upsampler restores downsampled ground truth.
 
-No backbone takes part. One-hot labels (and depth, if there is any) are downsampled by a stride,
+It needs no backbone. One-hot labels (and depth, if there is any) are downsampled by a stride,
 upsampled with the image as guidance, and compared with the original. There are two ways to
 downsample. ``point`` takes the pixel at each cell's centre, so edge positions must come from the
-guidance: judge by this one. ``area`` averages each cell; averages carry sub-pixel edge positions,
+guidance: judge by this one. ``area`` averages each cell. Averages contain sub-pixel edge positions,
 so plain bicubic does well.
 """
 
@@ -49,7 +49,7 @@ def measure_oracle(
 def reduce_map(values: Tensor, stride: int, reduction: Reduction) -> Tensor:
     """Downsamples a map by a stride, (C, H, W) -> (C, H/stride, W/stride).
 
-    The centre of a cell of even side lies between pixels; ``point`` takes the one after it.
+    The centre of a cell of even side lies between pixels; ``point`` takes the next pixel.
     """
     if reduction == "area":
         return F.avg_pool2d(values[None], stride)[0]
@@ -82,7 +82,7 @@ def oracle_sums(
     maps, present = _maps(sample)
     for each in candidates:
         coarse = [reduce_map(maps, stride, reduction)[None] for reduction in reductions]
-        if each.head == "before":  # then both ways share the kernels
+        if each.head == "before":  # so that both ways share the kernels
             fine = each(torch.cat(coarse, 1), image, size).split(maps.shape[0], 1)
         else:
             fine = tuple(each(source, image, size) for source in coarse)
@@ -96,10 +96,10 @@ def _maps(sample: Sample) -> tuple[Tensor, Tensor]:
     maps, present = [], torch.zeros(0, dtype=torch.long)
     if sample.labels is not None:
         present = sample.labels[sample.labels >= 0].unique()
-        if not len(present):  # all void: nothing is compared, any class will do
+        if not len(present):  # all void: no pixel is compared, any class will do
             present = torch.zeros(1, dtype=torch.long)
         maps.append((sample.labels == present[:, None, None]).float())
     if sample.depth is not None:
-        missing = sample.depth <= 0  # filled, so that holes do not bleed over their borders
+        missing = sample.depth <= 0  # filled, so that holes do not affect their neighbours
         maps.append(sample.depth.masked_fill(missing, sample.depth[~missing].mean())[None])
     return torch.cat(maps), present

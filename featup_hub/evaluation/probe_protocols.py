@@ -1,4 +1,4 @@
-"""Preservation and transfer: what upsampled features are worth to a linear probe.
+"""Preservation and transfer: linear probes on upsampled features.
 
 Preservation fits one probe on low-resolution features, freezes it and applies it to the features
 of every upsampler. FeatUp promises features that "can be swapped into existing applications even
@@ -70,7 +70,7 @@ def sampled_pixels(
         upsampler: The upsampler.
         classes: Number of classes.
         count: Pixels of each image.
-        seed: Decides which.
+        seed: Seed of the choice of pixels.
 
     Returns:
         The examples of each image.

@@ -1,12 +1,11 @@
-"""Propagation: the mask of a video's first frame follows features alone to the later frames.
+"""Propagation: features carry the mask of a video's first frame to the later frames.
 
-No probe is fitted, so none can be overfitted. A place of a later frame takes the masks of the
-places of the first frame whose features are most alike: cosine similarity within a window, the
-seven most alike, weighted by a softmax. It happens at a quarter of the image's size; the mask is
-averaged down to it, and back up by bilinear interpolation.
+No probe is fitted. A position of a later frame takes a softmax-weighted mean of the masks of seven
+positions of the first frame: the nearest by cosine similarity within a window. All this runs at a
+quarter of the image's size. The mask is averaged down to it, and interpolated bilinearly back.
 
 Source: the protocol of Jabri, Owens, Efros, "Space-Time Correspondence as a Contrastive Random
-Walk", NeurIPS 2020, from the first frame alone.
+Walk", NeurIPS 2020, with the first frame as the only context.
 """
 
 from __future__ import annotations
@@ -61,9 +60,9 @@ def propagate(first: Tensor, labels: Tensor, later: Tensor, *, radius: int = RAD
 
     Args:
         first: Features of the first frame, unit length, (C, H, W).
-        labels: Shares of its classes, (K, H, W).
+        labels: Shares of the first frame's classes, (K, H, W).
         later: Features of the later frame, unit length, (C, H, W).
-        radius: Half the side of the window, in places.
+        radius: Half the side of the window, in positions.
 
     Returns:
         Shares of the later frame's classes, (K, H, W).
@@ -97,7 +96,7 @@ def _within(
     window: tuple[slice, slice],
     radius: int,
 ) -> Tensor:
-    """Marks the keys in the window of each place of a tile, (tile's places, keys)."""
+    """Marks the keys in the window of each position of a tile, (positions, keys)."""
     near = [
         (
             torch.arange(corner[axis], corner[axis] + tile[axis])[:, None]
@@ -138,7 +137,7 @@ def _shares(sample: Sample, classes: int, size: tuple[int, int]) -> Tensor:
     """Averages one-hot labels down to a size, (K, *size)."""
     if sample.labels is None:
         raise ValueError(
-            f"propagation needs labels; {sample.name!r} has none; add them, or leave it out"
+            f"propagation needs labels; {sample.name!r} has none; add them, or skip propagation"
         )
     onehot = (sample.labels == torch.arange(classes)[:, None, None]).float()
     return F.adaptive_avg_pool2d(onehot, size)

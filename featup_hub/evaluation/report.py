@@ -40,7 +40,7 @@ class Row:
     Attributes:
         protocol: Such as ``oracle point``.
         data: Such as ``camvid/val``.
-        backbone: What the features came from, and the stride.
+        backbone: Backbone of the features, and the stride.
         images: How many images were scored.
         metric: Name of the score.
         higher_is_better: Direction of improvement.
@@ -72,9 +72,9 @@ def rows(
     """Scores measurements, with 95 % intervals over images.
 
     Args:
-        measurements: What the protocols found.
-        versus: Upsamplers to give paired differences from, where they took part.
-        metrics: Scores to give, if their sums were measured.
+        measurements: Results of the protocols.
+        versus: References of the paired differences; only those measured are used.
+        metrics: Scores to compute, if their sums were measured.
         resamples: Bootstrap replicates.
 
     Returns:
@@ -121,8 +121,8 @@ def _row(
 def table(scored: Sequence[Row]) -> str:
     """Lays rows out for the terminal.
 
-    Shares are shown in percent; a paired difference whose interval leaves out zero is marked
-    ``+`` where it is an improvement and ``-`` where it is a loss.
+    Shares are shown in percent. If the interval of a paired difference excludes zero, ``+`` marks
+    an improvement and ``-`` a loss.
     """
     width = max((len(row.upsampler) for row in scored), default=0)
     references = max((list(row.versus) for row in scored), key=len, default=[])
@@ -142,7 +142,7 @@ def table(scored: Sequence[Row]) -> str:
 
 
 def scale_of(row: Row) -> tuple[float, int]:
-    """Returns the factor by which a score is shown, and its digits: shares in percent."""
+    """Returns the display factor of a score (100 for percent) and its digits."""
     return (100.0, 2) if row.percent else (1.0, 3)
 
 
@@ -194,7 +194,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_csv(scored: Sequence[Row], path: Path) -> None:
-    """Writes one line per score; paired differences in columns of their references."""
+    """Writes one line per score; each reference has columns for its paired differences."""
     references = sorted({name for row in scored for name in row.versus})
     head = ["protocol", "data", "backbone", "images", "metric", "upsampler", "value", "low", "high"]
     head += [f"{part} against {name}" for name in references for part in ("value", "low", "high")]

@@ -1,4 +1,4 @@
-"""Runs every protocol for every upsampler, on the same images and features."""
+"""Runs all protocols for all upsamplers on the same images and features."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ NOT_SETTINGS = {
     *("data", "upsamplers", "backbones", "protocols", "versus", "cache", "resamples", "looks"),
     *("strides", "reductions", "cost_images", "photos", "photo_images", "classifier"),
 }
-"""Fields that change no sums, or that the stages they change name in their own settings."""
+"""Fields that do not change the sums, or that stages list in their own settings."""
 
 
 class Stage(NamedTuple):
-    """One protocol on one data set and source of features; ``settings`` as in measure_new."""
+    """One protocol on one data set and backbone; ``settings`` as in measure_new."""
 
     title: str
     run: Callable[[Sequence[Candidate]], Sequence[Measurement]]
@@ -52,19 +52,19 @@ def evaluate(
 ) -> Iterator[list[Row]]:
     """Measures and scores upsamplers side by side.
 
-    Everything is opened and checked at once; the returned iterator measures.
+    The call opens and checks everything; the returned iterator measures.
 
     Args:
         config: What to measure.
-        progress: Called with a line at every step.
+        progress: Called with one line of text at every step.
 
     Returns:
-        Rows of one protocol, data set and backbone or stride at a time: one per score and
+        Lists of rows, one list per protocol, data set and backbone or stride; one row per score and
         upsampler.
 
     Raises:
-        ValueError: If something named does not exist, or data that a protocol needs is missing.
-            A message about a field begins with its name.
+        ValueError: If a name does not exist, or data that a protocol needs is missing. A message
+            about a field begins with its name.
     """
     candidates = [
         each.with_looks(looks)
@@ -93,14 +93,14 @@ def measure(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Measurement]:
-    """Measures upsamplers that are open already.
+    """Measures loaded upsamplers.
 
     Args:
         data: Training and validation split of each data set.
         sources: Backbones.
         candidates: Upsamplers.
         config: What to measure; its ``data``, ``upsamplers`` and ``backbones`` are not read.
-        progress: Called with a line at every step.
+        progress: Called with one line of text at every step.
 
     Returns:
         One measurement per protocol, data set and backbone or stride.
@@ -121,7 +121,7 @@ def measure(
 def _stages(
     data: Sequence[tuple[Dataset, Dataset]], sources: Sequence[Source], config: EvaluationConfig
 ) -> Iterator[Stage]:
-    """Plans a run: the oracle, then everything on features, data set by data set."""
+    """Plans a run: the oracle, then the protocols on features, data set by data set."""
     fields = {key: value for key, value in asdict(config).items() if key not in NOT_SETTINGS}
     for train, every in data:
         if NEEDS_TRUTH.intersection(config.protocols):
@@ -162,13 +162,13 @@ def _stages(
 
 
 def _candidate(spec: str) -> Candidate:
-    """Opens an upsampler; errors in its name or signature are about the field."""
+    """Opens an upsampler; errors in its name or signature name the field."""
     with _about("upsamplers", (UnknownUpsamplerError, TypeError)):
         return candidate(spec)
 
 
 def _stamp(dataset: Dataset) -> dict[str, object]:
-    """Returns all of a split that its sums depend on: its files, and how they are read."""
+    """Returns all that a split's sums depend on: its files, and how they are read."""
     return {
         key: list(map(file_stamp, value)) if key in ("images", "labels", "depth") else value
         for key, value in vars(dataset).items()
@@ -180,7 +180,7 @@ def _needs_features(config: EvaluationConfig) -> bool:
 
 
 def _check(config: EvaluationConfig) -> None:
-    """Checks what is named, before anything is loaded."""
+    """Checks the names before anything is loaded."""
     on_data = [name for name in config.protocols if name != "cam"]
     if on_data and not config.data:
         raise ValueError(
@@ -196,7 +196,7 @@ def _check(config: EvaluationConfig) -> None:
 
 
 def _check_names(config: EvaluationConfig, names: Sequence[str]) -> None:
-    """Checks that tables can tell upsamplers apart, and that references take part.
+    """Checks that upsamplers have different names, and that references are among them.
 
     The default's references may be missing.
     """
@@ -213,7 +213,7 @@ def _check_names(config: EvaluationConfig, names: Sequence[str]) -> None:
 
 @contextmanager
 def _about(field: str, errors: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
-    """Puts a field's name in front of an error about it."""
+    """Puts a field's name in front of its error."""
     try:
         yield
     except errors as error:

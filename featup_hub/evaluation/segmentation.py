@@ -53,8 +53,8 @@ def pixel_accuracy(counts: Tensor) -> Tensor:
 def boundary_band(labels: Tensor, width: int = 4) -> Tensor:
     """Marks pixels with another label within ``width`` pixels, diagonals counting as one.
 
-    A border between a label and void is no boundary, since it belongs to the annotation and not
-    to an object. Two labels that void separates are compared across it.
+    A border between a label and void is not a boundary: it belongs to the annotation, not to an
+    object. Two labels with void between them are compared across it.
 
     Args:
         labels: True classes, (H, W), negative for void.
@@ -87,7 +87,7 @@ def segmentation_sums(
         classes: Number of classes K.
 
     Returns:
-        ``confusion`` (K, K), and ``band`` (2,): correct and all pixels of the band.
+        ``confusion`` (K, K), and ``band`` (2,): correct pixels and all pixels of the band.
     """
     correct = (prediction == labels)[band].sum()
     return {

@@ -1,9 +1,9 @@
 """Scores with 95 % intervals, and paired differences, by resampling images.
 
-Every measurement leaves one small tensor of sums per image (a confusion matrix, squared errors
-and their count, ...). A score is a function of those sums added over images, so a bootstrap
-replicate is one weighted sum: no image is looked at twice. Frames of a clip are no independent
-images; blocks of neighbours are drawn there, on a circle, so that intervals are not too narrow.
+Every measurement gives one small tensor of sums per image (a confusion matrix, squared errors and
+their count, ...). A score is a function of these sums added over images, so a bootstrap replicate
+is one weighted sum. Frames of a clip are not independent: blocks of neighbours are drawn from them,
+on a circle, so that intervals are not too narrow.
 
 Sources: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, percentile intervals; Politis
 & Romano, "A Circular Block-Resampling Procedure for Stationary Data", 1992.
@@ -22,11 +22,11 @@ __all__ = ["Estimate", "Metric", "compare", "estimate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A score and the per-image sums it is computed from.
+    """A score as a function of per-image sums.
 
     Attributes:
-        name: What tables call it.
-        sums: Name of the measurement's tensor it reads.
+        name: Name in tables.
+        sums: Name of the tensor of sums.
         value: Sums over images (..., *S) -> scores (...).
         higher_is_better: Direction of improvement.
         percent: Whether it is a share, to be shown in percent.
@@ -55,7 +55,7 @@ class Estimate:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves zero out; for differences."""
+        """Whether the interval of a difference excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -66,10 +66,10 @@ def estimate(
 
     Args:
         metric: The score.
-        sums: Sums of every image, (N, *S), neighbours beside each other.
+        sums: Sums of every image, (N, *S), in order of neighbours.
         resamples: Bootstrap replicates.
-        block: Neighbouring images that are drawn together; 1 where they are independent.
-        seed: Of the resampling alone.
+        block: Neighbouring images that are drawn together; 1 if images are independent.
+        seed: Seed of the resampling.
 
     Returns:
         The score and its interval.
@@ -91,14 +91,14 @@ def compare(
 
     Args:
         metric: The score.
-        sums: Sums of every image, (N, *S), neighbours beside each other.
-        baseline: The same of the upsampler to compare with.
+        sums: Sums of every image, (N, *S), in order of neighbours.
+        baseline: Sums of the reference upsampler, (N, *S).
         resamples: Bootstrap replicates.
-        block: Neighbouring images that are drawn together; 1 where they are independent.
-        seed: Of the resampling alone.
+        block: Neighbouring images that are drawn together; 1 if images are independent.
+        seed: Seed of the resampling.
 
     Returns:
-        The score less the baseline's, and the interval of that difference.
+        The score minus the baseline's, with the interval of the difference.
 
     Raises:
         ValueError: If the two were not measured on the same number of images.

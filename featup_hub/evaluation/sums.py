@@ -1,4 +1,4 @@
-"""What a protocol measured: a few sums per image and upsampler, kept on disk between runs."""
+"""Results of a protocol: a few sums per image and upsampler, kept on disk between runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ VERSION = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one protocol measured on one data set, for every upsampler.
+    """Results of one protocol on one data set, for every upsampler.
 
     Attributes:
         protocol: Such as ``point oracle``.
         data: Such as ``camvid/val``.
-        backbone: What the features came from, and the stride; for the oracle the stride alone.
+        backbone: Backbone of the features, and the stride; for the oracle only the stride.
         block: Number of neighbouring images that are correlated, see ``Dataset``.
         sums: Upsampler -> name of the sums -> one tensor per image.
     """
@@ -51,15 +51,15 @@ def measure_new(
     settings: dict[str, object] | None,
     cache: Path | None,
 ) -> list[Measurement]:
-    """Measures the upsamplers that the cache does not know, and adds them to it.
+    """Measures the upsamplers that are not in the cache, and adds them to it.
 
     One file per upsampler; its name is a digest of the settings and of the upsampler's identity.
 
     Args:
         run: Measures upsamplers.
         candidates: Upsamplers.
-        settings: All else that the sums depend on; None is never kept.
-        cache: Folder of the files; None keeps nothing.
+        settings: Everything else that the sums depend on; None disables the cache.
+        cache: Folder of the files; None disables the cache.
 
     Returns:
         Measurements of all upsamplers, in the order given.
@@ -106,7 +106,7 @@ def _save(found: Sequence[Measurement], place: Path) -> None:
 
 
 def _load(place: Path, upsampler: str) -> list[Measurement]:
-    """Reads what :func:`_save` wrote, under the name the upsampler has now."""
+    """Reads a file of :func:`_save`; ``upsampler`` is the current name."""
     found = [
         Measurement(
             protocol=protocol, data=data, backbone=backbone, block=block, sums={upsampler: {}}

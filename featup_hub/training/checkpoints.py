@@ -1,4 +1,4 @@
-"""The files of a run while it trains: checkpoints and metrics."""
+"""Files of a running training: checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def load_checkpoint(
 
     Args:
         path: The checkpoint.
-        config: Fields that its "config" must agree with.
-        digests: Further entries of "config" that must agree. Old checkpoints may lack them.
+        config: Fields that must equal the checkpoint's "config".
+        digests: Further entries of "config" that must be equal. Old checkpoints may lack them.
 
     Raises:
-        ValueError: If the file is not a checkpoint, or one of another config.
+        ValueError: If the file is not a checkpoint, or has another config.
     """
     with restoring(path):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -60,7 +60,7 @@ def restoring(path: Path) -> Iterator[None]:
     """Turns any error inside into a ValueError that names the damaged checkpoint."""
     try:
         yield
-    except Exception as error:  # unpickling damaged bytes raises anything
+    except Exception as error:  # unpickling damaged bytes may raise any exception
         # torch's message advises unsafe unpickling, so it is not shown.
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this trainer ({type(error).__name__}); "
@@ -80,14 +80,14 @@ class Metrics:
 
     Args:
         path: The file.
-        first: Step to continue with. Rows from this step on are dropped: the earlier run took
-            those steps after its last checkpoint.
+        first: First step of the resumed run. Rows from this step on are dropped: the earlier run
+            wrote them after its last checkpoint.
     """
 
     def __init__(self, path: Path, first: int) -> None:
         kept = _complete_rows(path, first) if first and path.exists() else []
         if kept:
-            # Atomically: an interruption here must not lose the kept rows.
+            # Atomic: an interruption must not lose the kept rows.
             with write_atomically(path) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(kept[0]))
                 writer.writeheader()

@@ -10,11 +10,11 @@ from typing import Any, Literal
 __all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig"]
 
 UPSTREAM_TAPS = (0, 1, 4, 9, 16, 25, 36)
-"""The only taps that get a gradient in upstream's CUDA code, for ``kernel_taps``."""
+"""The only taps that get a gradient in upstream's CUDA code; a value for ``kernel_taps``."""
 
 _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a finite number": (
-        math.isfinite,  # an infinite max_grad_norm clips nothing; checkpoint_minutes likewise
+        math.isfinite,  # infinity is allowed: no clipping, no checkpoints between start and end
         (
             *("max_aspect", "max_stride", "max_zoom", "window", "lr", "final_lr"),
             *("crf_weight", "tv_weight", "region_weight", "region_noise"),
@@ -41,25 +41,25 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "'attention' or 'simple'": (lambda value: value in ("attention", "simple"), ("downsampler",)),
     "taps from 0 to 48": (lambda taps: all(0 <= tap < 49 for tap in taps), ("kernel_taps",)),
 }
-"""Checks by their wording in errors, and the fields they apply to. The trainer checks ``parts``."""
+"""Allowed values as errors name them, and their fields. The trainer checks ``parts``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JBUTrainingConfig:
-    """All that decides what a run learns. Defaults are upstream's, unless marked as ours.
+    """Settings of a training run. Defaults are upstream's, unless marked as ours.
 
     Attributes:
         backbones: Backbones to train with, by name, or ``NAME=FILE`` with weights from a file.
             Each step draws one. A name given twice is drawn twice as often.
         steps: Optimiser steps.
         batch: Photographs per step.
-        parts: Parts in which a batch is computed. One process computes them in turn, which takes
-            less memory; torchrun's processes, a divisor of the parts, share them (ours).
+        parts: Number of parts of a batch. One process computes them in turn, to save memory.
+            Processes of torchrun share them; their number must divide the parts (ours).
         image_size: Side of the crops, in pixels; with other shapes, the root of their area.
         max_aspect: Largest ratio of a crop's longer side to its shorter one (ours; 1: squares, as
             upstream).
-        max_stride: Crops are enlarged or reduced by up to this factor for the backbone, so that
-            the stages learn other strides, too (ours; 1: never, as upstream).
+        max_stride: Crops are enlarged or reduced by up to this factor for the backbone, so that the
+            stages also learn other strides (ours; 1: never, as upstream).
         min_scale: Smallest share of a photograph's area in a crop (ours).
         views: Jittered views per photograph.
         max_pad: Pixels by which a view may reach beyond the crop.
@@ -69,34 +69,34 @@ class JBUTrainingConfig:
         projection_dim: Channels in which features are compared.
         uncertainty: Whether to predict the standard deviation of the error at each position.
         crf_weight: Weight of the conditional random field.
-        crf_samples: Number of pixels that it compares.
+        crf_samples: Number of pixels that the random field compares.
         tv_weight: Weight of the total variation of magnitudes.
         region_weight: Weight of restoring synthetic piecewise constant features, see
             :mod:`featup_hub.training.synthetic_regions` (ours).
         region_field: Largest share of smooth random fields in the regions' variance. Each batch
             draws its share uniformly from 0 to this (ours).
-        region_noise: Largest standard deviation of the noise added to the regions' source, which
-            itself has one. Each batch draws it uniformly from 0 to this (ours).
+        region_noise: Largest standard deviation of the noise added to the regions' source of unit
+            deviation. Each batch draws it uniformly from 0 to this (ours).
         region_channels: Length of a region's random vector.
         lr: Peak learning rate of NAdam.
-        final_lr: Share of it that is left at the end of a cosine (ours; upstream: constant).
+        final_lr: Share of ``lr`` at the end of the cosine schedule (ours; upstream: constant).
         warmup: Steps of linear warm-up (ours; upstream clips at 1e-4 for ten steps).
         max_grad_norm: Norm to which gradients are clipped (ours).
-        ema: Decay of the running mean of weights that is exported; 0 exports the last (ours).
-        dropout: Chance of dropping a hidden channel of a stage (upstream: 0.1).
+        ema: Decay of the exported running mean of weights; 0 exports the last weights (ours).
+        dropout: Probability of dropping a hidden channel of a stage (upstream: 0.1).
         unit_sum: Whether every kernel sums to exactly one, so that features keep their scale
             (ours).
         kernel_taps: Research only: the taps that get a gradient. Empty means all;
             0 1 4 9 16 25 36 reproduces the fault of upstream's CUDA code.
-        start: Weights of stages to start from, with their joint bilateral stage if they have one: a
-            file, or a shipped upsampler, ``jbu_denoise`` or ``jbu_faithful``. Empty: new stages,
-            without a joint bilateral stage.
-        seed: Decides all that is random.
+        start: Stages to start from: a weights file, or a shipped upsampler, ``jbu_denoise`` or
+            ``jbu_faithful``. A joint bilateral stage in them is kept. Empty: new stages, without a
+            joint bilateral stage.
+        seed: Seed of all random numbers.
         checkpoint_minutes: Longest time between checkpoints.
         device: Where to compute.
 
     Raises:
-        ValueError: If a value is none of those named here, not finite, or out of its range.
+        ValueError: If a value is unknown, not finite, or out of its range.
     """
 
     backbones: tuple[str, ...] = ("efficientnet_lite0",)

@@ -1,9 +1,9 @@
 r"""Learned downsamplers: models of how a backbone reduces high-resolution features to its grid.
 
-Both return a weighted mean of one window per output cell. A cell is ``stride`` taps high and wide:
-the map, (H, W), is first resampled bilinearly to (h·stride, w·stride), unless it has that size.
-The window of a cell is the ``kernel`` × ``kernel`` taps around its centre; the border is repeated.
-With kernel = stride = the patch size, at the image's own resolution, nothing is resampled and the
+Both return a weighted mean of one window per output cell. A cell is ``stride`` taps high and wide.
+The map, (H, W), is first resampled bilinearly to (h·stride, w·stride), unless it has that size. The
+window of a cell is the ``kernel`` × ``kernel`` taps around its centre; the border is repeated. With
+kernel = stride = the patch size, at the image's own resolution, nothing is resampled and the
 windows tile the map.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.1.
@@ -55,16 +55,16 @@ class SimpleDownsampler(nn.Module):
 
 
 class AttentionDownsampler(nn.Module):
-    r"""Averages every window with weights that depend on what is in it.
+    r"""Averages every window with weights that depend on its features.
 
     .. math:: \sigma_\downarrow(F)_{ij} =
         \operatorname{softmax}(w \odot A(F[\Omega_{ij}]) + b) \cdot F[\Omega_{ij}]
 
     A is a 1×1 convolution to one channel, the saliency; all positions share w and b.
-    Upstream also masks random windows, even in evaluation mode; this does not.
+    Upstream also masks random windows, even in evaluation mode; this class does not.
 
     Args:
-        feat_dim: Channels of the features the saliency is computed from.
+        feat_dim: Channels of the features that give the saliency.
         stride: Taps per output cell; the backbone's patch size.
         kernel: Side of the window in taps; default: ``stride``.
     """
@@ -72,7 +72,7 @@ class AttentionDownsampler(nn.Module):
     def __init__(self, feat_dim: int, stride: int, kernel: int | None = None) -> None:
         super().__init__()
         self.stride, self.kernel = _check(stride, kernel)
-        bound = feat_dim**-0.5  # as nn.Conv2d begins
+        bound = feat_dim**-0.5  # the initialisation of nn.Conv2d
         self.saliency = nn.Parameter(torch.empty(1, feat_dim).uniform_(-bound, bound))
         self.offset = nn.Parameter(torch.zeros(()))
         self.weight = nn.Parameter(torch.ones(self.kernel, self.kernel))
@@ -86,8 +86,8 @@ class AttentionDownsampler(nn.Module):
         Args:
             features: High-resolution features, (B, C, H, W).
             size: Height and width wanted, (h, w).
-            saliency: A(F), (B, 1, H, W). With it, ``features`` may have any number of channels,
-                for instance those of a projection of F.
+            saliency: A(F), (B, 1, H, W). With it, ``features`` may be a projection of F to any
+                number of channels.
 
         Returns:
             Features, (B, C, h, w).

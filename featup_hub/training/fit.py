@@ -39,13 +39,13 @@ def fit(
     progress: bool = False,
     **options: Any,
 ) -> FittedFeatures:
-    """Fits the features of one image, which can then be asked for at any size or point.
+    """Fits the features of one image; the result gives features at any size or point.
 
     The default solves FeatUp's multi-view objective exactly, see
     :mod:`featup_hub.training.least_squares`. ``method="network"`` trains FeatUp's coordinate
-    network; ``PRESETS["upstream"]`` has upstream's numbers and needs a GPU.
+    network; ``PRESETS["upstream"]`` has upstream's settings and needs a GPU.
 
-    Least squares hold matrices of n² numbers. With a stride of 16, n is at most about 4,000 up to
+    Least squares needs matrices of n² numbers. With a stride of 16, n is at most about 4,000 up to
     500 pixels a side, and W·H / 64 above, where memory and time grow fast.
 
     Args:
@@ -58,14 +58,14 @@ def fit(
         **options: Fields of :class:`FitConfig` to change, such as ``views=50``.
 
     Returns:
-        The fitted features, in evaluation mode. ``scores["held_out_error"]`` is the share of the
-        variation of the held-out views that they do not explain.
+        The fitted features, in evaluation mode. ``scores["held_out_error"]`` is the unexplained
+        share of the held-out views' variation.
 
     Raises:
         ValueError: If ``image`` is not (1, 3, H, W), ``upsampler`` has a closing convolution, or an
             option is out of its range.
-        TypeError: If ``image`` is not a float32 tensor, ``backbone`` not a backbone, or there is
-            no such option.
+        TypeError: If ``image`` is not a float32 tensor, ``backbone`` is not a backbone, or an
+            option is unknown.
         RuntimeError: If the backbone's features or the network's loss are not finite.
 
     Example:
@@ -90,12 +90,12 @@ def fit(
     if image.dim() != 4 or image.shape[:2] != (1, 3):
         raise ValueError(
             f"fit takes one normalised RGB image, (1, 3, H, W); got {tuple(image.shape)}; "
-            "fit several one by one"
+            "fit several images one by one"
         )
     if upsampler is not None and upsampler.feat_dim is not None:
         raise ValueError(
             "fit takes JBU stages alone; got an upsampler with a closing convolution for "
-            f"{upsampler.feat_dim} channels; use load_upsampler(), or leave it out"
+            f"{upsampler.feat_dim} channels; use load_upsampler(), or leave upsampler out"
         )
     config = replace(config, **options)
     found: FittedFeatures
@@ -106,7 +106,7 @@ def fit(
         if config.method == "network":
             found, error = fit_network(image, fitted, held_out, backbone.patch_size, config)
         else:
-            # A copy: the caller's own stays on its device and in its mode.
+            # A copy: the caller's upsampler stays on its device and in its mode.
             stages = load_upsampler(BASIS) if upsampler is None else copy.deepcopy(upsampler)
             stages.to(image.device).eval()
             with torch.no_grad():
@@ -130,7 +130,7 @@ def _draw(image: Tensor, config: FitConfig, kind: int, count: int) -> list[Jitte
 def _observe(
     image: Tensor, backbone: Backbone, jitters: Sequence[Jitter], bar: tqdm[Any]
 ) -> Iterator[tuple[Sequence[Jitter], Tensor]]:
-    """Yields views and the backbone's features of them, (V, C, h, w), a few at a time."""
+    """Yields a few views at a time with their features, (V, C, h, w)."""
     for first in range(0, len(jitters), _BATCH):
         part = jitters[first : first + _BATCH]
         with torch.no_grad():
@@ -147,12 +147,12 @@ def _observe(
 
 @contextmanager
 def _evaluating(backbone: Backbone) -> Iterator[None]:
-    """Puts a backbone into evaluation mode, and restores the mode of every module afterwards."""
+    """Puts a backbone into evaluation mode and restores all modes afterwards."""
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:
         yield
     finally:
-        # Not backbone.train(): frozen normalisations inside would start to learn.
+        # Not backbone.train(): it would unfreeze frozen normalisation layers.
         for module, training in modes:
             module.training = training

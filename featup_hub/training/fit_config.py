@@ -10,31 +10,31 @@ from typing import Literal
 
 __all__ = ["BASIS", "PRESETS", "FitConfig"]
 
-BASIS = "jbu_faithful"  # the views average by themselves, so stages that average add nothing
+BASIS = "jbu_faithful"  # the views are averaged anyway, so averaging stages add nothing
 
 _LEAST = {"views": 1, "held_out": 1, "max_pad": 0, "max_zoom": 1, "steps": 1, "batch": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """All that decides what a fit finds.
+    """Settings of a fit.
 
     Attributes:
         method: "least-squares" solves for the features exactly; "network" trains FeatUp's
             coordinate network.
-        views: Views of the image to explain, the image itself among them.
-        held_out: Further views that are not fitted. They measure the error; least squares also
-            choose the ridge by them.
+        views: Views to fit, including the image itself.
+        held_out: Further views that are not fitted. They measure the error, and choose the ridge of
+            least squares.
         max_pad: Pixels by which a view may reach beyond the image.
         max_zoom: Largest magnification of a view.
-        seed: Decides all that is random.
+        seed: Seed of all random numbers.
         steps: Optimiser steps of the network.
         batch: Views per step of the network.
-        components: Principal components of the features that the network fits, at most.
+        components: Largest number of principal components that the network fits.
         lr: Learning rate of the network.
 
     Raises:
-        ValueError: If a value is none of those named here, not finite, or out of its range.
+        ValueError: If a value is unknown, not finite, or out of its range.
     """
 
     method: Literal["least-squares", "network"] = "least-squares"
@@ -61,4 +61,4 @@ class FitConfig:
 PRESETS: Mapping[str, FitConfig] = MappingProxyType(
     {"fast": FitConfig(), "upstream": FitConfig(method="network", views=3000)}
 )
-"""Configurations by name: the exact fit, and the network with upstream's numbers."""
+"""Configurations by name: the exact fit, and the network with upstream's settings."""

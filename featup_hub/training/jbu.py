@@ -2,10 +2,10 @@
 
 A step minimises :func:`featup_hub.training.objective.consistency_loss` on one batch.
 
-The seed and n decide everything random in step n, so a resumed run takes the same steps as an
-uninterrupted one (on a GPU under ``torch.use_deterministic_algorithms``). A batch may be computed
-in parts: one process computes them in turn, several processes (``torchrun``) share them, and both
-give the same weights.
+Random numbers of step n depend only on the seed and n, so a resumed run takes the same steps as an
+uninterrupted one (on a GPU with ``torch.use_deterministic_algorithms``). A batch may be computed in
+parts: one process computes them in turn, several processes (``torchrun``) share them, and both give
+the same weights.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 and 4.
 """
@@ -61,7 +61,7 @@ def train(
     Args:
         photos: Folder of photographs, searched with its subfolders.
         out: Folder for ``checkpoint.pt``, ``metrics.csv`` and ``jbu.safetensors``.
-        config: The configuration.
+        config: The settings.
         backbones: Backbones by the names in ``config.backbones``; default: load them by name.
         progress: Whether to show progress on the standard error stream.
 
@@ -70,11 +70,10 @@ def train(
 
     Raises:
         FileNotFoundError: If the folder of photographs does not exist.
-        ValueError: If it holds none that can be read, ``out`` holds a run of another config, of
-            other photographs or of backbones with other weights, or the batch cannot be divided
-            into its parts or these among the processes.
-        RuntimeError: If the loss or its gradient is no longer a finite number; the last checkpoint
-            stays.
+        ValueError: If the folder has no readable photograph; if ``out`` has a run with another
+            config, other photographs or other backbone weights; if ``parts`` does not divide the
+            batch, or the number of processes does not divide ``parts``.
+        RuntimeError: If the loss or its gradient is not finite; the last checkpoint is kept.
     """
     with process_group(config.device) as group:
         _check_parts(config, group)
@@ -91,7 +90,7 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
     """Takes the remaining steps; the main process writes checkpoints and metrics."""
     config, is_main = run.config, run.group.is_main
     out.mkdir(parents=True, exist_ok=True)
-    # No process writes before all have read: the first step waits for every process.
+    # All processes have read before one writes: the first step waits for every process.
     kept = first = run.restore(out / "checkpoint.pt")
     saved = time.monotonic()
     with (
@@ -110,7 +109,7 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
                     save_checkpoint(out / "checkpoint.pt", run.state(step + 1))
                     kept, saved = step + 1, time.monotonic()
         except KeyboardInterrupt:
-            # Steps take long, so all complete ones are saved; an incomplete one would spoil them.
+            # Saves the complete steps. During an incomplete step the weights are inconsistent.
             if is_main and run.done is not None and run.done > kept:
                 metrics.flush()
                 save_checkpoint(out / "checkpoint.pt", run.state(run.done))
@@ -146,7 +145,7 @@ class _Run:
     ) -> None:
         self.config, self.stream, self.names = config, stream, list(backbones)
         self.group = group
-        # Modules draw their initial weights from the global generator, which is restored.
+        # Modules draw initial weights from the global generator; its state is restored.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             start = load_weights(JBU_UNIVERSAL, path=config.start) if config.start else {}
@@ -161,7 +160,7 @@ class _Run:
             load_into(self.stack, start, origin=config.start)
         if config.unit_sum:
             make_unit_sum(self.stack)
-        # Equal configs may name different files: a checkpoint must match these digests, too.
+        # Equal configs may name different files, so a checkpoint must also match these digests.
         self.digests = {"photographs": stream.digest}
         if config.start:
             self.digests[f"weights of {config.start}"] = sha256_of_tensors(start)
@@ -198,7 +197,7 @@ class _Run:
         self.group.all_reduce([*gradients, *terms.values()])
         norm = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
         row = {name: value.item() for name, value in terms.items()} | {"grad_norm": norm}
-        # Before the optimiser step, which would spoil the weights of the next checkpoint.
+        # Before the optimiser step: it would put bad weights into the next checkpoint.
         _check_finite(row["loss"], "loss", step)
         _check_finite(norm, "norm of gradients", step)
         self.done = None
@@ -206,7 +205,7 @@ class _Run:
         if config.unit_sum:
             make_unit_sum(self.stack)
         for name, value in self.stack.state_dict().items():
-            # A mean of few steps must forget the initial weights: its decay grows with the steps.
+            # The decay grows with the steps, so that an early mean forgets the initial weights.
             self.mean[name].lerp_(value, 1 - min(config.ema, (1 + step) / (10 + step)))
         self.done = step + 1
         return {
@@ -246,8 +245,8 @@ class _Run:
         return (height, width), (backbone_size[0], backbone_size[1])
 
     def state(self, step: int) -> dict[str, object]:
-        """Returns what a run needs to resume after ``step`` steps."""
-        # The loss was computed before the last step, which may have spoilt the weights.
+        """Returns the state to resume from after ``step`` steps."""
+        # The loss was computed before the last step, so the weights may be bad.
         largest = torch.stack([p.detach().abs().max() for p in self.parameters]).max()
         _check_finite(float(largest), "weight", step - 1)
         return {
@@ -289,7 +288,7 @@ class _Run:
         """Writes the stages (the running mean of the weights) for any backbone."""
         stages = self.mean if self.config.ema else self.stack.state_dict()
         config = asdict(self.config)
-        # File names without folders, which would tell about this machine only.
+        # File names without folders: folders of this machine mean nothing elsewhere.
         config["backbones"] = [_without_folder(name) for name in self.config.backbones]
         config["start"] = _without_folder(self.config.start)
         joint = ", joint_first=True" if self.stack.joint_first else ""
@@ -303,7 +302,7 @@ class _Run:
 
 
 def _comparable(config: JBUTrainingConfig) -> dict[str, object]:
-    """Returns the fields that a checkpoint must agree with."""
+    """Returns the fields that must equal a checkpoint's."""
     fields = asdict(config)
     for name, absent in (("parts", 1), ("region_noise", 0)):
         if fields[name] == absent:  # older checkpoints lack these fields
@@ -313,11 +312,11 @@ def _comparable(config: JBUTrainingConfig) -> dict[str, object]:
 
 @torch.no_grad()
 def make_unit_sum(stack: JBUStack) -> None:
-    """Projects a stack, in place, to the nearest one whose kernels all sum to exactly one.
+    """Projects a stack in place so that all its kernels sum to exactly one.
 
     A kernel is a softmax plus 0.1·(W h + b). It sums to one for every h if b and the columns of W
-    have zero mean over the taps. Upsampled features then keep the source's scale, and a head
-    trained on the source stays valid.
+    have zero mean over the taps. The projection is the nearest such stack. Upsampled features then
+    keep the source's scale, and a head trained on the source stays valid.
 
     Args:
         stack: The stack.

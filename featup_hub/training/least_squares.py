@@ -1,16 +1,17 @@
 r"""Multi-view consistency of one image as a linear least-squares problem, solved exactly.
 
 With a uniform downsampler FeatUp's objective is linear in the high-resolution features F. Write
-F = U z: z is a source of two to four times the backbone's resolution, U the JBU upsampler of this
-image, which is linear in its source. Then every channel is a ridge regression with the same matrix:
+F = U z: z is a source of two to four times the backbone's resolution. U is the JBU upsampler of
+this image; it is linear in its source. Then every channel is a ridge regression with the same
+matrix:
 
 .. math:: \min_z \sum_v \|D_v U z - f_v\|^2 + \lambda \|z - z_0\|^2
 
 f_v are the backbone's features of view v. D_v averages over the middle of every cell of that view.
 z_0 is the backbone's features of the image, interpolated bilinearly.
 
-:class:`NormalEquations` adds up AᵀA and Aᵀf with A = D_v U, a few views at a time. U reaches a few
-cells only. Impulses that are far apart therefore share a channel when the columns of U are
+:class:`NormalEquations` adds up AᵀA and Aᵀf with A = D_v U, a few views at a time. A cell of z
+affects only a small part of F. Distant cells therefore share a channel when the columns of U are
 computed, and the number of channels does not grow with the image (column grouping: Curtis, Powell,
 Reid, "On the Estimation of Sparse Jacobian Matrices", IMA J. Appl. Math. 13, 1974).
 
@@ -34,10 +35,10 @@ __all__ = ["Basis", "NormalEquations", "fit_source"]
 
 Views = Iterable[tuple[Sequence[Jitter], Tensor]]
 
-CELLS = 64 * 64  # of z, about, unless twice the backbone's resolution takes more
-RATIOS = (2, 4)  # fewest and most cells of z per cell of the backbone, along each side
+CELLS = 64 * 64  # approximate cells of z; more if twice the backbone's resolution needs more
+RATIOS = (2, 4)  # least and most cells of z per backbone cell, along each side
 RIDGES = (0.03, 0.3, 1.0)  # λ to choose from, in units of the matrix' mean diagonal
-TAPS, FOOTPRINT = 3, 0.7  # points along each side of a cell, and the part of it they cover
+TAPS, FOOTPRINT = 3, 0.7  # points along each side of a cell, and the share of the side they cover
 
 
 def fit_source(
@@ -47,14 +48,14 @@ def fit_source(
 
     Args:
         image: Normalised RGB, (1, 3, H, W).
-        upsampler: The stages, which make U.
-        fitted: Views and their features, (V, C, h, w), a few at a time. The first view of all is
-            the image itself.
-        held_out: Further views, which choose the ridge.
+        upsampler: The stages that give U.
+        fitted: Views and their features, (V, C, h, w), a few at a time. The very first view is the
+            image itself.
+        held_out: Further views, to choose the ridge.
 
     Returns:
-        z, (1, C, H', W'), two to four times as fine as the views; and the share of the variation of
-        the held-out views that it does not explain.
+        z, (1, C, H', W'), at two to four times the backbone's resolution; and the unexplained share
+        of the held-out views' variation.
     """
     equations: NormalEquations | None = None
     for jitters, features in fitted:
@@ -94,8 +95,8 @@ class Basis:
     ) -> None:
         self.source_size = source_size
         reach = _reach(upsampler, image, source_size)
-        # The window of cells that one cell of a view depends on. No window holds two cells of
-        # the same group.
+        # The window of cells that one cell of a view depends on. It never has two cells of one
+        # group.
         high, wide = (
             min(2 * math.ceil(r + n / cells / 2 + 1.5) + 1, n)
             for r, n, cells in zip(reach, source_size, grid, strict=True)
@@ -113,7 +114,7 @@ class Basis:
 class NormalEquations:
     """The sums AᵀA, Aᵀf and fᵀf over views.
 
-    Memory: 4·n² bytes for n cells of z, beside the basis.
+    Memory: 4·n² bytes for n cells of z, plus the basis.
 
     Args:
         basis: The basis.
@@ -139,7 +140,7 @@ class NormalEquations:
 
         Args:
             jitters: The views.
-            observed: The backbone's features of them, (V, C, h, w).
+            observed: The backbone's features of the views, (V, C, h, w).
         """
         (high, wide), (_, width) = self.basis.window, self.basis.source_size
         weights, rows, columns = self._rows(jitters, (observed.shape[-2], observed.shape[-1]))
@@ -207,15 +208,15 @@ class NormalEquations:
 
 
 def _taps(cells: int) -> Tensor:
-    """Returns the points that stand for each of the cells along an axis, in fractions of it."""
+    """Returns the points that represent the cells along an axis, in fractions of the axis."""
     offsets = FOOTPRINT * (centres(TAPS) - 0.5)
     return ((torch.arange(cells)[:, None] + 0.5 + offsets) / cells).flatten()
 
 
 def _reach(upsampler: JBUStack, image: Tensor, source_size: tuple[int, int]) -> tuple[float, float]:
-    """Returns how far a cell of z reaches in F, up and down and to the sides, in cells of z.
+    """Returns the reach of a cell of z in F, vertically and horizontally, in cells of z.
 
-    On a grey image, where no weight vanishes because colours differ.
+    Measured on a grey image: no colour difference makes a weight vanish there.
     """
     middle = [n // 2 for n in source_size]
     impulse = image.new_zeros(1, 1, *source_size)

@@ -31,7 +31,7 @@ class ScaleNet(nn.Module):
     def __init__(self, feat_dim: int) -> None:
         super().__init__()
         self.net = nn.Conv2d(feat_dim, 1, 1)
-        with torch.no_grad():  # start with almost the same scale everywhere
+        with torch.no_grad():  # almost the same scale everywhere at the start
             for parameter in self.net.parameters():
                 parameter.mul_(0.1)
 
@@ -64,9 +64,9 @@ def magnitude_tv(features: Tensor) -> Tensor:
         features: Features, (B, C, H, W).
 
     Returns:
-        The loss, (): the mean over vertical neighbours plus that over horizontal neighbours.
+        The loss, (): the mean over vertical plus the mean over horizontal neighbours.
     """
-    # The magnitude has no gradient at zero; the floor makes it zero.
+    # The gradient of the magnitude is undefined at zero; the floor makes it zero.
     length = features.square().sum(1).clamp(min=1e-12).sqrt()
     return length.diff(dim=1).square().mean() + length.diff(dim=2).square().mean()
 

@@ -1,8 +1,8 @@
 """FeatUp's implicit variant: trains a coordinate network on the views of one image.
 
-In every step the network runs at every pixel. Its map is jittered as a few views were, downsampled
-by a learned model of the backbone, and compared with the backbone's features of these views, in
-principal components. The numbers are upstream's.
+In every step the network computes a map of all pixels. The map is jittered like a few views,
+downsampled by a learned model of the backbone, and compared with the backbone's features of these
+views, in principal components. The settings are upstream's.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2; numbers agree with
 mhamilton723/FeatUp @ 6b5a6c0 (MIT).
@@ -39,7 +39,7 @@ __all__ = ["fit_network"]
 
 Views = Iterable[tuple[Sequence[Jitter], Tensor]]
 
-PCA_VIEWS = 50  # views that the principal components are computed on
+PCA_VIEWS = 50  # views for the principal components
 
 
 def fit_network(
@@ -50,13 +50,13 @@ def fit_network(
     Args:
         image: Normalised RGB, (1, 3, H, W).
         fitted: Views and their features, (V, C, h, w), a few at a time.
-        held_out: Further views, which measure the error.
+        held_out: Further views, to measure the error.
         patch_size: Stride of the backbone, in pixels.
         config: Steps, batch, components, learning rate, seed.
 
     Returns:
-        The network, and the share of the variation of the held-out views (in the principal
-        components) that it does not explain.
+        The network, and the unexplained share of the held-out views' variation (in the principal
+        components).
 
     Raises:
         RuntimeError: If the loss is not a finite number.
@@ -72,7 +72,7 @@ def fit_network(
         jitters += part
         kept.append(_project(raw, mean, directions).half())
     features = torch.cat(kept)
-    # Modules draw their initial weights from the global generator, which is restored.
+    # Modules draw initial weights from the global generator; its state is restored.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         model = ImplicitUpsampler(image.cpu(), mean.cpu(), directions.cpu())
@@ -129,5 +129,5 @@ def _components(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _project(features: Tensor, mean: Tensor, directions: Tensor) -> Tensor:
     """Returns the coordinates z, (B, K, h, w), of features, (B, C, h, w)."""
-    scale = directions.square().sum(0).amax()  # the directions are orthogonal, of one length
+    scale = directions.square().sum(0).amax()  # the directions are orthogonal and of equal length
     return torch.einsum("ck,bchw->bkhw", directions / scale, features - mean[:, None, None])

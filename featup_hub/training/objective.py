@@ -1,4 +1,4 @@
-"""What a step of JBU training minimises: the multi-view consistency loss of one batch.
+"""The multi-view consistency loss of one batch, which JBU training minimises.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 and 4.
 """
@@ -28,10 +28,10 @@ def consistency_loss(
 ) -> dict[str, Tensor]:
     """Computes the loss of a stack on a batch of photographs.
 
-    The photographs and a few jittered views of them pass the backbone. The features of the
-    photographs are projected to a few random channels and upsampled (the stack is linear in the
-    source and filters all channels alike, so projecting the source equals projecting the result).
-    The upsampled features are jittered as the views were, downsampled by the learned model of the
+    The backbone encodes the photographs and a few jittered views of them. The features of the
+    photographs are projected to a few random channels and upsampled. (The stack is linear in the
+    source and filters all channels alike, so projecting the source equals projecting the result.)
+    The upsampled features are jittered like the views, downsampled by the learned model of the
     backbone, and compared with the features of the views.
 
     Args:
@@ -40,7 +40,7 @@ def consistency_loss(
         rgb: Photographs, (B, 3, H, W), values in [0, 1].
         backbone_size: Height and width to which images are resized for the backbone.
         config: Views, weights of the terms, size of the projection.
-        generator: Source of all randomness, on the CPU.
+        generator: Random generator, on the CPU.
 
     Returns:
         ``loss``, its terms before weighting, and ``error``, the mean squared error of the views.

@@ -1,6 +1,6 @@
-"""The photographs that training reads: shuffled, cropped at random, reproducible.
+"""Training photographs: shuffled, cropped at random, reproducible.
 
-The seed and n decide everything about sample n, so a resumed run needs no stored state.
+Sample n depends only on the seed and n, so a resumed run needs no stored state.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class PhotoStream:
 
     Args:
         folder: Folder of photographs.
-        seed: Decides order and crops.
+        seed: Seed of order and crops.
         min_scale: Smallest share of a photograph's area in a crop.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds no photograph.
+        ValueError: If the folder has no photograph.
     """
 
     def __init__(self, folder: str | Path, *, seed: int = 0, min_scale: float = 0.4) -> None:
@@ -46,7 +46,7 @@ class PhotoStream:
         if not self.paths:
             raise ValueError(
                 f"training needs photographs ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-                f"{folder} and its subfolders hold none"
+                f"{folder} and its subfolders have none"
             )
         self.folder = folder
         self.seed = seed
@@ -55,7 +55,7 @@ class PhotoStream:
 
     @property
     def digest(self) -> str:
-        """The sha256 of the files' names and sizes. No file is read: there may be very many."""
+        """The sha256 of the files' names and sizes; contents are not read, to save time."""
         total = hashlib.sha256()
         for path in self.paths:
             name = path.relative_to(self.folder).as_posix()
@@ -79,8 +79,7 @@ class PhotoStream:
     def sample(self, number: int, size: tuple[int, int]) -> Tensor:
         """Returns sample ``number`` of the stream, (3, *size), RGB in [0, 1].
 
-        If a photograph cannot be read, a warning names it once, and the next one of the epoch
-        takes its place.
+        If a photograph cannot be read, a warning names it once, and the next one replaces it.
 
         Raises:
             ValueError: If no photograph can be read.
@@ -97,7 +96,7 @@ class PhotoStream:
         return pixels.flip(2) if draws[3] < 0.5 else pixels
 
     def _read(self, number: int) -> Image.Image:
-        """Reads the photograph of a sample; skips those that cannot be read."""
+        """Reads the photograph of a sample; skips unreadable ones."""
         count = len(self.paths)
         epoch, position = divmod(number, count)
         order = torch.randperm(count, generator=seeded(self.seed, 0, epoch))
@@ -119,7 +118,7 @@ class PhotoStream:
 def _random_box(
     photo: tuple[int, int], size: tuple[int, int], min_scale: float, draws: list[float]
 ) -> tuple[float, float, float, float]:
-    """Returns the crop (left, top, right, bottom) that the random numbers ``draws`` select."""
+    """Returns the crop (left, top, right, bottom) given by the random numbers ``draws``."""
     width, height = photo
     fit = min(width / size[1], height / size[0])
     factor = fit * math.sqrt(min_scale + (1 - min_scale) * draws[0])

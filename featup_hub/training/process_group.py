@@ -53,10 +53,10 @@ class ProcessGroup:
 
 @contextmanager
 def process_group(device: str) -> Iterator[ProcessGroup]:
-    """Gives the process group, and initialises it if ``torchrun`` started this process.
+    """Yields the process group, and initialises it if ``torchrun`` started this process.
 
     Args:
-        device: Device of this process. "cuda" is the process' own device.
+        device: Device of this process. "cuda" means the process's own GPU.
 
     Yields:
         The group; a group of one without ``torchrun``.

@@ -1,4 +1,4 @@
-"""Random generators that depend on a few numbers, so that no state has to be stored to resume."""
+"""Random generators seeded by a few numbers, so that resuming needs no stored state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["seeded"]
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """Returns a CPU generator that depends on all the numbers, each below 2⁶³.
+    """Returns a CPU generator seeded by all the numbers, each below 2⁶³.
 
     Example:
         >>> torch.equal(*[torch.rand(3, generator=seeded(1, 2)) for _ in range(2)])

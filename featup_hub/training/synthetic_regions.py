@@ -1,12 +1,11 @@
-"""Synthetic features whose high-resolution truth is known, made from photographs without labels.
+"""Synthetic features with known high-resolution truth, made from photographs without labels.
 
-A photograph is segmented into regions of similar colour, and each region gets a random vector.
-Reduced to a backbone's grid, the vectors are a source whose high-resolution original is known; no
-backbone offers that. The stages learn from it where edges are. The regions pass the same kernels
-as a few extra channels, so this costs almost nothing.
+A photograph is segmented into regions of similar colour, and each region gets a random vector. The
+map of vectors is reduced to a backbone's grid; the stages learn to restore it, and so learn where
+edges are. The regions are a few extra channels for the same kernels, so this costs almost nothing.
 
-Real features also vary within a region. Smooth random fields mixed into the vectors teach the
-stages to interpolate there rather than to blur.
+Real features also vary within a region. Smooth random fields added to the vectors teach the stages
+to interpolate there and not to blur.
 
 Source: segmentation by Felzenszwalb and Huttenlocher, "Efficient Graph-Based Image Segmentation",
 IJCV 2004, as scikit-image implements it.
@@ -33,7 +32,7 @@ def random_regions(rgb: Tensor, channels: int, generator: torch.Generator) -> Te
     Args:
         rgb: Photographs, (B, 3, H, W), values in [0, 1].
         channels: Length K of the vectors.
-        generator: Source of randomness, on the CPU.
+        generator: Random generator, on the CPU.
 
     Returns:
         Piecewise constant maps, (B, K, H, W), on the photographs' device.
@@ -73,12 +72,12 @@ def random_field(
         grid: Height and width of the backbone's grid.
         size: Height and width of the maps.
         count: Samples B and channels K.
-        generator: Source of randomness, on the CPU.
+        generator: Random generator, on the CPU.
 
     Returns:
         Maps of zero mean and unit variance, (B, K, *size).
     """
-    finest, coarsest = 0.75, 0.25  # nodes per cell; the grid cannot resolve one or more
+    finest, coarsest = 0.75, 0.25  # nodes per cell; must be below one for the grid to resolve them
     share = coarsest + (finest - coarsest) * torch.rand((), generator=generator).item()
     nodes = [max(round(cells * share), 2) for cells in grid]
     field = torch.randn(*count, nodes[0], nodes[1], generator=generator)
@@ -93,7 +92,7 @@ def reduce_regions(regions: Tensor, size: tuple[int, int], generator: torch.Gene
         regions: Maps, (B, K, H, W).
         size: Height and width of the grid.
         generator: Chooses between the centre of a cell, its mean, and an antialiased bicubic
-            reduction, which also weighs the neighbouring cells.
+            reduction, which also includes neighbouring cells.
 
     Returns:
         Low-resolution maps, (B, K, *size).

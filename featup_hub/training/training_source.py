@@ -1,4 +1,4 @@
-"""A frozen backbone and the learned model of how its features come about: a training source."""
+"""A training source: a frozen backbone and the learned model of its features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Standardiser", "TrainingSource", "open_backbones", "random_projectio
 class TrainingSource(nn.Module):
     """A frozen backbone with the learned model of its features: downsampler, scale, standardiser.
 
-    The ``state_dict`` holds what is learned or measured, not the backbone.
+    The ``state_dict`` contains the learned and measured tensors, not the backbone.
 
     Args:
         backbone: The backbone.
@@ -87,7 +87,7 @@ class TrainingSource(nn.Module):
         """Resizes images and returns their features, (B, C, h, w)."""
         if tuple(images.shape[-2:]) != tuple(size):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        # Convolutions on a CPU are faster in this layout; a ViT does not mind.
+        # Convolutions on a CPU are faster in this layout; a ViT runs equally fast.
         features: Tensor = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return features.float()
 
@@ -118,7 +118,7 @@ class TrainingSource(nn.Module):
 
 
 class Standardiser(nn.Module):
-    """Brings every channel of a backbone's features to mean 0 and deviation 1.
+    """Scales every channel of a backbone's features to mean 0 and deviation 1.
 
     Scales differ by orders of magnitude between backbones, and between the channels of a ViT.
     Standardised channels have equal weight in a loss. JBU filters all channels with the same
@@ -139,7 +139,7 @@ class Standardiser(nn.Module):
     def fit(self, features: Tensor) -> None:
         """Measures mean and deviation on features, (B, C, h, w)."""
         deviation, mean = torch.std_mean(features.transpose(0, 1).flatten(1).double(), dim=1)
-        # An almost constant channel is noise, which a division by its deviation would amplify.
+        # An almost constant channel is noise; dividing it by its deviation would amplify it.
         self.deviation.copy_(deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12))
         self.mean.copy_(mean)
 
@@ -151,7 +151,7 @@ class Standardiser(nn.Module):
 def random_projection(channels: int, dim: int, generator: torch.Generator) -> Tensor:
     """Draws ``dim`` random orthonormal directions.
 
-    Standardised features keep a mean variance of one, and distances scale by √(dim/channels).
+    The mean variance of standardised features stays one. Distances scale by √(dim/channels).
 
     Args:
         channels: Channels of the features.
@@ -159,7 +159,7 @@ def random_projection(channels: int, dim: int, generator: torch.Generator) -> Te
         generator: Source of randomness, on the CPU.
 
     Returns:
-        The projection as a matrix, (dim, channels), rows orthonormal.
+        The projection matrix, (dim, channels), with orthonormal rows.
 
     Raises:
         ValueError: If ``dim`` exceeds ``channels``.
@@ -186,7 +186,7 @@ def open_backbones(
         Backbones by name.
 
     Raises:
-        ValueError: If a name is not known, or not among those given.
+        ValueError: If a name is unknown, or missing from ``given``.
     """
     if not names:
         raise ValueError("training needs the features of at least one backbone; name one")

@@ -1,4 +1,4 @@
-"""Views of an image: small random transforms, and how to sample a map where a view shows it.
+"""Views of an image: small random transforms, and sampling a map at a view's positions.
 
 A jitter is upstream's transform of an image (reflect-pad, sometimes zoom, crop at a random offset,
 sometimes flip), stored as the part of the image that the view shows. It has no resolution, so one
@@ -10,7 +10,7 @@ Sampling runs along rows, then along columns, with ``index_select``. The backwar
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3; distributions agree
 with mhamilton723/FeatUp @ 6b5a6c0 (MIT). Upstream mirrors a map at the centres of its outermost
-pixels; this mirrors at the edge, which lies at the same place at every resolution.
+pixels. This module mirrors at the edge, which has the same position at every resolution.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "sample_map",
 ]
 
-_STEPS = 2**24  # of a pixel: rounding makes whole pixels whole again after float64 arithmetic
+_STEPS = 2**24  # of a pixel; rounding removes float64 errors from whole pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Jitter:
     """Which part of an image a view shows, in fractions of the image's height and width.
 
     A view's point (y, x), both in [0, 1], shows the image's point (top + y/zoom, left + x/zoom),
-    x counted from the right where the view is flipped. Outside of [0, 1] the image is mirrored.
+    with x counted from the right in a flipped view. Outside [0, 1] the image is mirrored.
 
     Attributes:
         top: Upper edge of the part shown.
@@ -74,7 +74,7 @@ def sample_jitter(
         size: Height and width of the image, in pixels.
         max_pad: Pixels added on every side before cropping.
         max_zoom: Largest magnification.
-        generator: Source of randomness; always five draws.
+        generator: Random generator; always five draws.
 
     Returns:
         The jitter.
@@ -115,7 +115,7 @@ def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
     if len(jitters) != x.shape[0]:
         raise ValueError(
             f"apply_jitter needs one jitter per sample, {x.shape[0]}; got {len(jitters)}; "
-            "repeat the jitter to move all samples alike"
+            "repeat a jitter to use it for all samples"
         )
     if all(jitter.is_identity for jitter in jitters):
         return x
@@ -155,7 +155,7 @@ def _mirror(fractions: Tensor) -> Tensor:
 
 
 def sample_map(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Interpolates bilinearly where rows and columns cross.
+    """Interpolates bilinearly at every crossing of rows and columns.
 
     Args:
         x: Maps, (B, C, H, W).
@@ -175,7 +175,7 @@ def sample_axis(x: Tensor, fractions: Tensor, axis: int) -> Tensor:
         x: Any map.
         fractions: Positions in fractions of the axis' length n, (M,), float64 on the CPU: pixel i
             has its centre at (i + ½) / n.
-        axis: Along which.
+        axis: The axis.
 
     Returns:
         The map with M positions along the axis.

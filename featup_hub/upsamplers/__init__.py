@@ -1,4 +1,4 @@
-"""What learns: modules that turn low-resolution features into high-resolution ones."""
+"""Modules that upsample low-resolution features."""
 
 from featup_hub.upsamplers.fitted import FittedFeatures, JBUFit
 from featup_hub.upsamplers.implicit import ImplicitUpsampler

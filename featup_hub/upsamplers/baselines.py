@@ -1,8 +1,8 @@
-r"""What an upsampler must beat: interpolation, and a joint bilateral filter nobody trained.
+r"""Baseline upsamplers: interpolation, and an untrained joint bilateral filter.
 
 All share one signature, ``f(source (B, C, h, w), image (B, 3, H, W), size) -> (B, C, *size)``,
-that of every upsampler in an evaluation. All are linear in the source and treat every channel
-alike, so a linear head may be applied before them.
+as do all upsamplers in an evaluation. All are linear in the source and treat every channel alike,
+so a linear head may be applied before them.
 
 Source: Kopf et al., "Joint Bilateral Upsampling", SIGGRAPH 2007, for :func:`joint_bilateral`.
 """
@@ -19,17 +19,17 @@ __all__ = ["bicubic", "bilinear", "joint_bilateral", "nearest"]
 
 
 def nearest(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Repeats every cell; the image is not looked at."""
+    """Repeats every cell; ignores the image."""
     return F.interpolate(source, size, mode="nearest-exact")
 
 
 def bilinear(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Interpolates between the four nearest cells; the image is not looked at."""
+    """Interpolates between the four nearest cells; ignores the image."""
     return F.interpolate(source, size, mode="bilinear", align_corners=False)
 
 
 def bicubic(source: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Interpolates between the sixteen nearest cells; the image is not looked at."""
+    """Interpolates between the sixteen nearest cells; ignores the image."""
     return F.interpolate(source, size, mode="bicubic", align_corners=False)
 
 
@@ -42,14 +42,14 @@ def joint_bilateral(
     sigma_spatial: float = 0.75,
     sigma_range: float = 0.5,
 ) -> Tensor:
-    r"""Averages the cells around every pixel whose colour is like the pixel's.
+    r"""Averages the cells around every pixel, weighted by likeness of colour to the pixel.
 
     .. math::
         y(u) = \frac{1}{Z} \sum_q s(q)\, e^{-|u_\downarrow - q|^2 / 2\sigma_s^2}\,
                e^{-|I(u) - I_\downarrow(q)|^2 / 2\sigma_r^2}
 
-    :math:`u_\downarrow` is the pixel's place on the source's grid and :math:`I_\downarrow` the
-    image averaged over each cell. Cells beyond the border take no part.
+    :math:`u_\downarrow` is the pixel's position on the source's grid, and :math:`I_\downarrow` is
+    the image averaged over each cell. Cells beyond the border are excluded.
 
     Args:
         source: Low-resolution features, (B, C, h, w).
@@ -89,7 +89,7 @@ def joint_bilateral(
 
 
 def _neighbours(cells: int, pixels: int, radius: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Lists, per offset, each pixel's cell and squared distance, infinite beyond the border."""
+    """Returns each pixel's cell and squared distance per offset; infinite beyond the border."""
     place = (torch.arange(pixels, device=like.device) + 0.5) * (cells / pixels) - 0.5
     centre = place.round().long()
     neighbours = []

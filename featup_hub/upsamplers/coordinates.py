@@ -14,7 +14,7 @@ class FourierFeatures(nn.Module):
 
     Args:
         frequencies: Number of frequencies.
-        log_range: Natural logarithms of the lowest and the highest, in radians per unit.
+        log_range: Natural logarithms of the lowest and highest frequency, in radians per unit.
         signals: Number of signals.
     """
 
@@ -41,10 +41,11 @@ def pixel_centres(height: int, width: int, device: torch.device | None = None) -
 def sample(x: Tensor, position: Tensor) -> Tensor:
     """Interpolates a map, (1, C, H, W), at fractions of its height and width, (N, 2): (N, C).
 
-    Beyond the centres of the outermost pixels their values are repeated.
+    Beyond the outermost pixel centres the border is repeated.
     """
     # Clamping replaces padding_mode="border", which older releases of torch lack on Apple's
-    # devices. In the positions' precision: bfloat16 would round points at the edge to the outside.
+    # devices. It keeps the positions' precision: bfloat16 would round points at the edge to the
+    # outside.
     rows, columns = (
         part.clamp(0.5 / n, 1 - 0.5 / n)
         for part, n in zip(position.unbind(1), x.shape[-2:], strict=True)

@@ -1,4 +1,4 @@
-"""The features of one image, as a fit leaves them: asked for at any size or point, saved, loaded.
+"""Fitted features of one image: computed at any size or point, saved, loaded.
 
 :func:`featup_hub.fit` makes these objects. There are two kinds: :class:`JBUFit`, which is exact,
 and :class:`featup_hub.upsamplers.implicit.ImplicitUpsampler`, FeatUp's coordinate network.
@@ -24,7 +24,7 @@ __all__ = ["FittedFeatures", "JBUFit"]
 
 
 class FittedFeatures(nn.Module):
-    """One image's features at any resolution. :meth:`load` reads a file of either kind.
+    """One image's features at any resolution. :meth:`load` reads files of both kinds.
 
     Args:
         image: The image, normalised RGB, (1, 3, H, W).
@@ -96,7 +96,7 @@ class FittedFeatures(nn.Module):
             Features, (N, C).
 
         Raises:
-            ValueError: If ``points`` is not (N, 2), or a point lies outside of the image.
+            ValueError: If ``points`` is not (N, 2), or a point is outside the image.
         """
         points = torch.as_tensor(points, dtype=self.image.dtype, device=self.image.device)
         if points.dim() != 2 or points.shape[1] != 2:
@@ -127,14 +127,14 @@ class FittedFeatures(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what :meth:`save` wrote. No random number is drawn.
+        """Reads a file of :meth:`save`. No random number is drawn.
 
         Returns:
             The features, on the CPU, in evaluation mode.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged, of another version, or no fit.
+            ValueError: If the file is damaged, has another version, or is not a fit.
         """
         tensors, notes = read(path), metadata(path)
         kinds = {kind.FORMAT: kind for kind in (cls, *cls.__subclasses__()) if kind.FORMAT}
@@ -166,17 +166,17 @@ class FittedFeatures(nn.Module):
         raise NotImplementedError
 
     def _notes(self) -> dict[str, str]:
-        """Returns what a file notes beside the tensors."""
+        """Returns the file's metadata."""
         return {}
 
     @classmethod
     def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
-        """Makes a module that the tensors and notes of a file fit, without their values."""
+        """Makes a module with the shapes of a file's tensors and metadata, without values."""
         raise NotImplementedError
 
 
 class JBUFit(FittedFeatures):
-    """One image's features, F = U z: a source, upsampled by JBU stages of the image.
+    """One image's features, F = U z: a source upsampled by JBU stages with the image as guidance.
 
     Args:
         image: The image, normalised RGB, (1, 3, H, W).
@@ -223,8 +223,8 @@ class JBUFit(FittedFeatures):
         """Returns the features of the whole image, differentiable in ``source``.
 
         Args:
-            size: Height and width of the result; default: the image's. To other sizes the features
-                at the image's size are resized bilinearly, with antialiasing.
+            size: Height and width of the result; default: the image's. For another size, the
+                features at the image's size are resized bilinearly, with antialiasing.
 
         Returns:
             Features, (1, C, *size).

@@ -1,11 +1,11 @@
-r"""The implicit upsampler: a small coordinate network that holds one image's features.
+r"""The implicit upsampler: a small coordinate network that represents one image's features.
 
 .. math:: F(y, x) = \mu + D\,\mathrm{MLP}(\mathrm{norm}([\sin(\omega s + \varphi),
     \cos(\omega s + \psi), r, g, b])), \quad s \in \{y, x, r, g, b\}
 
-s are the position and the colour there, each scaled to [0, 1]; the phases φ, ψ are learned. The
+s are position and colour, each scaled to [0, 1]; the phases φ, ψ are learned. The
 network predicts principal components, (μ, D). :func:`featup_hub.training.network.fit_network`
-trains it; the module holds the image and gives its features at any size or point.
+trains it. The module stores the image and computes its features at any size or point.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2.
 """
@@ -36,10 +36,10 @@ class ImplicitUpsampler(FittedFeatures):
         mean: Mean of the features, (C,).
         directions: Features per coordinate of the network, (C, K).
         frequencies: Number of frequencies.
-        log_range: Natural logarithms of the lowest and the highest.
+        log_range: Natural logarithms of the lowest and highest frequency.
         hidden: Width of the network.
-        dropout: Chance that an input of the network is dropped, at all points at once.
-        base: Coordinates to which the network adds, (1, K, h, w), interpolated bilinearly.
+        dropout: Probability of dropping an input of the network, at all points at once.
+        base: Coordinates that are added to the network's, (1, K, h, w), interpolated bilinearly.
         backbone: Name of the backbone.
         backbone_digest: Digest of its weights.
         scores: Scores of the fit by name.
@@ -54,7 +54,7 @@ class ImplicitUpsampler(FittedFeatures):
         (torch.Size([1, 8, 12, 18]), torch.Size([1, 8]))
     """
 
-    FORMAT = "featup_hub.implicit/2"  # 2 notes dropout, and whether there is a base
+    FORMAT = "featup_hub.implicit/2"  # 2 stores dropout, and whether there is a base
     mean: Tensor
     directions: Tensor
     base: Tensor | None
@@ -99,7 +99,7 @@ class ImplicitUpsampler(FittedFeatures):
         Args:
             size: Height and width of the result; default: the image's. For a smaller size the image
                 is reduced with antialiasing first.
-            tile: Positions per pass of the network, which bounds the memory beside the result.
+            tile: Positions per pass of the network; bounds the working memory.
 
         Returns:
             Features, (1, C, *size).
@@ -121,13 +121,13 @@ class ImplicitUpsampler(FittedFeatures):
 
         Args:
             size: Height and width of the result; default: the image's.
-            tile: Positions per strip, rounded down to whole rows, but one row at least.
+            tile: Positions per strip, rounded down to whole rows, at least one row.
 
         Yields:
             First row of a strip, and its features, (1, C, rows, width).
 
         Raises:
-            ValueError: If ``size`` or ``tile`` is not positive; when the first strip is asked for.
+            ValueError: At the first strip, if ``size`` or ``tile`` is not positive.
         """
         height, width = self._wanted(size, tile)
         image = self._resized((height, width))
@@ -149,7 +149,8 @@ class ImplicitUpsampler(FittedFeatures):
 
         Args:
             position: Fractions of height and width, (N, 2), in [0, 1].
-            colour: Normalised RGB there, (N, 3); default: the image's, interpolated bilinearly.
+            colour: Normalised RGB at the positions, (N, 3); default: the image's, interpolated
+                bilinearly.
 
         Returns:
             Coordinates, (N, K).
@@ -158,8 +159,8 @@ class ImplicitUpsampler(FittedFeatures):
         low, high = self.image.amin((0, 2, 3)), self.image.amax((0, 2, 3))
         colour = (colour - low) / (high - low).clamp(min=1e-6)
         x = torch.cat([self.fourier(torch.cat([position, colour], dim=1)), colour], dim=1)
-        # One mask for all points removes inputs rather than adding noise between pixels. Masking
-        # the weights is almost free. Drawn on the CPU, it is the same on every device.
+        # One mask for all points removes inputs; a mask per point would add noise. Masking the
+        # weights is almost free. It is drawn on the CPU, so it is the same on every device.
         keep = F.dropout(torch.ones(len(self.norm.weight)), self.dropout, self.training).to(x)
         first, second, last = (cast(nn.Linear, layer) for layer in self.layers)
         x = F.linear(self.norm(x), first.weight * keep, first.bias).relu()
@@ -167,7 +168,7 @@ class ImplicitUpsampler(FittedFeatures):
         return x if self.base is None else x + sample(self.base, position)
 
     def restore(self, coordinates: Tensor) -> Tensor:
-        """Returns features, (N, C), of coordinates, (N, K)."""
+        """Converts coordinates, (N, K), to features, (N, C)."""
         return torch.addmm(self.mean, coordinates.to(self.mean), self.directions.t())
 
     def _notes(self) -> dict[str, str]:
@@ -175,7 +176,7 @@ class ImplicitUpsampler(FittedFeatures):
 
     @classmethod
     def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
-        # Without the note, a file that lost its base would give other features.
+        # Without this entry, a file that lost its base would give other features.
         if notes["base"] != ("yes" if "base" in tensors else "no"):
             raise ValueError(f"base, noted as {notes['base']:.20}")
         held = (tensors[name] for name in ("image", "mean", "directions"))
@@ -190,7 +191,7 @@ class ImplicitUpsampler(FittedFeatures):
         return module
 
     def _check_parts(self) -> None:
-        """Raises ValueError unless the shapes of the tensors fit one another."""
+        """Raises ValueError unless the shapes of the tensors match."""
         channels, coordinates = self.feat_dim, self.layers[-1].out_features
         wanted = {"mean": (channels,), "directions": (channels, coordinates)}
         for name, tensor in self.named_buffers():

@@ -1,11 +1,11 @@
-"""A first stage that looks at cells: it smooths them, and helps the learned stage to place them.
+"""A joint bilateral first stage: it smooths the source's cells and upsamples them along edges.
 
-The learned stages compare pixels with pixels of one resolution. This one compares whole
-distributions of colours: of a source's cells with one another, so that those of one object are
-averaged, since upsampling sharpens noise, too; and of a pixel with the cells around it, so that it
-takes the features of those it could be part of. Where features change smoothly, the learned stage
-does better, so the two are averaged. Kernels come from the image alone and serve every channel, as
-those of the other stages do.
+The learned stages compare single pixels of one resolution. This stage compares distributions of
+colours. Smoothing compares cells with cells and averages cells of one object, because upsampling
+also sharpens noise. Upsampling compares a pixel with the cells around it and takes the features of
+similar cells. The learned stage is better where features change smoothly, so the outputs of the two
+are averaged. Kernels depend only on the image and are the same for every channel, as in the other
+stages.
 
 Sources: Kopf et al., "Joint Bilateral Upsampling", SIGGRAPH 2007; Smola et al., "A Hilbert Space
 Embedding for Distributions", ALT 2007; Rahimi and Recht, "Random Features for Large-Scale Kernel
@@ -27,18 +27,18 @@ from featup_hub.ops.reference import mirror, repeat
 
 __all__ = ["JointBilateralStage", "JointKernels"]
 
-_FINER = 2  # times the output: where colours are embedded; finer is no better, and costs memory
+_FINER = 2  # times the output size, to embed colours; finer is no better
 
 
 class JointKernels(NamedTuple):
-    """Kernels of a joint bilateral stage; all but the learned ones sum to one in any case.
+    """Kernels of a joint bilateral stage; all except the learned ones always sum to one.
 
     Attributes:
-        smoothing: One per cell, over cells, (B, D², h, w); of a stitched source, one per cell of
-            each look, (B·k², D², h/k, w/k), rounded up.
-        upsampling: Of each pass, one per pixel, over pixels that have their cell's features,
-            (B, D², H, W).
-        learned: Of each pass, one per pixel, over pixels of the resized source, (B, D², H, W).
+        smoothing: One kernel per cell, over cells, (B, D², h, w); for a stitched source, one per
+            cell of each look, (B·k², D², h/k, w/k), rounded up.
+        upsampling: Per pass, one kernel per pixel, over pixels that have their cell's features, (B,
+            D², H, W).
+        learned: Per pass, one kernel per pixel, over pixels of the resized source, (B, D², H, W).
         looks_per_side: k, see :meth:`JointBilateralStage.kernels`.
     """
 
@@ -49,30 +49,28 @@ class JointKernels(NamedTuple):
 
 
 class JointBilateralStage(nn.Module):
-    r"""Smooths a source, then upsamples it by up to two in each pass, beside a learned stage.
+    r"""Smooths a source, then upsamples it by up to two in each pass, next to a learned stage.
 
     Every colour x has an embedding :math:`\phi(x) = \sqrt{2/E} \cos(\Omega x + \beta)`, and a cell
-    or pixel the mean :math:`\mu` of its colours' embeddings. Distances of means are distances of
-    distributions: two cells of one mean colour differ if an edge crosses one of them. Both filters
-    weight what lies and looks near,
-    :math:`w_{pq} \propto \exp(-|p - q|^2 / 2\sigma^2 - |\mu_p - \mu_q|^2 / 2\tau^2)`, normalised
-    over the neighbourhood. Smoothing compares cells with cells; upsampling compares a pixel of a
-    pass's output with its neighbours' cells, in the second pass with the pixels of the first.
-    Places are in cells of the source, in every pass.
+    or pixel has the mean :math:`\mu` of its colours' embeddings. Distances of these means measure
+    differences of distributions: two cells of one mean colour differ if an edge crosses one of
+    them. Both filters weight by distance and likeness of colour, :math:`w_{pq} \propto \exp(-|p -
+    q|^2 / 2\sigma^2 - |\mu_p - \mu_q|^2 / 2\tau^2)`, normalised over the neighbourhood. Smoothing
+    compares cells with cells; upsampling compares a pixel of a pass's output with its neighbours'
+    cells, and in the second pass with the pixels of the first pass. Positions are in cells of the
+    source, in every pass.
 
     Args:
         guidance_dim: Channels of the image.
         radius: Reach of both filters, in cells and in pixels of the output.
         embedding_dim: Length E of an embedding.
-        smoothing_spatial: σ of the smoothing, its strength; with 0 there is none, and training does
-            not bring it about.
+        smoothing_spatial: σ of the smoothing, its strength; 0 disables it, and stays 0 in training.
         smoothing_range: τ of the smoothing, of a cell's distribution: from 0 (alike) to √2.
         spatial: σ of the upsampling.
         range: τ of the upsampling.
-        share: Share of the upsampling in the output, beside the learned stage's.
-        bandwidth: What counts as another colour, in units of the normalised image: the deviation
-            of the Gaussian kernel that embeddings stand for. Decides Ω and β, which can be
-            trained like all parameters.
+        share: Share of the upsampling in the output; the rest is the learned stage's.
+        bandwidth: Deviation of the Gaussian kernel of colours that the embeddings approximate, in
+            units of the normalised image. Sets the initial Ω and β; they are parameters, too.
 
     Example:
         >>> stage, image = JointBilateralStage(), torch.randn(1, 3, 64, 96)
@@ -104,8 +102,8 @@ class JointBilateralStage(nn.Module):
         self.share = nn.Parameter(torch.tensor(share))
         self.frequencies = nn.Parameter(torch.empty(embedding_dim, guidance_dim))
         self.phases = nn.Parameter(torch.empty(embedding_dim))
-        # Drawn apart from the global generator, the same for every stage, on the CPU for every
-        # device; rounded, so that a stage in half precision has the same embeddings.
+        # Drawn with a generator of its own on the CPU: the same for every stage and device.
+        # Rounded, so that a stage in half precision has the same embeddings.
         generator = torch.Generator().manual_seed(0)
         cpu = torch.device("cpu")
         shape, exact = self.frequencies.shape, torch.float32
@@ -138,17 +136,18 @@ class JointBilateralStage(nn.Module):
         Args:
             image: The image, (B, G, H, W), float32 or better.
             source_size: Height and width of the source.
-            learned: Kernels of the learned stage in each pass, (B, D², H, W), first to last, at
+            learned: Kernels of the learned stage for each pass, (B, D², H, W), first to last, at
                 the size of the pass's output.
-            looks_per_side: k, if the source is stitched from k² looks. Each look is smoothed by
-                itself, so that smoothing reaches as far as with one look, and averages as much.
+            looks_per_side: k, if the source is stitched from k² looks. Each look is smoothed
+                separately, so that smoothing reaches as far and averages as many cells as with one
+                look.
             impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
-            The kernels; the filters' in the image's precision.
+            The kernels; those of the filters in the image's precision.
 
         Raises:
-            ValueError: If there is no pass.
+            ValueError: If ``learned`` is empty.
         """
         if not learned:
             raise ValueError(
@@ -219,10 +218,10 @@ def _over_stride(cells: Tensor, count: int) -> Tensor:
 
 
 def _split(cells: Tensor, count: int) -> Tensor:
-    """Takes a stitched source apart into its looks, (B, C, h, w) -> (B·k², C, h/k, w/k)."""
+    """Splits a stitched source into its looks, (B, C, h, w) -> (B·k², C, h/k, w/k)."""
     if count == 1:
         return cells
-    for axis in (2, 3):  # where a look has a cell less, its last one stands in
+    for axis in (2, 3):  # if a look has one cell less, its last cell is repeated
         length = cells.shape[axis]
         place = torch.arange(-(-length // count) * count, device=cells.device)
         cells = cells.index_select(axis, place.clamp(max=length - 1))
@@ -231,7 +230,7 @@ def _split(cells: Tensor, count: int) -> Tensor:
 
 
 def _joined(looks: Tensor, count: int, size: tuple[int, int]) -> Tensor:
-    """Puts the looks of a source together, the inverse of :func:`_split`."""
+    """Joins the looks of a source; the inverse of :func:`_split`."""
     if count == 1:
         return looks
     parts = looks.unflatten(0, (-1, count * count)).movedim(1, 2).flatten(1, 2)

@@ -2,7 +2,7 @@
 
 The layout is that of ``huggingface_hub.PyTorchModelHubMixin``: ``config.json`` with the
 constructor's arguments, ``model.safetensors``, and ``README.md``, the model card. The mixin itself
-would need the Hub's library to be installed for every use of an upsampler.
+is not used: it would make the Hub's library a requirement of every upsampler.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ pipeline_tag: image-feature-extraction
 
 # {name}
 
-This is an upsampler of featup_hub, `{name}`, with {parameters:,} parameters. It brings the features
-of a vision backbone to the resolution of the image.
+This is an upsampler of featup_hub, `{name}`, with {parameters:,} parameters. It upsamples the
+features of a vision backbone to the resolution of the image.
 
 ```python
 from featup_hub import {name}
@@ -46,7 +46,7 @@ features = upsampler(source, image)  # (B, C, h, w), (B, 3, H, W) -> (B, C, H, W
 
 Training data, scores and limits: to be written by its authors.
 """
-_LARGEST = 1 << 16  # of any number in a config, which may come from a stranger
+_LARGEST = 1 << 16  # largest number in a config; a config may come from an untrusted source
 
 
 class Pretrained(nn.Module):
@@ -67,7 +67,7 @@ class Pretrained(nn.Module):
         """Loads a module from a folder or a Hub repository.
 
         Args:
-            source: Folder that :meth:`save_pretrained` wrote, or repository, ``owner/name``.
+            source: Folder made by :meth:`save_pretrained`, or repository, ``owner/name``.
             revision: Commit, tag or branch of the repository; default: the main branch.
             token: Access token; default: the one the Hub's library finds.
             force_download: Download the files even if they are cached.
@@ -76,9 +76,9 @@ class Pretrained(nn.Module):
             The module, in eval mode.
 
         Raises:
-            ValueError: If a file is damaged, or weights and config do not fit one another.
+            ValueError: If a file is damaged, or weights and config do not match.
             FileNotFoundError: If the folder lacks a file.
-            RuntimeError: If the repository's files are neither cached nor to be had.
+            RuntimeError: If the repository's files are not cached and cannot be downloaded.
         """
         if (folder := Path(source).expanduser()).is_dir():
             config, weights = folder / CONFIG, folder / WEIGHTS
@@ -106,7 +106,7 @@ class Pretrained(nn.Module):
         """Writes config, weights and, unless there is one, a model card.
 
         Args:
-            folder: The folder, made if need be.
+            folder: The folder; made if it does not exist.
             licence: Name of the weights' licence for the card, as the Hub spells it.
 
         Raises:
@@ -130,7 +130,7 @@ class Pretrained(nn.Module):
         licence: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Uploads the module to a Hub repository, made if need be; a card there is kept.
+        """Uploads the module to a Hub repository; makes it if needed, keeps an existing card.
 
         Args:
             repo_id: Repository, ``owner/name``.
@@ -171,7 +171,7 @@ class Pretrained(nn.Module):
 def _read_config(cls: type, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # the latter where brackets are nested without end
+    except (ValueError, RecursionError):  # the latter if brackets are nested too deeply
         config = None
     known = list(signature(cls).parameters)
     if not isinstance(config, dict) or not set(config) <= set(known):

@@ -20,25 +20,25 @@ from featup_hub.upsamplers.joint import JointKernels
 
 __all__ = ["JBUKernels", "JBUPlan", "JBUStage", "output_size", "stage_sizes"]
 
-_ZERO_MEAN = 1e-6  # of the largest entry: what rounding to float32 leaves of a mean of zero
+_ZERO_MEAN = 1e-6  # of the largest entry: rounding error in float32 of a mean of zero
 
 
 def stage_sizes(
     source_size: tuple[int, int], output_size: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Plans the sizes that a source passes through on its way to the output.
+    """Plans the sizes from source to output.
 
     There are n = ceil(log2 of the larger ratio) stages, counted from the output. The last stage
     makes the output, the one before it half of that (rounded up), and so on, never below the
-    source. So every stage but the first doubles, up to the rounding of odd sizes. The first stage,
-    which is the cheapest, takes the ratio that is left.
+    source. So every stage except the first doubles the size, up to the rounding of odd sizes. The
+    first stage, which is the cheapest, takes the remaining ratio.
 
     Args:
         source_size: Height and width of the features.
         output_size: Height and width wanted, neither smaller than the source's.
 
     Returns:
-        One size per stage, the last being ``output_size``; empty if the sizes are equal.
+        One size per stage, ``output_size`` last; empty if the sizes are equal.
 
     Raises:
         ValueError: If the output is smaller than the source.
@@ -57,8 +57,8 @@ def stage_sizes(
             f"the output must be at least as large as the source, {h}×{w}; "
             f"got {height}×{width}; resize features with torch.nn.functional.interpolate instead"
         )
-    # Only comparisons, so that the number of stages is a number when sizes are symbolic; and no
-    # division of negative numbers, which ONNX rounds towards zero.
+    # Uses only comparisons, so that the number of stages is an int when sizes are symbolic. Does
+    # not divide negative numbers, because ONNX rounds them towards zero.
     count = 0
     while height > h * 2**count or width > w * 2**count:
         count += 1
@@ -73,8 +73,8 @@ def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[i
 
     Args:
         guidance: The image, (B, G, H, W).
-        size: Height and width; or the length of the short side, where the other side follows the
-            image's aspect ratio; or None for the image's own size.
+        size: Height and width; or the length of the short side, which keeps the image's aspect
+            ratio; or None for the image's own size.
 
     Example:
         >>> output_size(torch.zeros(1, 3, 60, 90), 40)
@@ -96,11 +96,11 @@ def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[i
 class ZeroSumConv2d(nn.Conv2d):
     """A 1×1 convolution whose outputs sum to zero, whatever its parameters are.
 
-    It uses weight and bias without their means over the outputs, and saves them so.
+    It uses and saves weight and bias without their means over the outputs.
     """
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Returns weight and bias as they are used, (outputs, inputs) and (outputs,)."""
+        """Returns the weight and bias in use, (outputs, inputs) and (outputs,)."""
         return _without_mean(self.weight.flatten(1)), _without_mean(cast(Tensor, self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _without_mean(matrix: Tensor) -> Tensor:
 
 
 class PointwiseMLP(nn.Sequential):
-    """Two 1×1 convolutions with a GELU between; upstream's indices 0 and 3 hold the weights."""
+    """Two 1×1 convolutions with a GELU between; upstream's indices 0 and 3 have the weights."""
 
     def __init__(
         self, dim_in: int, dim_out: int, *, dropout: float, zero_sum: bool = False
@@ -165,7 +165,7 @@ class JBUStage(nn.Module):
         guidance_dim: Channels of the guidance (3: normalised RGB).
         key_dim: Channels in which neighbouring pixels are compared.
         radius: Reach of the kernel; 3 means 7×7 taps.
-        dropout: Chance of dropping a hidden channel while training.
+        dropout: Probability of dropping a hidden channel in training.
         unit_sum: Whether every kernel sums to one, before and during training. The learned
             correction, 0.1·(W h + b), then uses W and b without their means over the taps.
     """
@@ -190,7 +190,7 @@ class JBUStage(nn.Module):
         )
 
     def weights(self) -> StageWeights:
-        """Returns the ten parameters as the operations take them."""
+        """Returns the ten parameters in the form that the operations take."""
         return StageWeights(
             self.range_temp,
             self.sigma_spatial,
@@ -228,13 +228,13 @@ class JBUStage(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class JBUPlan:
-    """What a stack is about to compute for an image.
+    """Plan of a stack's computation for an image.
 
     Attributes:
         size: Height and width of the output.
         first: Kernels of the joint bilateral stage, which comes first; None if there is none.
-        stages: The learned stages behind it, each with its guidance, (B, G, H, W).
-        shrink: What the stages compute is larger than the output by this factor, and averaged.
+        stages: The learned stages after it, each with its guidance, (B, G, H, W).
+        shrink: The stages' result is larger than the output by this factor, and is averaged down.
     """
 
     size: tuple[int, int]
@@ -249,10 +249,10 @@ class JBUKernels:
 
     Attributes:
         source_size: Height and width of the features that the kernels are for.
-        stages: Kernels of each stage, (B, D², H, W), first to last, without the stages that have a
-            joint bilateral stage beside them.
-        first: The kernels of these; None where all stages are learned alone.
-        shrink: What they compute is larger than the output by this factor, and averaged.
+        stages: Kernels of each stage, (B, D², H, W), first to last, without the stages that
+            ``first`` contains.
+        first: Kernels of the joint bilateral stage and its learned stages; None if there is none.
+        shrink: Their result is larger than the output by this factor, and is averaged down.
     """
 
     source_size: tuple[int, int]
@@ -261,14 +261,14 @@ class JBUKernels:
     shrink: int = 1
 
     def check(self, source_size: tuple[int, int], *, joint_first: bool) -> None:
-        """Refuses features of another size, and a stack of another kind.
+        """Checks the size of the features and the kind of stack.
 
         Args:
             source_size: Height and width of the features.
             joint_first: Whether the stack has a joint bilateral stage.
 
         Raises:
-            ValueError: If these kernels are not for them.
+            ValueError: If the kernels are for another size or kind.
         """
         if source_size != self.source_size:
             raise ValueError(

@@ -1,9 +1,9 @@
-"""Big images in tiles: the numbers of the whole, in bounded memory.
+"""Upsamples big images in tiles: the same result in bounded memory.
 
 A tile of the output needs a slightly larger tile of every stage before it. The overlap is exact:
-per axis, each stage computes the pixels wanted and one radius around them, from just those
-pixels of its source that the bicubic rows mix. Where a tile ends at the image's border it has
-the border's own rule, elsewhere what a cut spoils is cut off.
+per axis, each stage computes the pixels wanted and one radius around them, from only the source
+pixels that bicubic interpolation reads. At the image's border a tile uses the border's rule. At
+other edges the pixels that a cut makes wrong are cropped.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = ["upsample_tiled"]
 
-# Bytes that a tile needs at most per output pixel: kernels and what predicting them takes, in
-# float32 of every stage; and per channel besides, the resized source, its windows, the output.
+# Most bytes of a tile per output pixel: kernels and their prediction, in float32, of every stage.
+# Then per channel: the resized source, its windows, the output.
 KERNEL_BYTES, CHANNEL_BYTES = 1600, 24
 CHANNELS = 64
 SMALLEST = 16
@@ -33,9 +33,9 @@ class Span:
     """One axis of one stage, for one tile.
 
     Attributes:
-        region: The pixels computed, wanted ones and a radius around them.
-        source: The pixels of the stage's source that these are mixed from.
-        matrix: How, (pixels computed, pixels of the source).
+        region: The pixels computed: those wanted and a radius around them.
+        source: The pixels of the stage's source that are read.
+        matrix: Weights, (pixels computed, pixels of the source).
         inner: The pixels wanted, counted within ``region``.
     """
 
@@ -64,18 +64,17 @@ def upsample_tiled(
         size: Height and width wanted, or the length of the short side; default: the guidance's.
         out: Where to write, (B, C, *size), such as ``torch.from_numpy`` of a memory-mapped file;
             default: new memory on the source's device.
-        max_bytes: Memory to work with, besides inputs and output, and besides what the joint
-            bilateral stage takes, where there is one: it is passed whole, at an eighth of the
-            output's height and width where the ratio is 16, with about 2 kB for each of its pixels,
-            and what it makes of the source.
+        max_bytes: Working memory, without inputs, output and the joint bilateral stage. That stage,
+            if there is one, is computed whole: about 2 kB for each of its pixels, and its features.
+            At a ratio of 16 it has an eighth of the output's height and width.
         impl: Who computes, see :mod:`featup_hub.ops.jbu`.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: If the shapes do not fit one another, the memory does not suffice for a
-            small tile, or the upsampler is in training mode.
+        ValueError: If the shapes do not match, the memory is too small for a tile, or the upsampler
+            is in training mode.
 
     Example:
         >>> stack = JBUStack().eval()
@@ -143,7 +142,7 @@ def _fill(
 
 
 def _spans(sizes: list[int], wanted: slice, radius: int, like: Tensor) -> list[Span]:
-    """Follows the pixels wanted of the last size back to the first one's."""
+    """Traces the wanted pixels from the last size back to the first."""
     spans: list[Span] = []
     for size_in, size_out in zip(sizes[-2::-1], sizes[:0:-1], strict=True):
         start, stop = max(wanted.start - radius, 0), min(wanted.stop + radius, size_out)
@@ -168,7 +167,7 @@ def _spans(sizes: list[int], wanted: slice, radius: int, like: Tensor) -> list[S
 
 
 def _side(max_bytes: int, channels: int) -> int:
-    """Returns the side of the largest tile that fits, overlap included."""
+    """Returns the side of the largest tile that fits, including overlap."""
     per_pixel = KERNEL_BYTES + CHANNEL_BYTES * min(channels, CHANNELS)
     side = int((max_bytes / per_pixel) ** 0.5) - 2 * SMALLEST
     if side < SMALLEST:

@@ -84,7 +84,7 @@ def test_photographs_are_needed():
 
 def test_a_folder_without_photographs_is_refused(tmp_path):
     (tmp_path / "README.txt").write_text("none yet", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"need photographs; .* has none; name the folder"):
+    with pytest.raises(ValueError, match=r"need photographs; .* has none; name another folder"):
         open_photos(EvaluationConfig(photos=tmp_path))
 
 
