@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Pixels", "decode"]
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SAMPLE_FORMAT = 339  # TIFF's tag that is 2 for numbers with a sign
 _IN_FLAGS = (
     "read_image(photo, value_range=(LOW, HIGH)) in Python, --value-range LOW HIGH on the command "
     "line"
@@ -159,8 +160,14 @@ def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: 
     raw = _raw_mode(image)
     with _decoder_errors(name):
         upright = ImageOps.exif_transpose(image)
-        if upright.mode in {"I", "F"} or upright.mode.startswith("I;"):
-            return Pixels(name=name, values=np.asarray(upright))
+        signed = 2 in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
+        if upright.mode in {"I", "F"} or upright.mode.startswith("I;") or signed:
+            values = np.asarray(upright)
+            if signed and values.dtype == np.uint8:  # Pillow takes 8 bits for unsigned
+                values = values.view(np.int8)
+            elif raw.startswith("I;32") and not raw.endswith("S"):  # and 32 for signed
+                values = values.view(np.uint32)
+            return Pixels(name=name, values=values)
         if not as_stored or upright.mode in {"1", "P", "PA"}:
             bands = {band.upper() for band in upright.getbands()}
             clear = "A" in bands or "transparency" in upright.info

@@ -87,6 +87,23 @@ def test_float_and_signed_pixels_need_a_range(tmp_path: Path, dtype: type) -> No
     assert set(clipped.flat) == {0, 255}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [(np.int8, -128, 127), (np.uint32, 0, 2**32 - 1)]
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_8_bits_with_a_sign_and_32_without_are_read_as_the_tiff_says(
+    tmp_path: Path, dtype: type, low: int, high: int, order: str
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.linspace(low, high, 512).round().astype(dtype).reshape(16, 32)
+    tifffile.imwrite(tmp_path / "x.tif", values, byteorder=order)
+    with pytest.raises(ValueError, match=rf"has {dtype.__name__} pixels from {low} to "):
+        read_image(tmp_path / "x.tif")
+    found = np.asarray(read_image(tmp_path / "x.tif", value_range=(low, high)))
+    wanted = (values.astype(np.float64) - low) / (high - low) * 255
+    assert np.abs(found[..., 0] - wanted).max() <= 0.5
+
+
 def test_a_range_must_rise_and_pixels_be_numbers() -> None:
     with pytest.raises(ValueError, match="a low and a higher value; got 5, 5"):
         read_image(RAMP, value_range=(5, 5))
