@@ -1,6 +1,6 @@
 """High-resolution features from any vision backbone.
 
-Importing this package changes nothing in the process; what it holds is imported at first use::
+Importing this package has no side effects. Its modules are imported at first use::
 
     model = featup_hub.load("efficientnet_lite0")
     features = model(image)  # (1, 3, H, W) normalised by model.mean, model.std -> (1, C, H, W)
@@ -56,7 +56,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name at its first use, so that the command line answers before torch is loaded."""
+    """Imports a name at its first use, so that the command line starts without loading torch."""
     for module, names in _HOMES.items():
         if name in names:
             value = getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,4 +1,4 @@
-"""A page in the browser that shows which places have similar features, per patch and per pixel.
+"""A page in the browser that shows similarity of features, per patch and per pixel.
 
 Click a point of a photograph. The page colours every patch and every pixel by the cosine
 similarity of its features with those of the point, in this photograph and in a second one. The
@@ -40,7 +40,7 @@ _SHADES = ("#10104a", "#fff080", "#e02040")  # unlike, alike, between
 
 
 class Point(NamedTuple):
-    """A point that was clicked: in which photograph, and where, as shares of its sides."""
+    """A clicked point: its photograph, and its position as shares of the sides."""
 
     photo: int
     x: float
@@ -52,7 +52,7 @@ class PhotoFeatures:
     """A photograph and its features, scaled to length one.
 
     Attributes:
-        image: The photograph at the size that the backbone saw, RGB.
+        image: The photograph at the backbone's input size, RGB.
         patches: One vector per patch, (h, w, C).
         pixels: One vector per pixel, (H, W, C).
     """
@@ -69,7 +69,7 @@ def compute(model: UpsampledBackbone, photo: Image.Image, size: int) -> PhotoFea
     Args:
         model: A backbone with its upsampler.
         photo: The photograph, RGB.
-        size: The short side that the backbone shall see, in pixels, rounded to whole patches.
+        size: Short side of the backbone's input, in pixels, rounded to whole patches.
 
     Returns:
         The features.
@@ -87,7 +87,7 @@ def compute(model: UpsampledBackbone, photo: Image.Image, size: int) -> PhotoFea
 def similarity(
     query: PhotoFeatures, point: tuple[float, float], other: PhotoFeatures
 ) -> tuple[Tensor, Tensor]:
-    """Compares the features at a point with those at every place of a photograph.
+    """Compares the features at a point with the features everywhere in a photograph.
 
     Args:
         query: The photograph with the point.
@@ -114,7 +114,7 @@ def draw_similarity(
 
     Args:
         similarities: Cosine similarities, (h, w).
-        low: The similarity that is drawn darkest; 1 is drawn brightest.
+        low: The similarity of the darkest colour; 1 has the brightest.
         image: The photograph.
         strength: Opacity of the colours, from 0 to 1.
 
@@ -162,7 +162,7 @@ def _overlay(colours: Image.Image, image: Image.Image, strength: float) -> Image
 def _draw(
     photos: Sequence[PhotoFeatures | None], view: str, strength: float, point: Point | None
 ) -> list[Image.Image | None]:
-    """Draws both pictures of both photographs; None where there is nothing to draw."""
+    """Draws both pictures of both photographs; None for a missing photograph."""
     from PIL import ImageDraw
 
     present = [photo for photo in photos if photo is not None]
@@ -175,7 +175,7 @@ def _draw(
     query = None if point is None else photos[point.photo]
     if query is None or point is None:
         return [None if p is None else p.image for p in photos for _ in range(2)]
-    # The average place of the photograph is drawn darkest, so that both cells are comparable.
+    # The photograph's mean similarity is drawn darkest, so that both cells are comparable.
     lows = [float(m.mean()) for m in similarity(query, point[1:], query)]
     for photo in photos:
         if photo is None:
@@ -205,7 +205,7 @@ def build(
         model: The model that it uses first, ``NAME`` or ``NAME=FILE``.
         upsampler: The name of the upsampler that it uses first.
         models: The names to choose from; others can be typed.
-        size: Short side of the photographs as the backbone sees them, in pixels.
+        size: Short side of the backbone's input, in pixels.
 
     Returns:
         The page. Its method ``launch()`` serves it.
@@ -237,7 +237,7 @@ def build(
         return _draw(features, view, strength, point)
 
     def accept(photo: Image.Image | None) -> tuple[Image.Image | None, None]:
-        """Keeps a small copy on the server, so that a click need not decode the upload again."""
+        """Keeps a small copy on the server, so that a click does not decode the upload again."""
         return photo and resize(photo.convert("RGB"), size), None
 
     def click(index: int) -> Any:

@@ -1,13 +1,13 @@
-"""Models as files that run without this package: PyTorch programs (.pt2) and ONNX graphs.
+"""Exports models that run without this package: PyTorch programs (.pt2) and ONNX graphs.
 
-What is exported is the definition, :mod:`featup_hub.ops.reference`, in standard operators only.
-The number of stages is part of a graph: it stays that of the example, and with it the inputs that
-the graph serves. These are all batches, and all sizes whose ratio of output to source takes as
-many stages, ceil(log2 ratio). Behind a backbone of stride p that is every image whose sides are
-multiples of p. A PyTorch program checks this; an ONNX graph cannot.
+Exports use the definition, :mod:`featup_hub.ops.reference`, so they have only standard operators.
+The number of stages in a graph is fixed by the example. The graph takes any batch size, and all
+sizes with a ratio of output to source that needs the same number of stages, ceil(log2 ratio). With
+a backbone of stride p these are all images with sides that are multiples of p. A PyTorch program
+checks this; an ONNX graph cannot.
 
-Writing the default model for every size takes about two minutes of a CPU's time as ONNX, because
-each tap of each stage is an operation of its own, and half a minute of that is tracing.
+Writing the default model for every size as ONNX takes about two minutes of CPU time, because each
+tap of each stage is a separate operation. Half a minute of this is tracing.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedPr
 
     Args:
         model: An ``UpsampledBackbone``, ``JBUStack`` or ``FoldedHead``, in evaluation mode.
-        *inputs: An example of what it takes: an image, or a source and its guidance. Any values;
-            the sizes decide on the number of stages.
+        *inputs: An example of its inputs: an image, or a source and its guidance. Only the sizes
+            matter: they fix the number of stages.
         dynamic: Whether batch, heights and widths may differ from the example's.
 
     Returns:
         The program; ``program.module()(*inputs)`` runs it.
 
     Raises:
-        ValueError: If the model is in training mode, or a side to be dynamic is 1 in the example.
+        ValueError: If the model is in training mode, or a dynamic side is 1 in the example.
 
     Example:
         >>> from featup_hub import JBUStack
@@ -69,10 +69,10 @@ def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedPr
 
 
 def write_pt2(program: ExportedProgram, path: str | Path) -> None:
-    """Writes a program for ``torch.export.load``, which needs PyTorch alone.
+    """Writes a program for ``torch.export.load``, which needs only PyTorch.
 
     Args:
-        program: What :func:`trace` returned.
+        program: Result of :func:`trace`.
         path: A file named ``*.pt2``.
     """
     with write_atomically(path) as partial, partial.open("wb") as file:
@@ -80,7 +80,7 @@ def write_pt2(program: ExportedProgram, path: str | Path) -> None:
 
 
 def check_onnx() -> None:
-    """Refuses to begin, where tracing would take a minute before ONNX's packages are missed.
+    """Checks for ONNX's packages before tracing, which takes a minute.
 
     Raises:
         ImportError: If ONNX's packages are missing.
@@ -93,13 +93,12 @@ def check_onnx() -> None:
 
 
 def write_onnx(program: ExportedProgram, path: str | Path) -> None:
-    """Writes a program as an ONNX graph, its output named ``features``.
+    """Writes a program as an ONNX graph with an output named ``features``.
 
-    Weights of more than 1.5 GiB go to a second file beside it, ``*.onnx.data``; the two belong
-    together and can be moved together.
+    Weights of more than 1.5 GiB go to a second file, ``*.onnx.data``. Keep both in one folder.
 
     Args:
-        program: What :func:`trace` returned.
+        program: Result of :func:`trace`.
         path: A file named ``*.onnx``.
 
     Raises:
@@ -107,18 +106,18 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
     """
     check_onnx()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # of the exporter about its own code
         graph = torch.onnx.export(
             program,
             dynamo=True,
             output_names=["features"],
             verbose=False,
             external_data=False,
-            # Graphs are long, so its rewriting costs time, and runtimes rewrite them anyway.
+            # The exporter's optimisation of long graphs is slow, and runtimes optimise them anyway.
             optimize=False,
         )
     path = Path(path)
-    # Under its final name, which is written into a graph whose weights lie in a second file.
+    # Under its final name, because the graph contains the name of the second file.
     with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         graph.save(Path(folder, path.name))  # type: ignore[union-attr]  # None if not dynamo
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
@@ -127,11 +126,11 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
 
 @contextmanager
 def _short_padding() -> Iterator[None]:
-    """Keeps symbolic sizes short behind convolutions that timm pads as TensorFlow does.
+    """Keeps symbolic sizes short after convolutions with TensorFlow's padding in timm.
 
-    The padding follows the input's size, and four such layers nest it into a formula that takes
-    sympy minutes. Where the side is a multiple of the stride, as behind an image whose sides are
-    multiples of the model's, it is a constant; which of the two holds becomes a guard.
+    The padding depends on the input's size. Four such layers give a nested formula that takes sympy
+    minutes. If the side is a multiple of the stride, the padding is a constant; a guard
+    distinguishes the two cases.
     """
     padding: Any = sys.modules.get("timm.layers.padding")
     if padding is None:

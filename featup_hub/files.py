@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and told apart by their digests."""
+"""Atomic writes of files, and digests of files and tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-    except OSError as error:  # of a full disk, which names no file, or ours, which nobody knows
+    except OSError as error:  # a full disk names no file, others our temporary one
         if error.errno and error.filename in (None, str(partial)):
             error.filename = str(path)
         raise
@@ -74,14 +74,14 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _prefix(name: str) -> str:
-    """Shortens a name that would be too long with what is added to it."""
+    """Shortens a name that would be too long with its suffix."""
     if len(name) <= _LONGEST_PREFIX:
         return name
     return f"{name[:_LONGEST_PREFIX]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
 
 
 def _is_running(pid: str) -> bool:
-    """Tells whether a process runs. Where we cannot know, we assume that it does."""
+    """Returns whether a process runs; True if that cannot be known."""
     if os.name != "posix" or not pid.isdecimal():
         return True
     try:

@@ -1,9 +1,9 @@
-"""From an image file to the tensor that a backbone takes.
+"""Reads images, and converts them to a backbone's input.
 
-Images are read as a person sees them: turned as EXIF says, transparency laid over white, CMYK and
-palettes converted to RGB. Deeper pixels than 8 bits are scaled to 8. Of an animation or a
-multi-page file, the first picture is read. Colour profiles are not applied, as in timm. A file
-that cannot be decoded to its end is an error.
+Images are read as a viewer shows them: rotated by EXIF, transparency over white, CMYK and palettes
+converted to RGB. Pixels with more than 8 bits are scaled to 8. Only the first picture of an
+animation or a multi-page file is read. Colour profiles are not applied, as in timm. A file that
+cannot be decoded to its end is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
-"""What the names of images end in, in lower case. Some builds of Pillow cannot read AVIF."""
+"""Suffixes of image files, in lower case. Some builds of Pillow cannot read AVIF."""
 
 _OTHER_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".raf", ".rw2"}
 """Photographs that Pillow cannot read."""
@@ -47,19 +47,19 @@ def read_image(
         image: A file that Pillow decodes, or a PIL image, or an array (H, W) or (H, W, C). A TIFF
             that Pillow cannot decode, such as one of 13 bands, is read by tifffile if that is
             installed.
-        bands: Which three bands are red, green and blue, counted from 1. Needed for images with
-            other bands than those of grey, RGB and CMYK images with or without transparency.
-        value_range: The values that are black and white, such as (0, 4095) for 12 bits; values
-            outside are clipped. Default: all that 8 or 16 bits can hold. Needed for floating-point
-            and signed pixels.
+        bands: Numbers of the red, green and blue bands, counted from 1. Needed for images that are
+            not grey, RGB or CMYK, with or without transparency.
+        value_range: The values of black and white, such as (0, 4095) for 12 bits; values outside
+            are clipped. Default: the full range of 8 or 16 bits. Needed for floating-point and
+            signed pixels.
 
     Returns:
         An upright PIL image of mode RGB.
 
     Raises:
         OSError: If there is no such file, or it is a folder or may not be read.
-        ValueError: If the file is not an image, is damaged, or has too many pixels; or if
-            ``bands`` or ``value_range`` is needed or does not fit.
+        ValueError: If the file is not an image, is damaged, or has too many pixels; or if ``bands``
+            or ``value_range`` is missing or wrong.
         TypeError: If ``image`` is something else.
 
     Example:
@@ -82,7 +82,7 @@ def read_image(
 
 
 def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> None:
-    """Raises ValueError unless every side asked for is a positive multiple of the patch size."""
+    """Raises ValueError unless every given side is a positive multiple of the patch size."""
     for side in () if size is None else size if isinstance(size, (tuple, list)) else (size,):
         if not isinstance(side, Integral):
             raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
@@ -96,13 +96,13 @@ def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> N
 def resize(
     image: Image.Image, size: int | tuple[int, int] | None = None, *, multiple_of: int = 1
 ) -> Image.Image:
-    """Resizes an image to a size that a patch divides (bicubic, antialiased).
+    """Resizes an image to multiples of the patch size (bicubic, antialiased).
 
     Args:
         image: Any PIL image.
         size: None keeps the size, each side rounded to the nearest multiple. An int is the
             length of the short side; the long side follows the aspect ratio, rounded to the
-            nearest multiple. Either way the whole image is kept, stretched by at most half a
+            nearest multiple. In both cases the whole image is kept, stretched by at most half a
             multiple. (H, W) is exact: the image is scaled to cover it and centre-cropped.
         multiple_of: The patch size, in pixels. A rounded side is at least this long.
 
@@ -157,7 +157,7 @@ def preprocess(
     std: Sequence[float],
     multiple_of: int = 1,
 ) -> Tensor:
-    """Turns an image into the tensor that a backbone takes.
+    """Converts an image to a backbone's input.
 
     Args:
         image: A file, a PIL image or an array; see :func:`read_image`.
@@ -192,7 +192,7 @@ def preprocess(
 def list_images(folder: str | Path) -> list[Path]:
     """Lists the images in a folder and its subfolders, sorted by path.
 
-    Links to folders are followed, and loops of links end. Hidden files (``.name``) are left out. A
+    Links to folders are followed, without endless loops. Hidden files (``.name``) are left out. A
     warning tells of photographs in formats that cannot be read, such as HEIC.
 
     Args:
@@ -217,7 +217,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yields the photographs below a folder; ``parents`` are the folders on the way to it."""
+    """Yields the photographs below a folder; ``parents`` are its ancestors."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in parents:

@@ -1,4 +1,4 @@
-"""The values in an image file, of whatever kind and depth, and how they become 8 bits."""
+"""Reads the pixel values of an image file of any kind and depth, and scales them to 8 bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _IN_FLAGS = (
     "read_image(photo, value_range=(LOW, HIGH)) in Python, --value-range LOW HIGH on the command "
     "line"
 )
-# How Pillow names 16-bit colours, by the order of their bytes, and the opposite order.
+# Pillow's names of 16-bit colours by byte order, and the opposite order.
 _OTHER_ORDER = {";16B": ";16L", ";16L": ";16B"}
 _OTHER_ORDER[";16N"] = ";16B" if sys.byteorder == "little" else ";16L"
 
@@ -33,9 +33,9 @@ class Pixels:
     """The values of an image.
 
     Attributes:
-        name: What the image is called in errors.
+        name: Name of the image in errors.
         values: (H, W) or (H, W, bands), of any number type.
-        alpha: Opacity, a picture of mode L; None where all is opaque.
+        alpha: Opacity, a picture of mode L; None if opaque.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Pixels:
         """Takes three bands, counted from 1, as red, green and blue.
 
         Raises:
-            ValueError: If they are not three, or the image does not have them.
+            ValueError: If there are not three, or the image does not have them.
         """
         stacked = self.values if self.values.ndim == 3 else self.values[..., None]
         count = stacked.shape[2]
@@ -62,7 +62,7 @@ class Pixels:
         """Scales a range of values to 0..255, (H, W) or (H, W, 3).
 
         Raises:
-            ValueError: If there are not one or three bands, or the range must be told.
+            ValueError: If there are not one or three bands, or the range is needed.
         """
         import numpy as np
 
@@ -84,7 +84,7 @@ class Pixels:
         return (scaled + 0.5).astype(np.uint8)
 
     def _full_range(self) -> tuple[float, float]:
-        """Returns what is black and white in 16 bits; other kinds of pixels do not define it."""
+        """Returns the values of black and white in 16 bits; other kinds do not define them."""
         low, high = self.values.min(), self.values.max()
         if self.values.dtype.kind not in "iu" or low < 0 or high > 65535:
             raise ValueError(
@@ -102,12 +102,12 @@ class Pixels:
 
 
 def decode(image: object, *, as_stored: bool = False) -> Pixels:
-    """Reads all values of an image, turned upright as EXIF says.
+    """Reads all values of an image, rotated by EXIF.
 
     Args:
         image: A path, a PIL image or an array, see :func:`featup_hub.image.read_image`.
-        as_stored: Whether to keep the bands of the file; else they become grey or RGB where the
-            format says how.
+        as_stored: Whether to keep the bands of the file; else they are converted to grey or RGB if
+            the format defines how.
     """
     import numpy as np
     from PIL import Image, UnidentifiedImageError
@@ -181,7 +181,7 @@ def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: 
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Returns Pillow's name of how pixels lie in the file, such as RGB;16B; "" if unknown."""
+    """Returns Pillow's name of the file's pixel layout, such as RGB;16B; "" if unknown."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -189,9 +189,9 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _low_bytes(file: BinaryIO, raw: str) -> NDArray[np.uint8]:
-    """Returns the low bytes of 16-bit colours, of which Pillow keeps the high ones.
+    """Returns the low bytes of 16-bit colours; Pillow itself keeps only the high bytes.
 
-    Pillow takes the first or the second byte by the order it is told: we tell it the opposite.
+    Pillow takes the first or the second byte by the byte order given; we give the opposite.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -221,7 +221,7 @@ def _read_tiff(path: Path) -> NDArray[Any]:
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
             values, axes = series.asarray(), series.axes
-    except Exception as error:  # what it raises on damaged bytes is not documented
+    except Exception as error:  # its exceptions on damaged bytes are not documented
         raise ValueError(f"tifffile cannot read {path}, either: {error}") from error
     bands = [index for index, axis in enumerate(axes) if axis not in "YX"]
     if len(axes) - len(bands) != 2 or len(bands) > 1:
@@ -231,11 +231,11 @@ def _read_tiff(path: Path) -> NDArray[Any]:
 
 @contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises on damaged bytes into one error, and ignores its warnings."""
+    """Converts Pillow's exceptions on damaged bytes to one error, and ignores its warnings."""
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
-        # Unusual metadata and big pictures (up to twice Pillow's limit) do no harm.
+        # Unusual metadata and big pictures (up to twice Pillow's limit) are harmless.
         warnings.simplefilter("ignore")
         try:
             yield
@@ -246,7 +246,7 @@ def _decoder_errors(name: str) -> Iterator[None]:
                 f"{name} has too many pixels: {error}; if you trust it, make it smaller, or raise "
                 "PIL.Image.MAX_IMAGE_PIXELS"
             ) from error
-        except Exception as error:  # what a decoder raises is not documented
+        except Exception as error:  # a decoder's exceptions are not documented
             raise ValueError(
                 f"{name} is damaged or cut short ({error}); fetch or export it again"
             ) from error

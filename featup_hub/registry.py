@@ -1,8 +1,8 @@
-"""The one table of models: what looks at the image, which files it needs, whose they are.
+"""The table of models: backbones, weights files and licences.
 
-Data only; nothing here imports torch or touches the network. A backbone's weights are those that
-timm names for it, and timm loads them. Files shipped in ``weights/`` have their digests here.
-timm's files on the Hugging Face Hub have none: their newest version is taken.
+Only data: no import of torch, no network. timm names and loads a backbone's weights. Files shipped
+in ``weights/`` have their digests here. timm's files on the Hugging Face Hub have none: their
+newest version is taken.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class WeightFile:
     """A file of weights that is shipped with the package.
 
     Attributes:
-        name: What the file holds, for messages.
+        name: Content of the file, for messages.
         filename: Its name in the folder of shipped weights.
         sha256: Digest in hexadecimal.
         licence: Licence of the weights.
-        data: What they were trained on.
+        data: Training data.
     """
 
     name: str
@@ -57,18 +57,18 @@ class ModelCard:
     Attributes:
         name: The name given to ``featup_hub.load`` and ``torch.hub.load``.
         backbone: Name of the architecture and its weights in timm; None for an upsampler alone.
-        kind: Which features of that architecture: timm's own, or CLIP's in the space of its
-            text embeddings ("clip": through the last block, "maskclip": its values only).
-        feat_dim: Channels of the features; None where any number fits, or timm knows.
-        patch_size: Stride of the source in pixels; None where any fits, or timm knows.
-        image_size: Side in pixels to which an image is resized unless the user says otherwise.
-        mean: Normalisation of images, per channel. The same for every model: the upsampler
-            reads colours, and backbones convert to what they were trained with.
+        kind: Kind of features: timm's own, or CLIP's in the space of its text embeddings ("clip":
+            through the last block, "maskclip": its values only).
+        feat_dim: Channels of the features; None if any number fits, or timm knows.
+        patch_size: Stride of the source in pixels; None if any fits, or timm knows.
+        image_size: Default short side of images, in pixels.
+        mean: Normalisation of images, per channel. The same for every model: the upsampler reads
+            colours, and backbones convert to their own normalisation.
         std: Divisor of the same normalisation.
-        licence: Licence of the weights: the backbone's, or the upsampler's where it is alone.
-        data: What these weights were trained on.
+        licence: Licence of the weights: the backbone's, or the upsampler's if it is alone.
+        data: Training data of the weights.
         note: What a user must know before using them.
-        backbone_file: Weights of the backbone, where they are shipped; timm knows all others.
+        backbone_file: Shipped weights of the backbone; None if timm downloads them.
         upsampler_file: Weights of the upsampler.
     """
 
@@ -158,7 +158,7 @@ def card(name: str) -> ModelCard:
 
 
 class _Row(NamedTuple):
-    """A row whose backbone is timm's, with timm's weights."""
+    """A row with a backbone and weights of timm."""
 
     name: str
     backbone: str
@@ -265,4 +265,4 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "dinov3_convnext_large": "timm/convnext_large.dinov3_lvd1689m",
     }
 )
-"""Names of Meta's own ``torch.hub`` entry points, and what they are called here or in timm."""
+"""Names of Meta's own ``torch.hub`` entry points, with their names here or in timm."""

@@ -1,6 +1,6 @@
-"""Feature maps as pictures: their three main directions as red, green and blue.
+"""Pictures of feature maps: the first three principal components as red, green and blue.
 
-Maps that are to be compared must share one basis, or their colours mean different things.
+Compare maps only in one shared basis; else their colours mean different things.
 Plain torch; the same maps give the same picture on every device.
 """
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PCABasis", "comparison", "contact_sheet", "fit_pca", "pca_rgb"]
 
-_SAMPLES = 2048  # positions a basis is fitted on, at most: enough for three directions
+_SAMPLES = 2048  # most positions per map to fit a basis
 _MARGIN, _FONT, _SMALLEST, _LARGEST = 12, 16, 224, 1024  # of a sheet, pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class PCABasis:
-    """How features become colours.
+    """A map from features to colours.
 
     Attributes:
         mean: Mean of the features, (C,).
-        components: Main directions, orthonormal columns by falling variance, (C, k). The largest
-            entry of each is positive. Directions in which nothing varies are zero.
-        low: Value along each direction that is shown as 0, (k,).
+        components: Principal components, orthonormal columns by falling variance, (C, k). The
+            largest entry of each is positive. Components without variance are zero.
+        low: Value along each component that is shown as 0, (k,).
         high: Value that is shown as 1, (k,).
     """
 
@@ -42,11 +42,10 @@ class PCABasis:
 
 
 def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
-    """Finds the directions in which feature maps vary most.
+    """Finds the principal components of feature maps.
 
-    At most 2,048 positions of each map are looked at, evenly spread, so a large map is never
-    copied. Colours span the 1st to the 99th percentile, so that a few outliers cannot dim the
-    rest.
+    Uses at most 2,048 evenly spread positions of each map, so a large map is never copied. Colours
+    span the 1st to the 99th percentile, so that a few outliers do not darken the rest.
 
     Args:
         features: One map or several with the same channels, each (B, C, H, W).
@@ -74,7 +73,7 @@ def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
     _, variation, directions = torch.linalg.svd(rows, full_matrices=False)
     noise = max(rows.shape) * torch.finfo(rows.dtype).eps * mean.abs().max().clamp(min=1)
     directions = directions[variation > noise][:k]
-    # A direction and its opposite are equally good: choose, so that pictures can be compared.
+    # The sign of a component is arbitrary: fix it, so that pictures can be compared.
     peak = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     components = F.pad(directions * peak.sign(), (0, 0, 0, k - len(directions))).T
     low, high = (rows @ components).quantile(torch.tensor([0.01, 0.99], dtype=rows.dtype), dim=0)
@@ -84,14 +83,14 @@ def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
 
 
 def pca_rgb(features: Tensor, basis: PCABasis) -> Tensor:
-    """Shows features in a basis, without a copy of them.
+    """Converts features to colours in a basis, without copying the features.
 
     Args:
         features: (B, C, H, W), any memory format.
         basis: From :func:`fit_pca`.
 
     Returns:
-        Colours in [0, 1], (B, k, H, W), float32; 0.5 where the basis knows no variation.
+        Colours in [0, 1], (B, k, H, W), float32; 0.5 for components without variation.
 
     Raises:
         ValueError: If the channels are not those of the basis.
@@ -111,12 +110,12 @@ def comparison(image: Image.Image, source: Tensor, upsampled: Tensor) -> Image.I
     All three maps are shown in one basis, fitted on the source.
 
     Args:
-        image: What the backbone saw, before normalisation.
+        image: The backbone's input before normalisation.
         source: Low-resolution features, (1, C, h, w).
         upsampled: Features at the image's size, (1, C, H, W).
 
     Returns:
-        Four captioned panels, two by two where the image is wide, else in a row.
+        Four captioned panels, two by two for a wide image, else in a row.
 
     Raises:
         ValueError: If the maps do not have the same channels, or are not finite.
@@ -141,8 +140,8 @@ def contact_sheet(
     """Draws pictures side by side, each under its caption.
 
     Args:
-        panels: Captions and pictures; each picture is resized to one common size, its pixels
-            kept as squares where it grows.
+        panels: Captions and pictures. Each picture is resized to a common size; enlarged pixels
+            stay sharp squares.
         size: Width and height of a panel. Small ones are enlarged by a whole factor to at least
             224 pixels, large ones reduced to 1,024.
         columns: Panels in a row.
@@ -184,7 +183,7 @@ def _sample(features: Tensor) -> Tensor:
 def _project(features: Tensor, basis: PCABasis) -> Tensor:
     """Returns coordinates along the components, (B, k, H, W), float32 on the CPU."""
     components = basis.components.to(features)
-    # One sample at a time: a matrix product then needs no copy in either memory format.
+    # One sample at a time, so that the matrix product needs no copy in either memory format.
     maps = [torch.einsum("chw,ck->khw", sample, components) for sample in features.detach()]
     return torch.stack(maps).cpu().float() - (basis.mean @ basis.components)[:, None, None]
 

@@ -1,4 +1,4 @@
-"""What looks at the image: networks behind one small contract."""
+"""Backbones: networks with one common interface."""
 
 from featup_hub.backbones.clip import ClipBackbone, MaskClipBackbone
 from featup_hub.backbones.contract import Backbone, ChannelNorm

@@ -1,7 +1,7 @@
 """Dense CLIP features in the space of its text embeddings.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
-2021; the value path is that of Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022
+2021; the value path follows Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022
 (MaskCLIP).
 """
 
@@ -24,8 +24,8 @@ class ClipBackbone(Backbone):
     """CLIP's patch tokens, each projected as CLIP projects its class token.
 
     Args:
-        name: A CLIP image tower of timm's. OpenAI's weights belong to the names with
-            ``quickgelu``, whose activation is the one they were trained with.
+        name: A CLIP image tower of timm's. OpenAI's weights belong to the names with ``quickgelu``,
+            the activation of their training.
         pretrained: Whether timm loads the weights of that name; otherwise they are random.
         weights: Weights of your own instead: a file, or tensors by name.
         backbone_kwargs: Arguments for ``timm.create_model``.
@@ -72,10 +72,10 @@ class ClipBackbone(Backbone):
 
 
 class MaskClipBackbone(ClipBackbone):
-    """CLIP's patch tokens through the last block's values alone.
+    """CLIP's patch tokens through only the values of the last block.
 
-    The last attention mixes patches for the sake of the class token. Without its queries and
-    keys, the block's second half and the residual, every token keeps describing its own patch.
+    The last attention mixes patches for the class token. This class leaves out its queries and
+    keys, the block's second half and the residual, so every token still describes its own patch.
 
     Args:
         name: A CLIP image tower of timm's, see :class:`ClipBackbone`.
@@ -91,9 +91,9 @@ class MaskClipBackbone(ClipBackbone):
         )
         block = self.model.blocks[-1]
         attention, tokens = block.attn, block.norm1(tokens.movedim(1, -1))
-        if attention.qkv is None:  # EVA may keep the three apart
+        if attention.qkv is None:  # EVA may have separate layers for the three
             values = attention.v_proj(tokens)
-        else:  # the rows of the values are the last third; EVA keeps their bias by itself
+        else:  # the rows of the values are the last third; EVA has a separate bias for them
             joint, bias = attention.qkv, getattr(attention, "v_bias", None)
             bias = bias if joint.bias is None else joint.bias.chunk(3)[2]
             values = F.linear(tokens, joint.weight.chunk(3)[2], bias)
@@ -102,7 +102,7 @@ class MaskClipBackbone(ClipBackbone):
 
 
 def _values(model: nn.Module) -> bool:
-    """Tells whether the last of a network's blocks has an attention with values."""
+    """Returns whether the last block of a network has an attention with values."""
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[-1], "attn", None) if blocks else None
     return getattr(attention, "qkv", None) is not None or hasattr(attention, "v_proj")

@@ -1,15 +1,14 @@
-"""What looks at the image: one small contract, whatever the network.
+"""The common interface of backbones.
 
-A backbone takes a normalised image and returns its source, one vector per patch. Two rules hold
-for every one of them, so that a source always covers its image edge to edge:
+A backbone takes a normalised image and returns its source, one vector per patch. Two rules hold for
+all backbones, so that a source always covers its image edge to edge:
 
-* the image may have any size. Where a side is no multiple of ``patch_size``, the image is first
-  resized up to the next multiple, so the source has ceil(H/p)×ceil(W/p) positions. A network that
-  takes one size only sees the image resized to it; its source then has one size, too;
-* the image is normalised with ImageNet's mean and deviation, as upstream does everywhere. A
-  network trained with another normalisation sees the image converted to its own. The upsampler
-  reads colours and needs them alike behind every backbone. Images with other bands than RGB are
-  passed on as they are.
+* the image may have any size. If a side is not a multiple of ``patch_size``, the image is first
+  resized up to the next multiple, so the source has ceil(H/p)×ceil(W/p) positions. For a network
+  with a fixed size, the image is resized to it, and the source has a fixed size, too;
+* the image is normalised with ImageNet's mean and deviation, as upstream does everywhere. For a
+  network with another normalisation, the image is converted. The upsampler reads colours and needs
+  the same normalisation for every backbone. Images with other bands than RGB are not converted.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ __all__ = ["Backbone", "ChannelNorm"]
 
 
 class Backbone(nn.Module):
-    """An image in, low-resolution features out.
+    """Computes low-resolution features of an image.
 
     To wrap a network of your own, use :class:`~featup_hub.backbones.ModuleBackbone`, or derive
     from this class and write :meth:`features`.
@@ -34,8 +33,8 @@ class Backbone(nn.Module):
         mean: Normalisation the network was trained with, per channel.
         std: Divisor of the same normalisation.
         in_chans: Bands of the images; 3 are RGB.
-        fixed_size: Height and width of the only images the network takes; None where it takes
-            any multiple of ``patch_size``.
+        fixed_size: Fixed height and width of the network's images; None if it takes any multiple of
+            ``patch_size``.
 
     Attributes:
         mean: Normalisation of RGB images given to :meth:`forward`, ImageNet's for every backbone.
@@ -72,7 +71,7 @@ class Backbone(nn.Module):
             image: Normalised RGB of any size, (B, 3, H, W), or (B, in_chans, H, W).
 
         Returns:
-            Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size; of one size where
+            Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size; a fixed size if
             ``fixed_size`` is set.
 
         Raises:
@@ -92,7 +91,7 @@ class Backbone(nn.Module):
         old, patch = image.shape[-2:], self.patch_size
         new = self.fixed_size or (-(-old[0] // patch) * patch, -(-old[1] // patch) * patch)
         if new != tuple(old):
-            # Only a network of one size sees images made smaller.
+            # Only for a network with a fixed size are images reduced.
             smaller = new[0] < old[0] or new[1] < old[1]
             image = F.interpolate(
                 image, new, mode="bicubic", align_corners=False, antialias=smaller
@@ -100,10 +99,10 @@ class Backbone(nn.Module):
         return self.features(self._to_native(image))
 
     def features(self, image: Tensor) -> Tensor:
-        """Computes the features of an image that fits the network.
+        """Computes the features of an image of a size that the network takes.
 
         Args:
-            image: Normalised as the network was trained; its sides are multiples of
+            image: Image with the network's own normalisation; its sides are multiples of
                 ``patch_size``, or ``fixed_size``.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Any network of the user's as a backbone."""
+"""Any network as a backbone."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["ModuleBackbone"]
 
-# What the spatial features are called in the dictionaries of DINOv2, Hugging Face Transformers
-# and torchvision.
+# Keys of the spatial features in the dictionaries of DINOv2, Hugging Face Transformers and
+# torchvision.
 _NAMES = ("x_norm_patchtokens", "feature_maps", "last_hidden_state", "out")
 
 
 class ModuleBackbone(Backbone):
-    """Wraps a network that turns an image into features, however it returns them.
+    """Wraps a network that computes features of an image.
 
     The network may return maps, (B, C, h, w) or (B, h, w, C), or tokens, (B, N, C) in row-major
-    order after any class and register tokens; alone, as the last of a list or tuple, or in a
-    dictionary or an output of Hugging Face Transformers. Every call checks what comes.
+    order after any class and register tokens. They may be the output itself, the last entry of a
+    list or tuple, or in a dictionary or an output of Hugging Face Transformers. Every call checks
+    the shape.
 
     Args:
         module: The network; it is called with the image.
@@ -31,19 +32,18 @@ class ModuleBackbone(Backbone):
         patch_size: Their stride in pixels.
         prefix_tokens: Class and register tokens to leave out.
         layout: Where the channels of a map are: ``"nchw"``, (B, C, h, w), or ``"nhwc"``,
-            (B, h, w, C). By default its shape decides. Where the map could be either, as one of
-            96×96 cells with 96 channels, a look at a smaller image decides.
-        mean: Normalisation the network was trained with; images come normalised as ImageNet's
-            and are converted.
+            (B, h, w, C). By default its shape decides. An ambiguous map, such as 96×96 cells with
+            96 channels, is decided by a test with a smaller image.
+        mean: Normalisation of the network's training; images with ImageNet's normalisation are
+            converted to it.
         std: Divisor of the same normalisation.
         in_chans: Bands of the images; 3 are RGB.
-        fixed_size: Height and width of the only images the network takes; images are resized
-            to it.
+        fixed_size: Fixed height and width of the network's images; images are resized to it.
         call: How to call the network, in place of ``module(image)``.
 
     Raises:
-        ValueError: If the features are not as announced.
-        TypeError: If there are none to be found in what the network returns.
+        ValueError: If the features do not have the given channels and stride.
+        TypeError: If the network's output has no features that can be recognised.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ class ModuleBackbone(Backbone):
         self.call = call
 
     def features(self, image: Tensor) -> Tensor:
-        """Calls the network and brings what it returns to (B, C, h, w)."""
+        """Calls the network and converts its output to (B, C, h, w)."""
         features, grid = self._call(image), self._grid(image)
         if features.dim() == 3:
             features = self._from_tokens(features, grid)
@@ -126,7 +126,7 @@ class ModuleBackbone(Backbone):
 
     @torch.no_grad()
     def _decided(self, image: Tensor) -> Literal["nchw", "nhwc"]:
-        """Decides an ambiguous layout by a look at an image of one row of patches less."""
+        """Decides an ambiguous layout by a test with one row of patches less."""
         found: list[Literal["nchw", "nhwc"]] = []
         if self.fixed_size is None and image.shape[-2] > self.patch_size:
             smaller = image[:1, :, : -self.patch_size]
@@ -139,7 +139,7 @@ class ModuleBackbone(Backbone):
         return found[0]
 
     def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Brings tokens, (B, N, C), to a map of the grid's size."""
+        """Converts tokens, (B, N, C), to a map of the grid's size."""
         if tokens.shape[1] - self.prefix_tokens != grid[0] * grid[1]:
             raise ValueError(
                 f"needed {grid[0]}×{grid[1]} tokens after {self.prefix_tokens} others; got "
@@ -150,7 +150,7 @@ class ModuleBackbone(Backbone):
 
 
 def _tensor(output: object) -> Tensor:
-    """Finds the features in what a network returns."""
+    """Finds the features in a network's output."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):

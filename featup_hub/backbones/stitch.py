@@ -1,4 +1,4 @@
-"""Several looks at an image, shifted by fractions of the stride, as one finer source.
+"""Several looks at an image, shifted by fractions of the stride, stitched to one finer source.
 
 Source: Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation",
 CVPR 2015, section 3.2 ("shift-and-stitch").
@@ -23,24 +23,24 @@ class ShiftAndStitch(Backbone):
     r"""Runs a backbone on shifted images and interleaves the features.
 
     With k looks per side, look (i, j) sees the image moved by :math:`((i + 1/2)/k - 1/2)\,p`
-    rows and as many columns for j, where p is the backbone's stride. Its cells are rows
-    i, i + k, ... and columns j, j + k, ... of the source, so the cells of the source lie evenly
-    over the image, the first at half of the finer stride p/k. Beyond its borders the image is
+    rows and as many columns for j, where p is the backbone's stride. Its cells are rows i, i + k,
+    ... and columns j, j + k, ... of the source. The cells of the source are evenly spaced over the
+    image, the first centre at half of the finer stride p/k. Beyond its borders the image is
     mirrored. No training is needed; the cost is k² passes of the backbone.
 
-    Shifts are whole or half pixels (3.5 for a stride of 14 and k = 2); half ones are bicubic.
+    Shifts are whole or half pixels (3.5 for a stride of 14 and k = 2); half shifts are bicubic.
 
     Args:
         backbone: The backbone.
         looks_per_side: k. Its stride must be a multiple of k.
-        looks_at_once: How many looks are one batch. Memory grows with it; on a GPU speed does,
-            too.
+        looks_at_once: Number of looks in one batch. More need more memory; on a GPU they are
+            faster.
 
     Attributes:
         looks_per_side: k.
 
     Raises:
-        ValueError: If the stride is no multiple of ``looks_per_side``, or the backbone takes
+        ValueError: If the stride is not a multiple of ``looks_per_side``, or the backbone takes
             images of one size only.
 
     Example:
@@ -82,7 +82,7 @@ class ShiftAndStitch(Backbone):
         """Computes every look and interleaves their features."""
         fine, count = self.patch_size, self.looks_per_side
         height, width = image.shape[-2] // fine, image.shape[-1] // fine
-        # A look covers whole strides; cells that lie beyond the image are cut off below.
+        # A look covers whole strides; cells beyond the image are cropped below.
         size = [-(-cells // count) * self.backbone.patch_size for cells in (height, width)]
         looks = [
             _moved(_moved(image, 2, down, size[0]), 3, across, size[1])
@@ -104,7 +104,7 @@ class ShiftAndStitch(Backbone):
 
 
 def _moved(image: Tensor, axis: int, shift: float, length: int) -> Tensor:
-    """Shows ``length`` pixels of the image from ``shift`` on, mirrored beyond its edges."""
+    """Returns ``length`` pixels of the image starting at ``shift``, mirrored beyond its edges."""
     last = image.shape[axis] - 1
     first = math.floor(shift)
 

@@ -1,7 +1,7 @@
-"""Any network of timm that offers ``forward_intermediates``: ViTs, CNNs and what lies between.
+"""Any network of timm with ``forward_intermediates``: ViTs, CNNs and hybrids.
 
-timm finds, downloads and converts its own weights. ``docs/families.md`` says what each family of
-networks takes.
+timm finds, downloads and converts its own weights. ``docs/families.md`` lists the families of
+networks.
 
 Source: the timm library (Apache-2.0), 1.0.9 or newer; DINOv3 and SigLIP 2 need newer ones.
 """
@@ -27,15 +27,15 @@ __all__ = ["TimmBackbone", "timm_card"]
 class TimmBackbone(Backbone):
     """A network of timm as a backbone.
 
-    Class and register tokens are left out, position embeddings follow the image's size, square
-    or not. Which features: by default the deepest there are, normalised by the network's own
-    closing norm where it has one that fits. What lies behind them is removed.
+    Class and register tokens are left out. Position embeddings are resampled to the image's size,
+    square or not. By default the features are the deepest, normalised by the network's own closing
+    norm if it has a suitable one. Later layers are removed.
 
     Args:
-        name: A name of timm's, with or without a tag of weights, or ``hf-hub:owner/name``.
+        name: A timm name, with or without a tag of weights, or ``hf-hub:owner/name``.
         pretrained: Whether timm loads the weights of that name; otherwise they are random.
-        weights: Weights of your own instead: a file, or tensors by name. They may be laid out as
-            timm's or as their authors' and have any number of classes, or none.
+        weights: Weights of your own instead: a file, or tensors by name. Names and shapes may be
+            timm's or the authors', with any number of classes, or none.
         layer: Index into the network's intermediate features: blocks of a ViT, stages of a CNN.
         stride: Takes the deepest features with this stride instead, in pixels.
         norm: Whether the closing norm is applied.
@@ -68,7 +68,7 @@ class TimmBackbone(Backbone):
         kwargs = dict(backbone_kwargs or {})
         model = create(name, pretrained=pretrained, weights=weights, backbone_kwargs=kwargs)
         index, feat_dim, patch_size = _choose(name, model, layer, stride)
-        # Some networks without a closing norm refuse to be asked for one.
+        # Some networks without a closing norm refuse the argument.
         norm = norm and any("norm" in child for child, _ in model.named_children())
         options = {"indices": [index], "norm": norm, "stop_early": True, "intermediates_only": True}
         layout = _layout(name, model, kwargs, feat_dim, patch_size, options)
@@ -95,7 +95,7 @@ class TimmBackbone(Backbone):
         (features,) = self.model.forward_intermediates(
             image, indices=[self.layer], norm=self.norm, stop_early=True, intermediates_only=True
         )
-        if features.shape[1] != self.feat_dim:  # old versions of timm count some layers otherwise
+        if features.shape[1] != self.feat_dim:  # old versions of timm count some layers differently
             raise RuntimeError(
                 f"timm announces {self.feat_dim} channels in layer {self.layer} of {self.name}; "
                 f"got {features.shape[1]}; upgrade it: pip install --upgrade timm"
@@ -104,10 +104,10 @@ class TimmBackbone(Backbone):
 
 
 def timm_card(name: str) -> ModelCard:
-    """Makes a card for any network of timm, from what timm knows of it.
+    """Makes a card for any network of timm, from timm's config.
 
     Args:
-        name: A name of timm's; without a tag, timm's default weights.
+        name: A timm name; without a tag, timm's default weights.
 
     Returns:
         A card with the deepest features.
@@ -134,12 +134,12 @@ def _in_chans(model: Any, kwargs: Mapping[str, Any]) -> int:
 
 
 class _Layout(NamedTuple):
-    """How a network's features lie on its image.
+    """Geometry of a network's features on its image.
 
     Attributes:
         feat_dim: Channels of the features.
-        fixed_size: The only size of image the network takes; None where it takes any.
-        padding: Pixels to add to an image's sides, in all, so that its features cover it.
+        fixed_size: The network's fixed size of image; None if it takes any.
+        padding: Pixels to add to each axis, in total, so that the features cover the image.
     """
 
     feat_dim: int
@@ -155,7 +155,7 @@ def _layout(
     patch: int,
     options: Mapping[str, Any],
 ) -> _Layout:
-    """Finds out how features lie on the image, by a twin of the network that has no memory."""
+    """Finds the geometry of the features with a copy of the network on the meta device."""
     config = model.pretrained_cfg
     dynamic = getattr(model, "dynamic_img_size", False) and not hasattr(model, "neck")
     if dynamic or not (
@@ -170,7 +170,7 @@ def _layout(
         twin = build(name, kwargs).eval()
 
     def shape(height: int, width: int) -> tuple[int, ...] | None:
-        """Returns (C, h, w) of the features, None where the network refuses the size."""
+        """Returns (C, h, w) of the features; None if the network refuses the size."""
         try:
             with torch.device("meta"), torch.no_grad():
                 image = torch.empty(1, in_chans, height, width)
@@ -184,7 +184,7 @@ def _layout(
     if probe and probe[1:] == (5, 7):
         return _Layout(probe[0])
     if probe and probe[1] < 5 and probe[2] < 7:
-        # Convolutions without padding: the least that completes the grid also centres it.
+        # Convolutions without padding: the least padding that completes the grid also centres it.
         padding = bisect_left(
             range(4 * patch),
             True,
@@ -197,8 +197,8 @@ def _layout(
 
 
 def _loses_edges(module: nn.Module) -> bool:
-    """Tells whether a layer's outputs end before its image does."""
-    if type(module) not in (nn.Conv2d, nn.MaxPool2d):  # those of TensorFlow pad by themselves
+    """Returns whether a layer's outputs do not reach the image's edge."""
+    if type(module) not in (nn.Conv2d, nn.MaxPool2d):  # TensorFlow's layers pad by themselves
         return False
     layer: Any = module
     kernel, stride, padding = (
@@ -209,7 +209,7 @@ def _loses_edges(module: nn.Module) -> bool:
 
 
 def _choose(name: str, model: Any, layer: int | None, stride: int | None) -> tuple[int, int, int]:
-    """Returns the index, the channels and the stride of the features to take."""
+    """Returns index, channels and stride of the chosen features."""
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(
             f"timm's {name} does not offer intermediate features; wrap it in "

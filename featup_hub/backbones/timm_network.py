@@ -1,4 +1,4 @@
-"""Building a network of timm, with its weights or the user's."""
+"""Builds a network of timm, with timm's weights or the user's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from featup_hub.weights.files import listed
 
 __all__ = ["build", "cached_file", "create", "find_config", "is_timm_model"]
 
-_HUB = ("hf-hub:", "hf_hub:")  # what timm writes before the name of a Hub repository
+_HUB = ("hf-hub:", "hf_hub:")  # timm's prefix of Hub repositories
 
 
 def create(
@@ -27,13 +27,13 @@ def create(
     weights: Mapping[str, Tensor] | str | Path | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Builds a network of timm, with weights loaded strictly if any are wanted.
+    """Builds a network of timm and loads weights strictly, if any.
 
-    timm itself loads them, so its own conversions apply: position embeddings are resampled, and
-    files in the layout of the network's authors are understood.
+    timm loads the weights, so its conversions apply: it resamples position embeddings and reads the
+    authors' files.
 
     Args:
-        name: See :class:`TimmBackbone`, as the other arguments.
+        name: See :class:`TimmBackbone`, also for the other arguments.
         pretrained: See there.
         weights: See there.
         backbone_kwargs: See there.
@@ -55,7 +55,7 @@ def create(
     tensors = dict(weights) if isinstance(weights, Mapping) else read_state(weights)
     overlay = {"state_dict": tensors, "source": "", "custom_load": False, "label_offset": 0}
     classes = _classes(tensors, config.classifier)
-    # A file without a classifier that timm knows fits a network without one, or timm makes one.
+    # A file without a known classifier is for a network without one, or timm makes one.
     attempts = [classes] if classes is not None else [0, config.num_classes]
     problems = []
     for num_classes in attempts:
@@ -67,7 +67,7 @@ def create(
         except (RuntimeError, KeyError) as error:
             problems.append(error)
         else:
-            model.pretrained_cfg.pop("state_dict", None)  # else it lives as long as the model
+            model.pretrained_cfg.pop("state_dict", None)  # else it stays in memory with the model
             _check_biases(name, model, tensors)
             return model
     raise ValueError(
@@ -77,7 +77,7 @@ def create(
 
 
 def cached_file(name: str) -> str | None:
-    """Returns timm's weights of a name if they are in the Hub's cache; nobody is asked then."""
+    """Returns timm's weights of a name if they are in the Hub's cache; sends no request."""
     import huggingface_hub as hub
 
     config = find_config(name)
@@ -89,10 +89,10 @@ def cached_file(name: str) -> str | None:
 
 
 def build(name: str, kwargs: Mapping[str, Any]) -> Any:
-    """Calls timm, which follows the image's size with its position embeddings if it can."""
+    """Calls timm, with position embeddings that adapt to the image's size if possible."""
     import timm
 
-    with redirect_stdout(io.StringIO()):  # timm prints while it converts DINOv3's names
+    with redirect_stdout(io.StringIO()):  # timm prints when it converts DINOv3's names
         try:
             return timm.create_model(name, **{"dynamic_img_size": True, **kwargs})
         except TypeError as error:
@@ -102,7 +102,7 @@ def build(name: str, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _classes(tensors: Mapping[str, Tensor], classifier: str | tuple[str, ...] | None) -> int | None:
-    """Counts the classes of a file; None where it has no classifier of a usual name."""
+    """Counts the classes of a file; None if it has no classifier of a usual name."""
     named = (classifier,) if isinstance(classifier, str) else (classifier or ())
     for layer in (*named, "head", "head.fc", "fc", "classifier"):
         if f"{layer}.weight" in tensors:
@@ -111,7 +111,7 @@ def _classes(tensors: Mapping[str, Tensor], classifier: str | tuple[str, ...] | 
 
 
 def _check_biases(name: str, model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses a DINOv3 file whose biases timm would drop without a word."""
+    """Refuses a DINOv3 file with biases that timm would drop silently."""
     names = [n for n in tensors if n.endswith("attn.qkv.bias") and "storage_tokens" in tensors]
     if not names or any(parameter.endswith("q_bias") for parameter, _ in model.named_parameters()):
         return
@@ -124,16 +124,16 @@ def _check_biases(name: str, model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_timm_model(name: str) -> bool:
-    """Tells whether timm takes this name, with or without a tag of weights."""
+    """Returns whether timm has this name, with or without a tag of weights."""
     import timm
 
     return name.startswith(_HUB) or timm.is_model(name.split(".")[0])
 
 
 def _problems(error: Exception) -> str:
-    """Says what PyTorch found not to fit, without its lists of hundreds of names."""
+    """Summarises PyTorch's error, without its lists of hundreds of names."""
     text = str(error)
-    # From the text, for only timm knows which names and shapes its conversions end in.
+    # Parses the text, because only timm knows the names and shapes after its conversions.
     missing, unknown = (
         re.findall(r'"([^"]+)"', "".join(re.findall(rf"{which} key\(s\).*", text)))
         for which in ("Missing", "Unexpected")
@@ -146,7 +146,7 @@ def _problems(error: Exception) -> str:
 
 
 def find_config(name: str) -> Any:
-    """Returns what timm knows of a name, refusing unknown ones."""
+    """Returns timm's config of a name; refuses unknown names."""
     import timm
     from timm.models import PretrainedCfg, load_model_config_from_hf
 

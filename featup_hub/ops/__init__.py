@@ -1,4 +1,4 @@
-"""What is computed: the joint bilateral upsampler's operations and their implementations."""
+"""The joint bilateral upsampler's operations and their implementations."""
 
 from featup_hub.ops.choice import implementations
 from featup_hub.ops.jbu import (

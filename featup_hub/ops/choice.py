@@ -1,4 +1,4 @@
-"""Chooses who computes, and tells the user who would and why."""
+"""Chooses the implementation, and reports the choice and its reason."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["ImplementationStatus", "choose", "implementations"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImplementationStatus:
-    """Who computes on one device when ``impl="auto"``.
+    """The implementation on one device with ``impl="auto"``.
 
     Attributes:
-        device: The device and what it is.
+        device: The device, with its name.
         impl: ``"cuda"`` or ``"torch"``.
-        reason: Why not ``"cuda"``; None where it is.
-        compiler: What compiled the kernels; None where they do not run.
-        cubins: Where the compiled kernels lie; empty where they do not run or are in memory only.
+        reason: Why ``"cuda"`` cannot run; None if it can.
+        compiler: Compiler of the kernels; None if they do not run.
+        cubins: Files of the compiled kernels; empty if they do not run or are only in memory.
     """
 
     device: str
@@ -45,9 +45,9 @@ class ImplementationStatus:
 
 
 def implementations() -> list[ImplementationStatus]:
-    """Tells for the CPU and every CUDA device what ``impl="auto"`` runs there, and why.
+    """Reports what ``impl="auto"`` runs on the CPU and every CUDA device, and why.
 
-    Makes the fused kernels ready where they can run, which compiles them at the first time.
+    Prepares the fused kernels where they can run; the first time, this compiles them.
 
     Returns:
         One row per device; ``str(row)`` is a sentence.
@@ -78,20 +78,19 @@ def _status(device: torch.device) -> ImplementationStatus:
 
 
 def choose(impl: str, obstacle: Callable[..., str | None], *tensors: Any) -> ModuleType:
-    """Returns the module that computes, one with the four functions of ``torch_backend``.
+    """Returns the module of the implementation, with the four functions of ``torch_backend``.
 
     Args:
         impl: ``"auto"``, ``"cuda"`` or ``"torch"``.
-        obstacle: Says why the fused kernels cannot compute with these tensors.
-        tensors: What it is given; the first decides the device.
+        obstacle: Returns why the fused kernels cannot compute with these tensors.
+        tensors: The inputs; the first gives the device.
 
     Returns:
-        The module. ``"auto"`` takes ``torch_backend`` where the fused kernels cannot run, and
-        warns once per reason if that is on a CUDA device.
+        The module. If the fused kernels cannot run, ``"auto"`` takes ``torch_backend``; on a CUDA
+        device it warns once per reason.
 
     Raises:
-        RuntimeError: If ``impl`` is ``"cuda"`` and the fused kernels cannot run; the text says
-            why.
+        RuntimeError: If ``impl`` is ``"cuda"`` and the fused kernels cannot run; with the reason.
     """
     if impl == "torch" or (impl == "auto" and tensors[0].device.type != "cuda"):
         return torch_backend

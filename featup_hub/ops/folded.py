@@ -1,17 +1,16 @@
 r"""Filtering with one kernel per pixel, as batched matrix products on the source.
 
-All output pixels of a tile read the same small window of the source. With the taps folded onto
-that window (:mod:`featup_hub.ops.tables`), a tile is one matrix product, (output pixels × window) ·
-(window × channels). The three functions here are that map and its two adjoints:
+All output pixels of a tile read the same small window of the source. The taps are folded onto that
+window (:mod:`featup_hub.ops.tables`). A tile is then one matrix product, (output pixels × window) ·
+(window × channels). The three functions here are this map and its two adjoints:
 
 * :func:`apply`: y = K(k)·s
 * :func:`source_gradient`: ds = K(k)ᵀ·dy
 * :func:`kernel_gradient`: dk, the correlation of dy with the windows of s
 
-All work on channels-last tensors, (B, H, W, C), one row of tiles after another, which bounds the
-memory. The output may have any size: the source is resized bicubically on the way, without ever
-being formed at the output's size. Pixels within a tile are ordered column by column, so that
-folding ends in the layout that the product needs.
+All work on channels-last tensors, (B, H, W, C), row of tiles by row of tiles, to bound memory. The
+output may have any size. The taps include the bicubic resizing, so the resized source is never
+stored. Pixels within a tile are in column-major order, the layout that the product needs.
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ from featup_hub.ops.tables import FoldedAxis, fold_axis
 
 __all__ = ["apply", "kernel_gradient", "source_gradient"]
 
-# Elements of the windows that one product reads: enough to keep it busy, few enough to stay in a
-# CPU's cache.
+# Elements of the windows that one product reads: many for speed, few enough for a CPU's cache.
 PART_ELEMENTS = 1 << 19
 TILE_HEIGHT, TILE_WIDTH = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How a map is cut into tiles.
+    """How a map is split into tiles.
 
     Attributes:
         source: Height and width of the source.
         output: Height and width of the output.
         y: The vertical axis.
         x: The horizontal axis.
-        window: Where the pixels of a row's windows lie, counted from the first window's row,
+        window: Positions of the pixels of a row's windows, counted from the first window's row,
             (columns, window height, window width).
     """
 
@@ -77,19 +75,19 @@ class Tiling:
         return self.y.window * self.x.window
 
     def rows(self) -> Iterator[tuple[int, int, int]]:
-        """Yields number, first and last-but-one output row of every row of tiles."""
+        """Yields number, first output row and end row (exclusive) of every row of tiles."""
         for row in range(len(self.y.starts)):
             first = row * self.y.tile
             yield row, first, min(first + self.y.tile, self.output[0])
 
     def parts(self, channels: int) -> Iterator[slice]:
-        """Yields the tiles of a row that one product computes."""
+        """Yields groups of tiles of a row; one product computes a group."""
         count = max(1, PART_ELEMENTS // (self.area * max(channels, 1)))
         for first in range(0, self.columns, count):
             yield slice(first, min(first + count, self.columns))
 
     def buffers(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns memory for windows and tiles; fresh memory costs more than the products."""
+        """Returns memory for windows and tiles; new memory costs more than the products."""
         count = next(self.parts(channels)).stop
         return (
             like.new_empty(count * self.area, channels),
@@ -97,7 +95,7 @@ class Tiling:
         )
 
     def pixels(self, row: int) -> Tensor:
-        """Returns which source pixels the windows of a row of tiles hold, (columns, area)."""
+        """Returns the source pixels in the windows of a row of tiles, (columns, area)."""
         return (self.window + self.y.starts[row] * self.source[1]).flatten(1)
 
     def fold(self, kernel: Tensor, first: int, stop: int, buffer: Tensor) -> Tensor:
@@ -106,7 +104,7 @@ class Tiling:
         Args:
             kernel: Kernels of one sample, (H, W, D²).
             first: First output row.
-            stop: The output row behind the last.
+            stop: The output row after the last.
             buffer: Memory, zero at first, (tile height, D, columns·tile width, D).
 
         Returns:
@@ -145,7 +143,7 @@ class Tiling:
         return tiles
 
     def paste(self, tiles: Tensor, output: Tensor, first: int, stop: int, part: slice) -> None:
-        """Writes tiles to where they belong in (H, W, C)."""
+        """Writes tiles to their positions in (H, W, C)."""
         width = self.x.tile
         band = output[first:stop, part.start * width : part.stop * width]
         pixels = tiles.view(-1, self.y.tile, tiles.shape[-1]).transpose(0, 1)
@@ -184,7 +182,7 @@ def apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def source_gradient(grad: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """The adjoint of :func:`apply` in the source.
+    """The adjoint of :func:`apply` with respect to the source.
 
     Args:
         grad: (B, H, W, C).
@@ -213,7 +211,7 @@ def source_gradient(grad: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tens
 
 
 def kernel_gradient(grad: Tensor, source: Tensor, diameter: int, dtype: torch.dtype) -> Tensor:
-    """The adjoint of :func:`apply` in the kernels.
+    """The adjoint of :func:`apply` with respect to the kernels.
 
     Args:
         grad: (B, H, W, C).
@@ -242,7 +240,7 @@ def kernel_gradient(grad: Tensor, source: Tensor, diameter: int, dtype: torch.dt
 
 
 class _Overlap:
-    """Adds up windows of neighbouring tiles where they overlap, always in the same order.
+    """Adds up overlapping windows of neighbouring tiles, always in the same order.
 
     Args:
         tiling: How the map is cut into tiles.
@@ -253,7 +251,7 @@ class _Overlap:
         device, width = tiling.window.device, tiling.x.window
         starts = torch.tensor(tiling.x.starts[part])
         self.left, right = int(starts[0]), int(starts[-1]) + width
-        # Of every source column: which tiles' windows hold it, and in which of their columns.
+        # For every source column: the tiles whose windows contain it, and its column in them.
         column = torch.arange(self.left, right)[:, None] - starts
         held = (column >= 0) & (column < width)
         tile = held.nonzero()[:, 1]

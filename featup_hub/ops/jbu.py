@@ -1,16 +1,16 @@
-"""The operations of a joint bilateral upsampler, as the package calls them.
+"""The operations of a joint bilateral upsampler, with checked arguments.
 
 Arguments are checked and converted here; the operators are registered with torch in
-:mod:`featup_hub.ops.registration`. ``impl`` chooses who computes:
+:mod:`featup_hub.ops.registration`. ``impl`` chooses the implementation:
 
 * ``"reference"`` – the definition in :mod:`featup_hub.ops.reference`, plain autograd;
 * ``"torch"`` – the folded form in plain PyTorch, fast on a CPU, adjoints written out;
 * ``"cuda"`` – the fused kernels; never falls back (the gradients of :func:`jbu_kernel` are plain
   PyTorch);
-* ``"auto"`` – ``"cuda"`` where it can run, else ``"torch"``.
+* ``"auto"`` – ``"cuda"`` if it can run, else ``"torch"``.
 
-While a model is exported or traced, the definition computes whatever ``impl`` says: it consists of
-standard operators, so the file needs nothing of this package.
+Export and tracing always use the definition, whatever ``impl`` is: it consists of standard
+operators, so the file runs without this package.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ Implementation = Literal["auto", "cuda", "torch", "reference"]
 def jbu_kernel(guidance: Tensor, weights: StageWeights, *, impl: Implementation = "auto") -> Tensor:
     """Predicts one D×D kernel per pixel from the guidance.
 
-    The formula is that of :func:`featup_hub.ops.reference.jbu_kernel`. Whatever the guidance's
-    precision, and under autocast too, kernels are computed in float32 (in float64 for float64
-    weights).
+    See :func:`featup_hub.ops.reference.jbu_kernel` for the formula. Kernels are computed in float32
+    (in float64 for float64 weights), for any precision of the guidance and under autocast.
 
     Args:
         guidance: The image at the stage's output size, (B, G, H, W).
         weights: The stage's parameters.
-        impl: Who computes.
+        impl: The implementation.
 
     Returns:
         Kernels, (B, D², H, W), taps row-major.
@@ -71,20 +70,20 @@ def jbu_apply(
 ) -> Tensor:
     """Resizes the source to the kernels' size and filters it, every channel alike.
 
-    The formula is that of :func:`featup_hub.ops.reference.jbu_apply`; sums are in float32 or
-    better, the result has the source's precision.
+    See :func:`featup_hub.ops.reference.jbu_apply` for the formula. Sums are in float32 or better;
+    the result has the source's precision.
 
     Args:
         source: Low-resolution features, (B, C, h, w), any memory format.
         kernel: Kernels, (B, D², H, W).
         bias: Added to every output pixel, (C,).
-        impl: Who computes.
+        impl: The implementation.
 
     Returns:
         Features, (B, C, H, W).
 
     Raises:
-        ValueError: If the shapes do not fit one another or ``impl`` is unknown.
+        ValueError: If the shapes do not match or ``impl`` is unknown.
         TypeError: If the source's values are integers.
     """
     _check_impl(impl)
@@ -113,18 +112,18 @@ def joint_kernel(
     radius: int,
     impl: Implementation = "auto",
 ) -> Tensor:
-    """Weights the cells around every pixel by how near they lie and how alike they look.
+    """Weights the cells around every pixel by distance and by likeness of embeddings.
 
-    The formula is that of :func:`featup_hub.ops.reference.joint_kernel`.
+    See :func:`featup_hub.ops.reference.joint_kernel` for the formula.
 
     Args:
-        query: Looks of the pixels, (B, E, H, W).
-        key: Looks of the cells, (B, E, h, w).
+        query: Embeddings of the pixels, (B, E, H, W).
+        key: Embeddings of the cells, (B, E, h, w).
         spatial: Width of the spatial term in cells of the source, ().
-        range: Width of the looks' term, ().
+        range: Width of the embeddings' term, ().
         cells: Height and width of the source.
         radius: Reach of the kernels, in pixels.
-        impl: Who computes; all but ``"reference"`` are one operator, the same on every device.
+        impl: Implementation; all except ``"reference"`` are one operator, the same on every device.
 
     Returns:
         Kernels, (B, D², H, W), taps row-major, D = 2·radius + 1; they sum to one.
@@ -153,11 +152,11 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def check_floating(values: Tensor, name: str) -> None:
-    """Refuses integers: colours from 0 to 255 would give kernels, too, of another image.
+    """Refuses integers: colours from 0 to 255 would give wrong kernels without an error.
 
     Args:
         values: The guidance or the source.
-        name: Which of them.
+        name: Its name in the error.
 
     Raises:
         TypeError: If they are integers.
@@ -176,7 +175,7 @@ def _check_impl(impl: str) -> None:
 
 
 def _traced() -> bool:
-    """Whether a file is being made that must run without this package."""
+    """Whether a model is being exported or traced."""
     exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
     return bool(exporting() or torch.onnx.is_in_onnx_export() or torch._C._get_tracing_state())
 

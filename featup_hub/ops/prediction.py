@@ -1,14 +1,13 @@
-r"""Predicting kernels from guidance, in bands and without autograd's copies.
+r"""Predicts kernels from guidance, in bands and without autograd's copies.
 
-The same formula as :func:`featup_hub.ops.reference.jbu_kernel` with two economies: the logits of
-taps t and -t are one product seen from its two ends, so 25 of 49 are formed, and nothing larger
-than the result outlives a band of rows. The backward pass recomputes a band and applies the
-written-out adjoint:
+The formula of :func:`featup_hub.ops.reference.jbu_kernel` with two savings. The logits of taps t
+and -t are the same products, shifted, so only 25 of 49 are computed. Temporaries exist for one band
+of rows only. The backward pass recomputes a band and applies an explicit adjoint:
 
 * correction: :math:`dk = g + W_0^\top(\mathrm{gelu}'(a) \circ 0.1\, W_1^\top g)`
 * softmax times spatial term: :math:`dL_t = k_t (dk_t - \sum dk\, k)`
-* logits: :math:`L_t(u) = T \langle p(u), \bar p(u + t) \rangle` is a filter of p with dL and its
-  adjoint, so both ends are :mod:`featup_hub.ops.folded` at scale one.
+* logits: :math:`L_t(u) = T \langle p(u), \bar p(u + t) \rangle` has two gradients: a filter of p
+  with dL, and its adjoint. Both are :mod:`featup_hub.ops.folded` at scale one.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from featup_hub.ops.reference import (
 
 __all__ = ["predict", "predict_backward"]
 
-# Elements of one temporary in a band; measured best between cache misses and call overhead.
+# Elements of one temporary in a band; the measured optimum of cache misses and call overhead.
 BAND_ELEMENTS = 1 << 19
-GPU_BAND_ELEMENTS = 1 << 26  # few large operations keep a GPU busy
+GPU_BAND_ELEMENTS = 1 << 26  # a GPU needs few large operations
 
 
 def predict(guidance: Tensor, weights: StageWeights) -> Tensor:
@@ -136,7 +135,7 @@ def _project_backward(
     total: StageWeights,
     grad_guidance: Tensor,
 ) -> None:
-    """Carries the logits' gradient on to the range projection; adds to the totals in place."""
+    """Propagates the logits' gradient to the range projection; adds to the totals in place."""
     channels_last = projection.permute(0, 2, 3, 1).contiguous()
     size = (projection.shape[2], projection.shape[3])
     grad = folded.apply(channels_last, grad_logits)  # the pixel at the kernel's centre ...

@@ -1,9 +1,9 @@
-r"""The joint bilateral upsampler as plain PyTorch, the definition that all else must match.
+r"""The joint bilateral upsampler in plain PyTorch: the definition that all implementations match.
 
 One stage takes a low-resolution ``source`` and a ``guidance`` image of the stage's output size.
-:func:`jbu_kernel` predicts one D×D kernel per output pixel from the guidance alone;
-:func:`jbu_apply` resizes the source bicubically and filters it with those kernels. Both are
-written for reading, differentiable by autograd, and exportable; neither is fast.
+:func:`jbu_kernel` predicts one D×D kernel per output pixel from the guidance only;
+:func:`jbu_apply` resizes the source bicubically and filters it with those kernels. Both are simple,
+differentiable by autograd, and exportable; neither is fast.
 
 Source: Fu, Hamilton et al., "FeatUp: A Model-Agnostic Framework for Features at Any Resolution",
 ICLR 2024 (arXiv 2403.10516), eqs. 4-6; numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
@@ -30,7 +30,7 @@ __all__ = [
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 MIN_SUM = 1e-7
 FIXUP_SCALE = 0.1
-MIN_WIDTH = 1e-3  # a width of nothing compares a place with none but itself
+MIN_WIDTH = 1e-3  # smallest width; avoids division by zero
 
 
 class StageWeights(NamedTuple):
@@ -40,7 +40,7 @@ class StageWeights(NamedTuple):
 
     Attributes:
         range_temp: Logarithm of the inverse temperature, ().
-        sigma_spatial: Width of the spatial Gaussian where the kernel spans [-1, 1], ().
+        sigma_spatial: Width of the spatial Gaussian; the kernel spans [-1, 1], ().
         range_w0: First layer of the range projection, (K, G).
         range_b0: Its bias, (K,).
         range_w1: Second layer of the range projection, (K, K).
@@ -74,10 +74,10 @@ class StageWeights(NamedTuple):
 
 
 def reflect_pad(x: Tensor, radius: int) -> Tensor:
-    """Pads the last two axes by mirror images, as often as the map's size demands.
+    """Pads the last two axes by reflection, repeated as often as needed.
 
-    PyTorch's own reflection needs more pixels than padding. Below that size the mirror image is
-    mirrored again (NumPy's rule), and a single row or column repeats itself.
+    PyTorch's own reflection needs more pixels than padding. For smaller maps the reflection is
+    reflected again (NumPy's rule), and a single row or column is repeated.
 
     Args:
         x: Any map, (B, C, H, W).
@@ -87,23 +87,24 @@ def reflect_pad(x: Tensor, radius: int) -> Tensor:
         The padded map, (B, C, H + 2·radius, W + 2·radius).
     """
     height, width = x.shape[-2:]
-    # A symbolic size is not compared: that would bind a program to maps as small as its example's.
+    # Symbolic sizes are not compared: a comparison would limit a program to small maps like its
+    # example.
     if isinstance(height, int) and isinstance(width, int) and height > radius and width > radius:
         return F.pad(x, (radius, radius, radius, radius), mode="reflect")
     return mirror(mirror(x, radius, 2), radius, 3)
 
 
 def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
-    """Does what :func:`reflect_pad` does on one axis, by indices that fit symbolic sizes."""
+    """Does :func:`reflect_pad` on one axis, by indices that work with symbolic sizes."""
     last = x.shape[axis] - 1
     place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
-    period = 2 * last + 1 // (last + 1)  # after which mirror images repeat; 1 for a single pixel
+    period = 2 * last + 1 // (last + 1)  # period of the reflections; 1 for a single pixel
     place = place % period
     return x.index_select(axis, last - (last - place).abs())
 
 
 def _tap_rows(x: Tensor, radius: int) -> Iterator[Tensor]:
-    """Yields the D rows of taps: of each row the D neighbours of every pixel, (B, C, D, H, W)."""
+    """Yields the D neighbours of every pixel for each of D rows of taps, (B, C, D, H, W)."""
     height, width = x.shape[-2:]
     padded, diameter = reflect_pad(x, radius), 2 * radius + 1
     wide = torch.stack([padded[..., dx : dx + width] for dx in range(diameter)], dim=2)
@@ -116,7 +117,7 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     :math:`g = A_h\, x\, A_w^\top`, where row i of A averages the pixels from
     :math:`\lfloor i n / N \rfloor` up to :math:`\lceil (i + 1) n / N \rceil`. The rule also holds
-    where N > n, and the products compile and export with symbolic sizes.
+    if N > n, and the products compile and export with symbolic sizes.
 
     Args:
         image: The image, (B, C, H, W).
@@ -155,9 +156,9 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
               + 0.1\, m(k, g)_t
 
     p is a two-layer projection of the guidance, reflect-padded; T = exp(range_temp), clamped to
-    [1e-4, 1e4]. The learned correction m is not renormalised: taps may be negative and their sum
-    need not be one. Where spatial term and range disagree so far that the product sums to less
-    than 1e-7, the sum is clamped there, as upstream does.
+    [1e-4, 1e4]. The learned correction m is not renormalised: taps may be negative and need not sum
+    to one. If the product of spatial and range term sums to less than 1e-7, the sum is clamped to
+    1e-7, as upstream does.
 
     Args:
         guidance: The image at the stage's output size, (B, G, H, W).
@@ -197,12 +198,12 @@ def joint_kernel(
         k_t(u) = \operatorname{softmax}_t(-|p_u - p_{c(u+t)}|^2 / 2\sigma^2
                  - |q_u - k_{c(u+t)}|^2 / 2\tau^2)
 
-    c(v) is the cell that pixel v lies in, and p are places, counted in cells of the source.
+    c(v) is the cell of pixel v, and p are positions in cells of the source.
 
     Args:
         query: Looks of the pixels, (B, E, H, W).
         key: Looks of the cells, (B, E, h, w), with h ≤ H and w ≤ W.
-        spatial: Width σ, (); its sign does not matter, and it is at least 1e-3.
+        spatial: Width σ, (); its absolute value is used, at least 1e-3.
         range: Width τ, (), likewise.
         cells: Height and width of the source.
         radius: Reach of the kernels, in pixels.
@@ -218,7 +219,7 @@ def joint_kernel(
 def joint_features(
     query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, cells: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Returns places and looks of pixels and of their cells, divided by the widths.
+    """Returns positions and embeddings of pixels and of their cells, divided by the widths.
 
     Half the squared distance of two of them is the exponent of :func:`joint_kernel`.
     """
@@ -230,7 +231,7 @@ def joint_features(
 def _places(x: Tensor, cells: tuple[int, int]) -> Tensor:
     """Returns the rows and columns of a map's pixels on the source's grid, (B, 2, H, W)."""
     batch, _, height, width = x.shape
-    # Products before quotients, so that symbolic sizes stay symbolic.
+    # Multiplies before dividing, so that symbolic sizes stay symbolic.
     rows, columns = (
         (torch.arange(count, device=x.device) + 0.5).to(x) * cell / count
         for cell, count in zip(cells, (height, width), strict=True)
@@ -247,7 +248,7 @@ def repeat(cells: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def cell_of_pixel(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """Returns which of n cells the centre of each of N pixels lies in, (N,)."""
+    """Returns the cell, of n, that contains the centre of each of N pixels, (N,)."""
     twice = torch.arange(1, 2 * pixels, 2, device=like.device)  # of the pixels' centres
     return twice * cells // (2 * pixels)
 

@@ -1,8 +1,8 @@
-"""The operators as torch knows them: schemas, gradients, shapes for compilers, vmap.
+"""Registers the operators with torch: schemas, gradients, shapes for compilers, vmap.
 
-They lie under ``torch.ops.featup_hub`` and are opaque to compilers. A backward pass is an operator
-of its own, without a derivative. ``torch.func.grad`` and its kin do not pass through registered
-operators; use ``impl="reference"`` there.
+They are in ``torch.ops.featup_hub`` and are opaque to compilers. A backward pass is a separate
+operator without a derivative. ``torch.func.grad`` and similar transforms do not work with
+registered operators; use ``impl="reference"`` for them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _kernel(guidance: Tensor, *args: Any) -> Tensor:
 
 
 def _kernel_backward(grad: Tensor, guidance: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    # The same on every device: nearly all of it is matrix products.
+    # The same on every device: nearly all time is spent in matrix products.
     weights = StageWeights(*args[:-1])
     grad_guidance, gradients = torch_backend.kernel_backward(grad, guidance, weights)
     return grad_guidance, *gradients
@@ -138,7 +138,7 @@ def _joint_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *backward(grad, *ctx.saved_tensors, ctx.rows, ctx.columns), None, None, None
 
 
-def _refuse_gradients(ctx: Any, *grads: Tensor) -> None:  # torch would take them for zero
+def _refuse_gradients(ctx: Any, *grads: Tensor) -> None:  # torch would treat them as zero
     raise RuntimeError(
         "second derivatives were asked for, and only the definition has them; use impl='reference'"
     )

@@ -1,9 +1,9 @@
-r"""One-dimensional tables that fold resizing and border reflection into the taps.
+r"""One-dimensional tables that combine resizing and border reflection with the taps.
 
 A stage resizes its source bicubically, pads it by reflection and filters it with D×D taps. Along
 one axis, tap t of output pixel x therefore reads :math:`\sum_m A_{x,t,m}\, source_m` with at most
-four source pixels m, all in a short window around x. With A tabulated once per size, the whole
-chain is one filter on the source, for any ratio of the sizes, borders included.
+four source pixels m, all in a short window around x. A is tabulated once per size. The three steps
+are then one filter on the source, for any ratio of sizes, including borders.
 
 Source: bicubic as PyTorch's ``interpolate`` (Keys 1981, a = -0.75, ``align_corners=False``).
 """
@@ -23,7 +23,7 @@ BICUBIC_A = -0.75
 
 
 class FoldedAxis(NamedTuple):
-    """One axis of a stage, its output cut into tiles that share a window of the source.
+    """One axis of a stage, with its output split into tiles; a tile has one window of the source.
 
     Attributes:
         tile: Output pixels of a tile; the last tile may reach beyond the output.
@@ -46,7 +46,7 @@ def reflect(index: Tensor, size: int) -> Tensor:
 
 
 def bicubic_row(index: int, size_in: int, size_out: int) -> dict[int, float]:
-    """Returns the input pixels that output pixel ``index`` mixes, with their weights."""
+    """Returns the input pixels of output pixel ``index``, with their weights."""
     position = (index + 0.5) * size_in / size_out - 0.5
     first = math.floor(position)
     row: dict[int, float] = {}
@@ -65,9 +65,9 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def _bicubic(size_in: int, size_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns the four pixels that each output pixel mixes and their weights, (size_out, 4).
+    """Returns the four input pixels of each output pixel and their weights, (size_out, 4).
 
-    Positions are rounded as PyTorch rounds them for maps of this dtype.
+    Positions are rounded as in PyTorch for maps of this dtype.
     """
     scale = torch.tensor(size_in, dtype=dtype) / size_out
     position = scale * (torch.arange(size_out, dtype=dtype) + 0.5) - 0.5
@@ -89,7 +89,7 @@ def bicubic_matrix(size_in: int, size_out: int) -> Tensor:
 def fold_axis(
     size_in: int, size_out: int, tile: int, radius: int, dtype: torch.dtype, device: torch.device
 ) -> FoldedAxis:
-    """Tabulates which source pixels the taps of each output pixel read along one axis.
+    """Tabulates the source pixels that the taps of each output pixel read along one axis.
 
     Args:
         size_in: Source pixels.
@@ -97,13 +97,13 @@ def fold_axis(
         tile: Output pixels that share a window.
         radius: Reach of the taps, in output pixels.
         dtype: Precision of the maps.
-        device: Where the table is needed.
+        device: Device of the table.
 
     Returns:
         Tiles, windows and weights.
     """
     pixels, weights = _bicubic(size_in, size_out, dtype)
-    # Where the sizes agree, three of the four weights are zero; they need no room in a window.
+    # If the sizes are equal, three of the four weights are zero and need no space in a window.
     pixels = torch.where(weights == 0, pixels[:, 1:2], pixels)
     taps = reflect(torch.arange(size_out)[:, None] + torch.arange(-radius, radius + 1), size_out)
     pixels, weights = pixels[taps].flatten(1), weights[taps].flatten(1)  # (size_out, D·4)

@@ -1,7 +1,7 @@
-"""The ``torch`` implementation: any device, plain PyTorch, forward and written-out backward.
+"""The ``torch`` implementation: plain PyTorch on any device, with explicit backward passes.
 
 Functions with the signatures that :mod:`featup_hub.ops.registration` calls. They take and return
-maps as (B, C, H, W), in channels_last memory format, which is how the filters work.
+maps as (B, C, H, W), in channels_last memory format, as the filters need.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 def apply_backward(
     grad: Tensor, source: Tensor, kernel: Tensor, need_source: bool, need_kernel: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of source and kernel; empty tensors where they are not needed."""
+    """Returns the gradients of source and kernel; an empty tensor if one is not needed."""
     upstream = _channels_last(grad)
     grad_source, grad_kernel = source.new_empty(0), kernel.new_empty(0)
     if need_source:
@@ -69,8 +69,8 @@ def joint_kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of :func:`featup_hub.ops.reference.joint_kernel`'s tensors.
 
-    With dL the gradient of the logits, the pixels' features q receive Σ dL_t (k_t - q), and the
-    cells' features k, at the other end of each tap, Σ dL_t (q - k). Both are filters with dL.
+    dL is the gradient of the logits. The pixels' features q get Σ dL_t (k_t - q). The cells'
+    features k, at the other end of each tap, get Σ dL_t (q - k). Both are filters with dL.
     """
     radius = round(grad.shape[1] ** 0.5) // 2
     kernel = reference.joint_kernel(query, key, spatial, range, cells, radius)
@@ -84,7 +84,8 @@ def joint_kernel_backward(
         F.pad(asked, (0, 1), value=1), grad_logits, (had.shape[1], had.shape[2])
     )
     grad_had = received[..., :-1] - had * received[..., -1:]
-    # Places are the first two channels. Features are what they are made of, divided by the widths.
+    # Positions are the first two channels. Features are positions and embeddings, divided by the
+    # widths.
     total = (grad_asked * asked + grad_had * had).sum((0, 1, 2))
     of_spatial, of_range = (
         torch.where(width.abs() >= reference.MIN_WIDTH, -part.sum() / width, 0.0).to(width.dtype)
@@ -106,9 +107,10 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _moderate(x: Tensor) -> bool:
-    """Whether folding gives what the definition gives: no NaN, no infinity, no huge value.
+    """Whether folding equals the definition: no NaN, no infinity, no huge value.
 
-    A window holds pixels that a tap does not read; their weight is zero, and zero times NaN is NaN.
+    A window contains pixels that a tap does not read. Their weight is zero, but zero times NaN is
+    NaN.
     """
     if x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return True

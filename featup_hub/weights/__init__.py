@@ -1,7 +1,7 @@
-"""Where weights come from: a file of the user's, the folder of shipped files, the Hub.
+"""Sources of weights: a file of the user, the folder of shipped files, the Hub.
 
-Shipped files are safetensors with a digest in the registry, which is checked on every load.
-timm's weights are loaded by timm, see :mod:`featup_hub.backbones`.
+Shipped files are safetensors. Their digest is in the registry and checked on every load.
+timm loads its own weights, see :mod:`featup_hub.backbones`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ __all__ = [
 
 
 def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tensor]:
-    """Finds a shipped file and reads it, its digest checked, or reads a file in its place.
+    """Reads a shipped file and checks its digest, or reads a file of the user instead.
 
     Args:
         file: Row of the registry.
-        path: A safetensors file of the user's own to read instead, to which the row's digest
-            does not apply; or the name of a shipped upsampler.
+        path: A safetensors file to read instead, without the row's digest; or the name of a shipped
+            upsampler.
 
     Returns:
         Tensors by name.
 
     Raises:
         FileNotFoundError: If ``path`` does not exist.
-        ValueError: If the file is damaged or not the one the row names.
+        ValueError: If the file is damaged or has another digest.
         RuntimeError: If the shipped file is missing.
     """
     file, path = _named(file, path)
@@ -56,11 +56,11 @@ def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tenso
 
 
 def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
-    """Finds a shipped file, or the one the user gives in its place.
+    """Finds a shipped file, or the user's file instead.
 
     Args:
         file: Row of the registry.
-        path: A file of the user's own to take instead, or the name of a shipped upsampler.
+        path: A file to take instead, or the name of a shipped upsampler.
 
     Returns:
         An existing file.
@@ -84,13 +84,13 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
 
 
 def _named(file: WeightFile, path: str | Path | None) -> tuple[WeightFile, str | Path | None]:
-    """Returns the row and the path to take, where ``path`` may be a name of the registry."""
+    """Returns the row and the path to take; ``path`` may be a name of the registry."""
     shipped = shipped_upsampler(str(path))
     return (file, path) if shipped is None else (shipped, None)
 
 
 def shipped_folder() -> Path:
-    """Returns the folder of weights that came with the code: a wheel's or a checkout's."""
+    """Returns the folder of shipped weights, in a wheel or a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "weights_data"
     return installed if installed.is_dir() else package.parent / "weights"

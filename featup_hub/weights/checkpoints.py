@@ -1,6 +1,6 @@
-"""Reading weights as people have them: safetensors, or what ``torch.save`` wrote.
+"""Reads weights files: safetensors, or files of ``torch.save``.
 
-No code in a file is ever run: PyTorch's loader is asked for tensors and plain containers only.
+Code in a file is never run: PyTorch's loader accepts only tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from featup_hub.weights.files import existing, kind, read
 
 __all__ = ["read_state", "unpickle"]
 
-# Where training programs (timm, Lightning, DINO, MAE) keep the weights in a checkpoint, and the
-# prefixes that wrappers (torch.compile, DistributedDataParallel, DINO) put before their names.
+# Keys of the weights in checkpoints of timm, Lightning, DINO and MAE, and prefixes of names that
+# torch.compile, DistributedDataParallel and DINO add.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 _PREFIXES = ("_orig_mod.", "module.", "backbone.")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Reads a network's tensors from a file, whatever program wrote it.
+    """Reads a network's tensors from a file.
 
     Args:
         path: A safetensors file, or a ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` of ``torch.save``:
-            a state dict, or a checkpoint that holds one.
+            a state dict, or a checkpoint with one.
 
     Returns:
         Tensors by name, without the prefixes of wrappers.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is neither, is damaged, or would run code.
+        ValueError: If it is another kind of file, is damaged, or would run code.
     """
     path = existing(path)
     with path.open("rb") as file:
@@ -60,15 +60,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def unpickle(path: Path) -> tuple[object, str | None]:
-    """Unpickles a file by PyTorch's loader that knows tensors and plain containers only.
+    """Unpickles a file with PyTorch's loader, which accepts only tensors and plain containers.
 
     Args:
         path: An existing file.
 
     Returns:
-        What the file holds and None, or None and why it cannot be read.
+        The file's content and None, or None and why it cannot be read.
     """
-    # timm's and DINO's trainers keep their arguments in a Namespace, which is only a container.
+    # timm's and DINO's trainers store their arguments in a Namespace, a plain container.
     allowed = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5 and later
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
@@ -77,7 +77,7 @@ def unpickle(path: Path) -> tuple[object, str | None]:
             return None, damage
         with allowed([argparse.Namespace]) if allowed else nullcontext():
             return torch.load(path, map_location="cpu", weights_only=True), None
-    except Exception as error:  # a damaged archive or pickle can raise anything
+    except Exception as error:  # a damaged archive or pickle can raise any exception
         if not is_zip:
             return None, kind(path) or "no file of torch.save"
         if isinstance(error, pickle.UnpicklingError):
@@ -87,9 +87,9 @@ def unpickle(path: Path) -> tuple[object, str | None]:
 
 
 def _damage(path: Path) -> str | None:
-    """Looks for what PyTorch's loader accepts in a zip file and nobody means to have."""
+    """Finds faults of a zip file that PyTorch's loader accepts."""
     with zipfile.ZipFile(path) as archive:
-        # torch.save never compresses; a few compressed kilobytes could unfold to all memory.
+        # torch.save never compresses; a few compressed kilobytes could expand to fill the memory.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             return "a zip file with compressed entries"
         damaged = archive.testzip()

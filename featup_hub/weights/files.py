@@ -1,7 +1,7 @@
-"""Weights files: safetensors, read with their digest checked and written all or nothing.
+"""Weights files: safetensors, read with a check of their digest and written atomically.
 
-Every file written here carries a digest of its tensors in its metadata, so that damage is seen
-where no digest is pinned, too. The same tensors and metadata always make the same bytes.
+Every file written here has a digest of its tensors in its metadata, to detect damage of files
+without a pinned digest. The same tensors and metadata always give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["digest", "load_into", "metadata", "read", "write"]
 
 _CONTENT = "content_sha256"
 _PICTURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF"}
-_SHOWN = 6  # names of tensors an error lists before it counts the rest
+_SHOWN = 6  # names of tensors that an error lists; it counts the rest
 
 
 def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
@@ -28,15 +28,15 @@ def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
 
     Args:
         path: The file.
-        sha256: Digest the file must have, 64 hexadecimal digits. Without one, the digest of the
-            tensors that :func:`write` left in the metadata is checked where there is one.
+        sha256: Digest the file must have, 64 hexadecimal digits. Default: check the digest of the
+            tensors in the metadata, if :func:`write` stored one.
 
     Returns:
         Tensors by name.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a whole safetensors file, or not the one the digest names.
+        ValueError: If it is not a complete safetensors file, or has another digest.
     """
     path = existing(path)
     if sha256 is not None and (found := digest(path)) != sha256.lower():
@@ -48,14 +48,14 @@ def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """Returns what :func:`write` noted beside the tensors.
+    """Returns the metadata of a file of :func:`write`.
 
     Args:
         path: A safetensors file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a whole safetensors file.
+        ValueError: If it is not a complete safetensors file.
     """
     notes = _open(existing(path))[1]
     return {key: note for key, note in sorted(notes.items()) if key not in {_CONTENT, "format"}}
@@ -64,17 +64,18 @@ def metadata(path: str | Path) -> dict[str, str]:
 def write(
     tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, all or nothing.
+    """Writes a safetensors file atomically.
 
-    A failure or a kill leaves the file as it was. A link at ``path`` is replaced, not followed.
+    After a failure or a kill the old file is unchanged. A link at ``path`` is replaced, not
+    followed.
 
     Args:
         tensors: Tensors by name, from any device.
         path: The file to make or replace; its folder must exist.
-        metadata: Notes to keep beside the tensors.
+        metadata: Metadata of the file.
 
     Raises:
-        TypeError: If a note is not a string.
+        TypeError: If a value of the metadata is not a string.
         OSError: If the path is a folder, or its folder does not exist or cannot be written to.
     """
     from safetensors.torch import save
@@ -90,7 +91,7 @@ def write(
     notes = {"format": "pt", **(metadata or {}), _CONTENT: sha256_of_tensors(whole)}
     data = memoryview(save(whole))
     end = 8 + int.from_bytes(data[:8], "little")
-    # The library keeps metadata in a hash map: written by it, two runs would differ in bytes.
+    # The library stores metadata in a hash map, so the bytes of two runs would differ.
     header = {"__metadata__": dict(sorted(notes.items())), **json.loads(bytes(data[8:end]))}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -102,16 +103,16 @@ def write(
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str | Path) -> None:
-    """Copies tensors into a module, strictly: same names, same shapes, or nothing at all.
+    """Copies tensors into a module strictly: names and shapes must be equal.
 
     Args:
         module: The module to fill.
-        tensors: Tensors by name, as its ``state_dict`` has them.
-        origin: Where they come from, for the error.
+        tensors: Tensors by their names in its ``state_dict``.
+        origin: Their origin, for the error.
 
     Raises:
-        ValueError: If a tensor is missing, left over, of another shape or not of floating point
-            where the module's is. The module is then as it was.
+        ValueError: If a tensor is missing, unknown, of another shape, or an integer in place of
+            floating point. The module is then unchanged.
     """
     own = module.state_dict()
     differing = [
@@ -134,19 +135,19 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str |
             f"{len(own)} tensors; {'; '.join(problems)}; "
             "check that file and model (name, feat_dim) belong together"
         )
-    # A module on the meta device has no memory to copy to and takes the tensors themselves;
-    # copies, for those that were read may be views of the file.
+    # A module on the meta device has no memory to copy to, so it gets the tensors: cloned, because
+    # tensors read from a file may be views of it.
     if meta := any(tensor.is_meta for tensor in own.values()):
         tensors = {name: tensors[name].to(tensor.dtype, copy=True) for name, tensor in own.items()}
     module.load_state_dict(tensors, assign=meta)
 
 
 def existing(path: str | Path) -> Path:
-    """Returns a path, ``~`` expanded, if there is a file.
+    """Returns the path with ``~`` expanded, if the file exists.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If there is a folder.
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is a folder.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -180,7 +181,7 @@ def _damaged(path: Path, needed: str, got: str) -> ValueError:
 
 
 def kind(path: Path) -> str | None:
-    """Recognises what is commonly found in a weights file's place."""
+    """Recognises common files that are not weights."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
@@ -211,6 +212,6 @@ def _form(tensor: Tensor) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """Joins names with commas; of many, the first few and the number of the others."""
+    """Joins names with commas; of many, lists the first few and counts the others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

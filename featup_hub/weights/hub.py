@@ -1,7 +1,6 @@
-"""Files of the Hugging Face Hub, by its own library, with one clear error where it fails.
+"""Downloads files of the Hugging Face Hub with its own library; failures give one clear error.
 
-The library's cache, token, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` apply, and so do its checks:
-what it accepts is taken.
+The library's cache, token, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and checks apply.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def download(
 
     Args:
         repo_id: Repository, ``owner/name``.
-        filename: File in it.
+        filename: File in the repository.
         revision: Commit, tag or branch; default: the main branch.
         token: Access token; default: the one the Hub's library finds.
         force_download: Download the file even if it is cached.
@@ -35,7 +34,7 @@ def download(
 
     Raises:
         ValueError: If ``repo_id`` is not a repository's name.
-        RuntimeError: If the file is neither cached nor to be had.
+        RuntimeError: If the file is not cached and cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -63,7 +62,7 @@ def explained(wanted: str) -> Iterator[None]:
     """Turns a failed download into one error that says what to do.
 
     Args:
-        wanted: What was to be downloaded.
+        wanted: Name of the download.
 
     Raises:
         RuntimeError: If the Hub's library fails inside the block, or the file is damaged.
@@ -72,7 +71,7 @@ def explained(wanted: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
     from safetensors import SafetensorError
 
-    # The library's own errors are OSErrors; some of its HTTP client pass through it.
+    # The library's own errors are OSErrors; some errors of its HTTP client are not converted.
     client: type[Exception] = HfHubHTTPError.__bases__[0]
     failures: tuple[type[Exception], ...] = (OSError, client, SafetensorError)
     try:

@@ -1,7 +1,7 @@
-"""Checkpoints of FeatUp's own training code as plain tensors; no code in them is ever run.
+"""Reads checkpoints of FeatUp's own training code as plain tensors; their code is never run.
 
-Those are PyTorch pickles, of Lightning or of the state alone, with prefixes for the parts of the
-training module. Each part has its place below, and a name without one is an error.
+They are PyTorch pickles, of Lightning or only the state, with prefixes for the parts of the
+training module. The parts are listed below; any other name is an error.
 
 Source: names as in mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 """
@@ -19,7 +19,7 @@ from featup_hub.weights.files import digest, listed, write
 
 __all__ = ["ConvertedCheckpoint", "convert", "convert_upstream", "split_norm"]
 
-FORMAT = "1"  # of converted files: the upsampler's tensors, and the norm's under "norm."
+FORMAT = "1"  # format of converted files: the upsampler's tensors, and the norm's under "norm."
 _EXTRAS = ("downsampler.", "scale_net.")
 _NORM = {"model.1.norm.weight": "weight", "model.1.norm.bias": "bias"}
 _STAGE: dict[str, tuple[int, ...]] = {
@@ -38,12 +38,12 @@ _STAGE: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedCheckpoint:
-    """What a checkpoint of upstream holds.
+    """Content of a checkpoint of upstream.
 
     Attributes:
         feat_dim: Channels of the features it was trained for.
         upsampler: Tensors of ``JBUStack(feat_dim)``.
-        norm: Weight and bias of the channel norm behind its backbone, where it had one.
+        norm: Weight and bias of the channel norm behind its backbone, if it had one.
         extras: Tensors that only training needs (downsampler, scale net), under their own names.
     """
 
@@ -60,12 +60,12 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
         path: A ``.ckpt`` file of upstream.
 
     Returns:
-        Its tensors, complete and of the right shapes.
+        Its tensors, with names and shapes checked.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not such a checkpoint: not a PyTorch file, one that asks to run
-            code, names that are unknown or missing, wrong shapes.
+        ValueError: If it is not a PyTorch file, needs to run code, or has unknown names, missing
+            names or wrong shapes.
     """
     path = Path(path).expanduser()
     upsampler: dict[str, Tensor] = {}
@@ -96,15 +96,15 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
 def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
     """Converts a checkpoint of upstream to a safetensors file.
 
-    It holds the upsampler and, under ``norm.``, the channel norm; what only training needs is
-    left out. The metadata name the format, ``feat_dim``, and the source with its digest.
+    The file has the upsampler and, under ``norm.``, the channel norm. Tensors that only training
+    needs are left out. The metadata are the format, ``feat_dim``, and the source with its digest.
 
     Args:
         source: A ``.ckpt`` file of upstream.
         target: The file to write.
 
     Returns:
-        What was read.
+        The content of the checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -125,10 +125,10 @@ def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
 
 
 def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Parts a converted file's tensors into the upsampler's and the channel norm's.
+    """Splits a converted file's tensors into the upsampler's and the channel norm's.
 
     Args:
-        tensors: Tensors of a file that :func:`convert` wrote, or of an upsampler alone.
+        tensors: Tensors of a file of :func:`convert`, or of an upsampler alone.
 
     Returns:
         The upsampler's tensors, and the norm's weight and bias or None.

@@ -1,5 +1,5 @@
-"""The fused CUDA kernels: sources in ``csrc``, the code that compiles and launches them here.
+"""The fused CUDA kernels: sources in ``csrc``, and the code that compiles and launches them.
 
-``backend`` launches, ``program`` compiles and loads, ``nvrtc``, ``cache`` and ``driver`` are the
+``backend`` launches; ``programs`` compiles and loads; ``nvrtc``, ``cache`` and ``driver`` are the
 compiler, the folder of compiled kernels and the CUDA driver.
 """

@@ -1,7 +1,7 @@
 """The ``cuda`` implementation: launches the fused kernels on torch's current stream.
 
-Nothing here waits for the device. The comments that open the ``.cu`` files define layouts, grids
-and what is written; this file follows them.
+No function waits for the device. The first comment of each ``.cu`` file defines layouts, grids and
+outputs.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def apply_backward_program(dtype: torch.dtype) -> Program:
 
 
 def usual_programs() -> list[Program]:
-    """Returns what an RGB image and features of any type need, forward and backward."""
+    """Returns the programs for RGB images and features of any type, forward and backward."""
     filters = [make(t) for make in (apply_program, apply_backward_program) for t in FEATURE_TYPES]
     return [kernel_program(3), *filters]
 
 
 def kernel_unsupported_reason(guidance: Tensor, weights: StageWeights) -> str | None:
-    """Says why :func:`kernel` cannot run with these tensors, and what would help."""
+    """Returns why :func:`kernel` cannot run with these tensors, with a remedy."""
     shape = (weights.diameter, weights.range_b0.shape[0])
     if shape != (DIAMETER, KEYS) or guidance.shape[1] > MOST_GUIDANCE_CHANNELS:
         return (
@@ -93,7 +93,7 @@ def kernel_unsupported_reason(guidance: Tensor, weights: StageWeights) -> str | 
 
 
 def apply_unsupported_reason(source: Tensor, kernel: Tensor) -> str | None:
-    """Says why :func:`apply` cannot run with these tensors, and what would help."""
+    """Returns why :func:`apply` cannot run with these tensors, with a remedy."""
     if kernel.shape[1] != TAPS or source.dtype not in FEATURE_TYPES:
         return (
             f"the fused kernels are made for {TAPS} taps and float32, float16 or bfloat16 "
@@ -159,7 +159,7 @@ def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 def apply_backward(
     grad: Tensor, source: Tensor, kernel: Tensor, need_source: bool, need_kernel: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of source and kernel; empty tensors where they are not needed."""
+    """Returns the gradients of source and kernel; an empty tensor if one is not needed."""
     grad_source, grad_kernel = source.new_empty(0), kernel.new_empty(0)
     if not grad.numel():
         return (
@@ -195,8 +195,8 @@ def apply_backward(
 def _fit(source: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
     """Returns the source channels last, (B, h, w, C), and the width of the kernels' window.
 
-    The kernels take axes that keep their size or grow by 1.75 to 2. A source of another ratio,
-    which only the first and smallest stage of a stack meets, is resized before.
+    The kernels support axes that keep their size or grow by 1.75 to 2. A source of another ratio is
+    resized first; in a stack only the first, smallest stage needs this.
     """
     size = kernel.shape[-2:]
     axes = list(zip(source.shape[-2:], size, strict=True))
@@ -208,7 +208,7 @@ def _fit(source: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
 def _resize_backward(grad: Tensor, source: Tensor) -> Tensor:
     """The adjoint of :func:`_fit`, from (B, h, w, C) to the source's (B, C, h, w).
 
-    By matrix products: torch's own adjoint of bicubic resizing adds in no fixed order.
+    Uses matrix products: torch's adjoint of bicubic resizing sums in no fixed order.
     """
     batch, height, width, channels = grad.shape
     h, w = source.shape[-2:]
@@ -221,12 +221,12 @@ def _resize_backward(grad: Tensor, source: Tensor) -> Tensor:
 
 @functools.lru_cache(64)
 def _resizing(size_in: int, size_out: int, device: torch.device) -> Tensor:
-    """Keeps the matrix on the device, so that a captured graph has nothing to copy."""
+    """Keeps the matrix on the device, so that a captured graph needs no copy."""
     return bicubic_matrix(size_in, size_out).to(device, torch.float32)
 
 
 def _span(channels: int, tiles: int, fused: FusedKernels) -> int:
-    """Shares channels out among blocks, so that few tiles keep a whole device busy."""
+    """Divides channels among blocks, so that few tiles still use the whole device."""
     chunks = blocks(channels, CHANNEL_TILE)
     wanted = blocks(BLOCKS_PER_MULTIPROCESSOR * fused.multiprocessors, tiles)
     return CHANNEL_TILE * blocks(chunks, min(max(wanted, 1), chunks))

@@ -1,8 +1,8 @@
-"""Keeps compiled kernels on disk, so that only the first process ever waits for the compiler.
+"""Keeps compiled kernels on disk, so that only the first process waits for the compiler.
 
-A file is named by a digest of everything its contents depend on, written beside its place and
-renamed into it, and closes with the digest of its contents: a reader sees a whole file or
-none, whoever else writes, and a damaged one is noticed, deleted and made anew.
+A file's name has a digest of all that its contents depend on. It is written under a temporary name
+and renamed, so readers never see a partial file. It ends with the digest of its contents: a damaged
+file is detected, deleted and made again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, kw_only=True)
 class Cubin:
-    """Machine code and where it is kept.
+    """Machine code and its file.
 
     Attributes:
         image: The code.
-        path: Its file; None where it could not be kept.
-        hit: Whether it was found rather than made.
+        path: Its file; None if it could not be written.
+        hit: Whether it came from the cache.
     """
 
     image: bytes
@@ -40,7 +40,7 @@ class Cubin:
 def cache_folder() -> Path | None:
     """Returns ``$FEATUP_HUB_CACHE``, ``$XDG_CACHE_HOME/featup_hub`` or ``~/.cache/featup_hub``.
 
-    None stands for a user without a home.
+    Returns None for a user without a home folder.
     """
     if folder := os.environ.get("FEATUP_HUB_CACHE"):
         return Path(folder)
@@ -53,12 +53,12 @@ def cache_folder() -> Path | None:
 
 
 def cubin_name(stem: str, architecture: int, *dependencies: object) -> str:
-    """Names the file for what was compiled and for everything that decides its contents.
+    """Makes a file name from the program and all that its contents depend on.
 
     Args:
-        stem: A word for people.
+        stem: A readable word.
         architecture: Compute capability times ten.
-        dependencies: Source, options, compiler version: whatever has a faithful ``repr``.
+        dependencies: Source, options, compiler version: values with a complete ``repr``.
 
     Returns:
         A file name such as ``jbu-sm_90-0123456789abcdef01234567.cubin``.
@@ -70,7 +70,7 @@ def cubin_name(stem: str, architecture: int, *dependencies: object) -> str:
 def fetch(name: str, make: Callable[[], bytes]) -> Cubin:
     """Returns the cubin of this name, from the cache or from the compiler.
 
-    Where the cache cannot be written the cubin lives in memory only, and one warning says so.
+    If the cache cannot be written, the cubin is kept in memory only, with one warning.
 
     Args:
         name: From :func:`cubin_name`.

@@ -1,8 +1,8 @@
-"""Loads and launches compiled kernels through the CUDA driver, beside torch and on its streams.
+"""Loads and launches compiled kernels through the CUDA driver, on torch's streams.
 
-The driver's library comes with the graphics driver. Calls go through :mod:`ctypes`; they use
-each device's primary context, the one torch itself lives in, so memory and streams are shared.
-Errors carry the driver's own words.
+The driver's library comes with the graphics driver. Calls go through :mod:`ctypes`. They use each
+device's primary context, as torch does, so memory and streams are shared. Errors contain the
+driver's message.
 
 Source: CUDA toolkit documentation, "CUDA Driver API".
 """
@@ -24,9 +24,9 @@ __all__ = ["CudaDriver", "CudaDriverError", "Function", "Launcher", "Signature",
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
 CAPTURE_MODE_RELAXED = 2  # a CUstreamCaptureMode
-# Faults of work that was queued earlier, by whomever; the driver reports them at the next call.
+# Faults of any work queued earlier; the driver reports them at the next call.
 ASYNCHRONOUS_ERRORS = {700, 702, 710, *range(714, 720)}
-# Beyond this a kernel must be told that it may.
+# A kernel needs permission for more.
 DEFAULT_SHARED_BYTES = 48 * 1024
 
 
@@ -35,16 +35,16 @@ class CudaDriverError(RuntimeError):
 
 
 class Signature(threading.local):
-    """A kernel's parameters, packed the way a C compiler lays out a struct.
+    """A kernel's parameters, packed like a C struct.
 
-    Launching is a matter of microseconds, so every thread keeps one buffer and fills it again.
+    A launch takes microseconds, so every thread reuses one buffer.
 
     Args:
         codes: One letter of :mod:`struct` per parameter: P pointer, i int, q long long,
             f float.
 
     Attributes:
-        offsets: Where each parameter lies, in bytes.
+        offsets: Offset of each parameter, in bytes.
 
     Example:
         >>> Signature("Piq").offsets
@@ -86,13 +86,13 @@ class Function:
 
 
 class Launcher(Protocol):
-    """What the operations need of a driver; tests put another in its place."""
+    """The driver's interface for the operations; tests use another implementation."""
 
     def load(self, device: int, image: bytes, kernels: dict[str, str]) -> dict[str, Function]:
         """Loads a cubin on a device; ``kernels`` maps names to :class:`Signature` letters."""
 
     def current_stream(self, device: int) -> int:
-        """Returns the stream torch queues on now."""
+        """Returns torch's current stream."""
 
     def launch(
         self,
@@ -133,7 +133,7 @@ class CudaDriver:
         """Loads a cubin on a device and looks up its kernels.
 
         Args:
-            device: Index of the device, as torch counts.
+            device: Index of the device in torch.
             image: The cubin.
             kernels: Names and their :class:`Signature` letters.
 
@@ -146,7 +146,7 @@ class CudaDriver:
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()
         functions = {}
         pushed = self._enter(device)
-        # While a CUDA graph is captured, other modes forbid to load.
+        # Other modes forbid loading during the capture of a CUDA graph.
         mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
         self._cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         try:
@@ -164,7 +164,7 @@ class CudaDriver:
         return functions
 
     def current_stream(self, device: int) -> int:
-        """Returns the handle of the stream torch queues on now."""
+        """Returns the handle of torch's current stream."""
         return torch.cuda.current_stream(device).cuda_stream
 
     def launch(
@@ -209,7 +209,7 @@ class CudaDriver:
             self._check(status, function.name)
 
     def _allow(self, function: Function, shared_bytes: int) -> None:
-        """Raises a kernel's limit of dynamic shared memory where it needs more than before."""
+        """Raises a kernel's limit of dynamic shared memory if it needs more."""
         if shared_bytes > self._shared_bytes.get(function.handle, DEFAULT_SHARED_BYTES):
             status = self._cuda.cuFuncSetAttribute(
                 ctypes.c_void_p(function.handle), MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
@@ -218,10 +218,10 @@ class CudaDriver:
             self._shared_bytes[function.handle] = shared_bytes
 
     def _enter(self, index: int) -> bool:
-        """Makes a device's primary context the thread's; False where it is already.
+        """Makes a device's primary context current in this thread; False if it is already.
 
-        A thread that torch has not used on the device yet, one of autograd's for example, has
-        another context or none.
+        A thread that torch has not used on the device yet, such as one of autograd's, has another
+        context or none.
         """
         context = self._contexts.get(index) or self._primary_context(index)
         current = ctypes.c_void_p()
@@ -260,5 +260,5 @@ class CudaDriver:
 
 @functools.cache
 def open_driver() -> CudaDriver:
-    """Returns the machine's driver, opened once for the process."""
+    """Returns the machine's driver, opened once per process."""
     return CudaDriver()

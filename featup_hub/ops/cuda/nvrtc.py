@@ -22,15 +22,15 @@ __all__ = ["Compilation", "Nvrtc", "NvrtcError", "load", "search_path"]
 
 
 class NvrtcError(RuntimeError):
-    """NVRTC is missing, or did not accept a program; the text holds its log."""
+    """NVRTC is missing, or rejected a program; the message includes the log."""
 
 
 class Compilation(NamedTuple):
-    """What NVRTC makes of a program.
+    """NVRTC's output for a program.
 
     Attributes:
         image: The cubin, an ELF image.
-        log: Its warnings, and with ``--ptxas-options=-v`` what every kernel uses.
+        log: Its warnings, and with ``--ptxas-options=-v`` the resources of every kernel.
     """
 
     image: bytes
@@ -42,7 +42,7 @@ class Nvrtc:
 
     Args:
         library: The library, loaded.
-        path: What it was loaded by, a file or a name the system's loader knows.
+        path: Its file, or its name for the system's loader.
 
     Attributes:
         path: As given.
@@ -79,7 +79,7 @@ class Nvrtc:
 
         Args:
             source: CUDA C++ text.
-            name: What the program is called in messages.
+            name: Name of the program in messages.
             architecture: Compute capability times ten, for example 90.
             options: Further options of NVRTC, for example ``-DNAME=1``.
             headers: Texts the source may ``#include`` by name.
@@ -142,10 +142,10 @@ def load() -> Nvrtc:
     """Loads NVRTC, once for the process.
 
     Returns:
-        The library torch depends on, where it has one; else the best that is installed.
+        torch's own library if it has one; else the best installed one.
 
     Raises:
-        NvrtcError: If there is none; the text lists where it was looked for.
+        NvrtcError: If there is none; the message lists the places searched.
     """
     tried = []
     for candidate in search_path():
@@ -161,10 +161,10 @@ def load() -> Nvrtc:
 
 
 def search_path() -> Iterator[str]:
-    """Yields where NVRTC may be: torch's own library first, the system's last.
+    """Yields possible locations of NVRTC: torch's own library first, the system's last.
 
-    A cubin runs on drivers of its own major version, so torch's comes first. torch keeps
-    the library in the wheel beside it; loading that file again gives the one already loaded.
+    A cubin runs on drivers of its own major version, so torch's comes first. torch's library is in
+    a separate wheel; loading the file again returns the loaded library.
     """
     majors = [torch.version.cuda.split(".")[0]] if torch.version.cuda else ["13", "12"]
     packages = [Path(torch.__file__).parent.parent, *map(Path, sys.path)]
@@ -188,7 +188,7 @@ def _existing(path: Path) -> list[Path]:
 
 
 def _load_builtins(candidate: str) -> None:
-    """Loads the second library NVRTC needs, which it would look for on the system's path."""
+    """Loads NVRTC's second library, which NVRTC itself would search on the system's path."""
     if Path(candidate).is_absolute():
         for path in Path(candidate).parent.glob("libnvrtc-builtins.so.*[0-9]"):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

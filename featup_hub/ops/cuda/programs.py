@@ -1,6 +1,6 @@
-"""Compiles and loads the fused CUDA kernels, or says why they cannot run on a device.
+"""Compiles and loads the fused CUDA kernels, or gives the reason why they cannot run.
 
-A program is compiled, or found compiled, and loaded once per device and process.
+A program is compiled, or found in the cache, and loaded once per device and process.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ OLDEST_ARCHITECTURE = 70
 
 
 class UnavailableError(RuntimeError):
-    """The fused kernels cannot run; the text says why, and what would help."""
+    """The fused kernels cannot run; the message gives the reason and a remedy."""
 
 
 class Kernel(NamedTuple):
-    """What launching a kernel takes, apart from the grid.
+    """Launch parameters of a kernel, without the grid.
 
     Attributes:
-        parameters: In the letters of :class:`featup_hub.ops.cuda.driver.Signature`.
+        parameters: Types, as letters of :class:`featup_hub.ops.cuda.driver.Signature`.
         threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
     """
@@ -54,9 +54,9 @@ class Program:
     """A CUDA source in ``csrc``, and how to compile it.
 
     Attributes:
-        source: Name of the file; it may include every ``.cuh`` there.
+        source: Name of the file; it may include every ``.cuh`` of the folder.
         define: A macro, ``NAME=VALUE``.
-        kernels: What it contains.
+        kernels: Its kernels by name.
     """
 
     source: str
@@ -85,12 +85,12 @@ class FusedKernels:
 
     Attributes:
         device: Index of the device.
-        multiprocessors: How many the device has.
-        program: What they are.
-        launcher: Who launches them.
+        multiprocessors: Number of multiprocessors of the device.
+        program: Their program.
+        launcher: The driver.
         functions: The kernels by name.
-        cubin: What they were loaded from.
-        compiler: What compiled them, for people.
+        cubin: Their machine code.
+        compiler: Readable name of their compiler.
     """
 
     device: int
@@ -112,7 +112,7 @@ class FusedKernels:
             arguments: Contiguous tensors on the device, numbers, or None for a null pointer.
 
         Raises:
-            RuntimeError: If a tensor is elsewhere.
+            RuntimeError: If a tensor is on another device.
         """
         kernel = self.program.kernels[name]
         self.launcher.launch(
@@ -139,15 +139,15 @@ def prepare(program: Program, device: torch.device) -> FusedKernels:
     """Returns a program's kernels for a device, ready to launch.
 
     Args:
-        program: Which.
-        device: Where the tensors are.
+        program: The program.
+        device: Device of the tensors.
 
     Returns:
-        The kernels; the first call for a device compiles them, some seconds, unless an earlier
-        process has.
+        The kernels. The first call for a device compiles them, in some seconds, if they are not in
+        the cache.
 
     Raises:
-        UnavailableError: If they cannot run there.
+        UnavailableError: If they cannot run on the device.
     """
     if torch.version.hip is not None:
         raise UnavailableError(
@@ -163,11 +163,11 @@ def prepare(program: Program, device: torch.device) -> FusedKernels:
 
 
 def blocks(count: int, size: int) -> int:
-    """Returns how many blocks of ``size`` cover ``count``."""
+    """Returns the number of blocks of ``size`` that cover ``count``."""
     return -(-count // size)
 
 
-@functools.cache  # which keeps no exception: the next call tries again
+@functools.cache  # exceptions are not cached: the next call tries again
 def _load(program: Program, index: int) -> FusedKernels:
     major, minor = torch.cuda.get_device_capability(index)
     parameters = {name: kernel.parameters for name, kernel in program.kernels.items()}
@@ -191,7 +191,7 @@ def _load(program: Program, index: int) -> FusedKernels:
     )
 
 
-@functools.cache  # with its failures, which take seconds and would be the same again
+@functools.cache  # failures are cached, too: they take seconds and would repeat
 def _compile_once(program: Program, architecture: int) -> tuple[cache.Cubin, str] | str:
     try:
         return compile_program(program, architecture)
@@ -200,18 +200,18 @@ def _compile_once(program: Program, architecture: int) -> tuple[cache.Cubin, str
 
 
 def compile_program(program: Program, architecture: int) -> tuple[cache.Cubin, str]:
-    """Compiles a program, or finds it compiled.
+    """Compiles a program, or finds it in the cache.
 
     Args:
-        program: Which.
+        program: The program.
         architecture: Compute capability times ten.
 
     Returns:
-        The cubin, and what compiled it.
+        The cubin, and the name of the compiler.
 
     Raises:
-        UnavailableError: If the architecture is too old for the kernels or not one the
-            compiler knows.
+        UnavailableError: If the architecture is too old for the kernels, or unknown to the
+            compiler.
         NvrtcError: If there is no compiler, or it fails.
     """
     if architecture < OLDEST_ARCHITECTURE:
