@@ -159,9 +159,20 @@ def stack_cost() -> str:
     lines = [
         [*key, *(f"{row['seconds']} s, {row['peak MiB']} MiB" for row in group)]
         for key, group in rows.items()
+        if key[1:] in (("384", "14²→224²"), ("384", "32²→512²"))
     ]
     names = [row["implementation"] for row in next(iter(rows.values()))]
     return markdown(["pass", "channels", "size", *names], lines)
+
+
+def sizes_cost() -> str:
+    """CPU time of an output pixel by the size of the image: one column a size."""
+    rows = read("cpu_sizes.csv")
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    found = {(row["pass"], row["size"]): row["µs per pixel"] for row in rows}
+    passes = dict.fromkeys(row["pass"] for row in rows)
+    lines = [[name, *(found.get((name, size), "–") for size in sizes)] for name in passes]
+    return markdown(["pass", *sizes], lines)
 
 
 def peers_cost() -> str:
@@ -216,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "propagation": propagation,
     "fit": fit,
     "stack_cost": stack_cost,
+    "sizes_cost": sizes_cost,
     "peers_cost": peers_cost,
     "oracle": oracle,
 }
