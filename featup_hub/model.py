@@ -225,11 +225,11 @@ class UpsampledBackbone(nn.Module):
     ) -> Tensor:
         if guidance is None:
             guidance = image
-            channels = self.stack.guidance_dim
-            if isinstance(image, Tensor) and image.dim() == 4 and image.shape[1] != channels:
+            channels, bands = self.stack.guidance_dim, getattr(self.backbone, "in_chans", 3)
+            if bands != channels and isinstance(image, Tensor) and image.dim() == 4:
                 raise ValueError(
-                    f"upsampling is guided by an image of {channels} channels; got one of "
-                    f"{image.shape[1]}; pass RGB beside it: model(image, guidance=rgb)"
+                    f"upsampling is guided by an image of {channels} channels; the backbone takes "
+                    f"{bands}; pass RGB beside the image: model(image, guidance=rgb)"
                 )
         self._warn_unless_normalised(guidance)
         return cast(Tensor, upsampler(self.source(image), guidance, size=size, impl=impl))

@@ -119,7 +119,15 @@ def comparison(image: Image.Image, source: Tensor, upsampled: Tensor) -> Image.I
 
     Raises:
         ValueError: If the maps do not have the same channels, or are not finite.
+        TypeError: If ``image`` is no PIL image.
     """
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image must be a PIL image; got {type(image).__name__}; "
+            "call featup_hub.read_image(path)"
+        )
     basis = fit_pca(source)
     height, width = upsampled.shape[-2:]
     projected = _project(source, basis)

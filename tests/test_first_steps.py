@@ -100,7 +100,7 @@ def test_a_backbone_of_other_bands_is_guided_by_rgb() -> None:
         expected = model.upsampler(model.source(bands), rgb)
         assert torch.equal(model(bands, guidance=rgb), expected)
         assert torch.equal(model.forward_features(bands, guidance=rgb), expected)
-    with pytest.raises(ValueError, match=r"got one of 13; pass RGB beside it: model\(image, guid"):
+    with pytest.raises(ValueError, match=r"takes 13; pass RGB beside the image: model"):
         model(bands)
 
 

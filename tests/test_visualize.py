@@ -164,3 +164,9 @@ def test_captions_are_drawn_with_glyphs_the_font_has(monkeypatch: pytest.MonkeyP
     for character in set("".join(captions)) - {" "}:
         assert strip(character).min() < 128
         assert not np.array_equal(strip(character), missing)
+
+
+def test_a_path_in_place_of_an_image_is_refused() -> None:
+    features = torch.randn(1, 4, 8, 8)
+    with pytest.raises(TypeError, match=r"got str; call featup_hub.read_image\(path\)"):
+        comparison("photo.jpg", features, features)  # type: ignore[arg-type]

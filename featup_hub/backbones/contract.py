@@ -82,6 +82,7 @@ class Backbone(nn.Module):
             needed = "be RGB" if self.in_chans == 3 else f"have {self.in_chans} bands"
             raise ValueError(
                 f"an image must {needed}, (B, {self.in_chans}, H, W); got {tuple(image.shape)}"
+                f"{self._shape_hint(image)}"
             )
         if not image.is_floating_point():
             raise TypeError(
@@ -97,6 +98,16 @@ class Backbone(nn.Module):
                 image, new, mode="bicubic", align_corners=False, antialias=smaller
             )
         return self.features(self._to_native(image))
+
+    def _shape_hint(self, image: Tensor) -> str:
+        """Returns the mend of the usual mistakes in an image's shape."""
+        if image.dim() == 3:
+            return "; add a batch dimension: image[None]"
+        if image.dim() == 4 and image.shape[-1] == self.in_chans:
+            return "; move the channels: image.movedim(-1, 1)"
+        if image.dim() == 4 and image.shape[1] == 1 and self.in_chans == 3:
+            return "; repeat a grey channel: image.expand(-1, 3, -1, -1)"
+        return ""
 
     def features(self, image: Tensor) -> Tensor:
         """Computes the features of an image of a size that the network takes.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from featup_hub.registry import WeightFile, shipped_upsampler
+from featup_hub.registry import UPSAMPLERS, WeightFile, shipped_upsampler
 from featup_hub.weights.checkpoints import read_state
 from featup_hub.weights.files import digest, existing, load_into, metadata, read, write
 from featup_hub.weights.hub import download, explained
@@ -72,6 +72,10 @@ def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
     """
     file, path = _named(file, path)
     if path is not None:
+        if file in UPSAMPLERS.values() and not Path(path).suffix and not Path(path).exists():
+            raise FileNotFoundError(
+                f"no weights file {path}; check the name; shipped are {', '.join(UPSAMPLERS)}"
+            )
         return existing(path)
     shipped = shipped_folder() / file.filename
     if not shipped.is_file():

@@ -76,3 +76,16 @@ def test_the_channel_norm_standardises_each_position() -> None:
     unit = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
     expected = unit * norm.weight[:, None, None] + norm.bias[:, None, None]
     torch.testing.assert_close(norm(source), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mend"),
+    [
+        ((3, 32, 32), r"image\[None\]"),
+        ((1, 32, 32, 3), r"image.movedim\(-1, 1\)"),
+        ((1, 1, 32, 32), r"image.expand\(-1, 3, -1, -1\)"),
+    ],
+)
+def test_the_usual_mistakes_in_a_shape_are_named(shape: tuple[int, ...], mend: str) -> None:
+    with pytest.raises(ValueError, match=mend):
+        Seen(feat_dim=3, patch_size=16)(torch.randn(shape))
