@@ -151,20 +151,6 @@ def propagation() -> str:
     return markdown(head, lines) if lines else "Not measured yet."
 
 
-def stack_cost() -> str:
-    """Time and memory of the whole stack by size."""
-    rows: dict[tuple[str, ...], list[Row]] = {}
-    for row in read("cpu_stack.csv"):
-        rows.setdefault((row["pass"], row["channels"], row["size"]), []).append(row)
-    lines = [
-        [*key, *(f"{row['seconds']} s, {row['peak MiB']} MiB" for row in group)]
-        for key, group in rows.items()
-        if key[1:] in (("384", "14²→224²"), ("384", "32²→512²"))
-    ]
-    names = [row["implementation"] for row in next(iter(rows.values()))]
-    return markdown(["pass", "channels", "size", *names], lines)
-
-
 def sizes_cost() -> str:
     """CPU time of an output pixel by the size of the image: one column a size."""
     rows = read("cpu_sizes.csv")
@@ -226,7 +212,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "looks": looks,
     "propagation": propagation,
     "fit": fit,
-    "stack_cost": stack_cost,
     "sizes_cost": sizes_cost,
     "peers_cost": peers_cost,
     "oracle": oracle,
