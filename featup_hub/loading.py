@@ -1,4 +1,4 @@
-"""Models by their names: what there is, and how to load one with its weights."""
+"""Lists and loads models by name."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["find_card", "list_models", "load", "load_backbone", "load_upsampler"
 
 
 def list_models() -> list[str]:
-    """Returns the names that :func:`load` takes; any model of timm comes beside them."""
+    """Returns the names of the table; :func:`load` also takes any model of timm."""
     return [name for name, row in MODELS.items() if row.backbone is not None]
 
 
 def name_and_file(spec: str) -> tuple[str, str | None]:
-    """Splits ``NAME`` or ``NAME=FILE``, as commands name a backbone and a file of its weights.
+    """Splits ``NAME`` or ``NAME=FILE``, a backbone and a file of its weights.
 
     Raises:
         ValueError: If no file follows the ``=``.
@@ -52,11 +52,11 @@ def name_and_file(spec: str) -> tuple[str, str | None]:
 
 
 def find_card(name: str) -> ModelCard:
-    """Returns what is known of a model, be it of the table or of timm.
+    """Returns the card of a model of the table or of timm.
 
     Args:
-        name: A name of the table, or of timm's, with or without ``timm/`` before it. Names that
-            both have are the table's, unless ``timm/`` says otherwise.
+        name: A name of the table or of timm. The prefix ``timm/`` is optional; it selects timm's
+            model if both have the name.
 
     Raises:
         TypeError: If ``name`` is no string.
@@ -90,22 +90,22 @@ def load(
 ) -> UpsampledBackbone:
     """Loads a model by its name, in evaluation mode.
 
-    A pretrained model has no random weights, and the global random state stays as it is. With
-    ``pretrained=False`` weights are drawn from it, and the architecture is the same.
+    A pretrained model does not change the global random state. ``pretrained=False`` draws random
+    weights for the same architecture.
 
     Args:
         name: One of :func:`list_models`, any name of timm's, ``hf-hub:owner/name``, or the name
             that Meta gives one of its models.
         pretrained: Whether to load the weights that the model's card names.
         use_norm: Whether every position's vector is normalised before upsampling.
-        upsampler: A shipped upsampler, ``"jbu_denoise"``, the default, which averages cells that
-            look alike, or ``"jbu_faithful"``, which does not; or a file of your own. It is read
-            even if ``pretrained`` is False.
+        upsampler: A shipped upsampler, or a file of your own. ``"jbu_denoise"``, the default,
+            averages cells that look alike; ``"jbu_faithful"`` does not. A name or file given is
+            read even if ``pretrained`` is False.
         weights: Former name of ``upsampler``.
         backbone_weights: A file of your own for the backbone, see :func:`load_backbone`.
         backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
-        layer: Which features of the backbone, see :class:`~featup_hub.TimmBackbone`; default:
-            the card's.
+        layer: Layer of the backbone's features, see :class:`~featup_hub.TimmBackbone`; default: the
+            card's.
         looks: Passes of the backbone over shifted images, 1, 4, 9 and so on; see
             :class:`~featup_hub.ShiftAndStitch`.
         device: Where to put the model; default: the CPU.
@@ -114,10 +114,10 @@ def load(
         The model.
 
     Raises:
-        ValueError: If there is no such model, a file is damaged or does not fit, or ``looks`` is
-            no square number or does not fit the backbone's stride.
+        ValueError: If the model is unknown, a file is damaged or does not fit, or ``looks`` is not
+            a square number or does not fit the backbone's stride.
         FileNotFoundError: If a file of your own does not exist.
-        RuntimeError: If a file is nowhere to be had: not shipped, not cached, no connection.
+        RuntimeError: If a file is missing: not shipped, not cached, no connection.
 
     Example:
         >>> model = load("efficientnet_lite0", pretrained=False)
@@ -130,7 +130,7 @@ def load(
     if looks < 1 or looks_per_side**2 != looks:
         raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks}")
     with _undisturbed(pretrained):
-        # The small file first: what fails should fail before a large download.
+        # The small file first, so that its errors come before a large download.
         stack, norm = _read_upsampler(row.upsampler_file, pretrained, own)
         origin = own or row.upsampler_file.filename
         if norm is not None and not use_norm:
@@ -178,10 +178,10 @@ def load_backbone(
         name: One of :func:`list_models`, any name of timm's, ``hf-hub:owner/name``, or the name
             that Meta gives one of its models.
         pretrained: Whether to load the weights that the model's card names.
-        weights: A file of your own, read in any case: laid out as timm's or as its authors', with
-            any number of classes, or none.
+        weights: A file of your own, read even if ``pretrained`` is False. Names and shapes may be
+            timm's or the authors', with any number of classes, or none.
         backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
-        layer: Which features, see :class:`~featup_hub.TimmBackbone`; default: the card's.
+        layer: Layer of the features, see :class:`~featup_hub.TimmBackbone`; default: the card's.
 
     Returns:
         The backbone, on the CPU, in evaluation mode.
@@ -233,7 +233,7 @@ def load_upsampler(
         guidance is an image normalised as ImageNet's.
 
     Raises:
-        ValueError: If the file is damaged, does not fit, or holds a channel norm, too.
+        ValueError: If the file is damaged, does not fit, or also contains a channel norm.
         FileNotFoundError: If a file of your own does not exist.
 
     Example:
@@ -253,7 +253,7 @@ def load_upsampler(
 
 
 def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | Path | None:
-    """Returns what was given under the present name or the former one."""
+    """Returns the value given under the current or the old name."""
     if upsampler is not None and weights is not None:
         raise ValueError(
             f"weights is the former name of upsampler; got both, {upsampler} and {weights}; "
@@ -263,7 +263,7 @@ def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | P
 
 
 def _card_with_backbone(name: str) -> tuple[ModelCard, str]:
-    """Returns a card, and what its backbone is called in timm."""
+    """Returns a card, and the timm name of its backbone."""
     row = find_card(name)
     if row.backbone is None:
         raise ValueError(
@@ -276,7 +276,7 @@ def _card_with_backbone(name: str) -> tuple[ModelCard, str]:
 def _read_upsampler(
     file: WeightFile, pretrained: bool, path: str | Path | None
 ) -> tuple[JBUStack, dict[str, Tensor] | None]:
-    """Builds an upsampler and returns it with the tensors of the norm that came with it."""
+    """Builds an upsampler; returns it with the tensors of its norm."""
     if not pretrained and path is None:
         return JBUStack(joint_first=True, unit_sum=True), None
     tensors, norm = split_norm(load_weights(file, path=path))

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = ["UpsampledBackbone"]
 
-_LARGEST = 20  # no normalisation in use leaves a value that large
+_LARGEST = 20  # no usual normalisation gives a value this large
 
 
 class UpsampledBackbone(nn.Module):
-    """An image in, its features at the image's own resolution out.
+    """Computes features at the image's own resolution.
 
     Args:
         backbone: The network that turns the image into low-resolution features.
-        upsampler: The module that brings these to the image's resolution.
+        upsampler: The module that upsamples these to the image's resolution.
         norm: Normalises the source in between, as upstream's ``use_norm`` does.
         image_size: Short side to which :meth:`preprocess` resizes an image by default, in pixels;
             None keeps the image's own size.
@@ -91,7 +91,7 @@ class UpsampledBackbone(nn.Module):
         photo: str | Path | Image.Image | NDArray[Any],
         size: int | tuple[int, int] | None = None,
     ) -> Tensor:
-        """Turns a photograph into the tensor that this model takes, as the command line does.
+        """Converts a photograph to this model's input, as the command line does.
 
         Args:
             photo: A file, a PIL image or an array (H, W, 3) of uint8; see
@@ -104,7 +104,8 @@ class UpsampledBackbone(nn.Module):
 
         Raises:
             OSError: If there is no such file, or it may not be read.
-            ValueError: If the file is no image, or ``size`` is no multiple of ``patch_size``.
+            ValueError: If the file is not an image, or ``size`` is not a multiple of
+                ``patch_size``.
             TypeError: If ``photo`` is something else.
 
         Example:
@@ -130,7 +131,7 @@ class UpsampledBackbone(nn.Module):
 
         Raises:
             ValueError: If ``image`` is not (B, 3, H, W).
-            TypeError: If it is no tensor, or its precision is not the model's.
+            TypeError: If it is not a tensor, or its precision is not the model's.
         """
         if not isinstance(image, Tensor):
             raise TypeError(
@@ -161,12 +162,12 @@ class UpsampledBackbone(nn.Module):
         """Returns the features of an image at its own resolution.
 
         Args:
-            image: RGB normalised by ``mean`` and ``std``, any size, (B, 3, H, W); or what the
-                backbone takes in its place, such as 13 bands.
+            image: RGB normalised by ``mean`` and ``std``, any size, (B, 3, H, W); or another input
+                of the backbone, such as 13 bands.
             guidance: Normalised RGB that guides the upsampling, (B, 3, H, W); default: the image.
             size: Height and width wanted, or the length of the short side; default: those of the
                 guidance.
-            impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+            impl: Implementation, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
             Features, (B, C, H, W).
@@ -174,18 +175,18 @@ class UpsampledBackbone(nn.Module):
         Raises:
             ValueError: If ``image`` is not (B, 3, H, W), ``size`` is below the source's, or a
                 guidance is missing.
-            TypeError: If ``image`` is no tensor, or its precision is not the model's.
+            TypeError: If ``image`` is not a tensor, or its precision is not the model's.
         """
         return self._upsample(self.upsampler, image, guidance, size, impl)
 
     @property
     def num_features(self) -> int:
-        """Channels of the features, as timm's models call them."""
+        """Channels of the features, under timm's name."""
         return self.feat_dim
 
     @property
     def feature_info(self) -> list[dict[str, int | str]]:
-        """Channels and stride of the features, as timm's models tell them."""
+        """Channels and stride of the features, in timm's format."""
         return [{"num_chs": self.feat_dim, "reduction": 1, "module": "upsampler"}]
 
     def forward_features(self, image: Tensor, *, guidance: Tensor | None = None) -> Tensor:
@@ -193,7 +194,7 @@ class UpsampledBackbone(nn.Module):
         return self._upsample(self.stack, image, guidance, None, "auto")
 
     def fold_head(self, head: nn.Module) -> UpsampledBackbone:
-        """Joins a linear head behind this model, exactly, at the cost of its few channels.
+        """Adds a linear head to this model, with the exact result, at the cost of only K channels.
 
         Args:
             head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d``, from C features to K outputs.
@@ -203,8 +204,8 @@ class UpsampledBackbone(nn.Module):
             head.
 
         Raises:
-            ValueError: If the head is of another kind or for another number of channels, or
-                there is one already.
+            ValueError: If the head is of another kind or for another number of channels, or the
+                model has a head.
         """
         if isinstance(self.upsampler, FoldedHead):
             raise ValueError("this model has a head already; fold one into the model it came from")
@@ -235,7 +236,7 @@ class UpsampledBackbone(nn.Module):
         return cast(Tensor, upsampler(self.source(image), guidance, size=size, impl=impl))
 
     def _warn_unless_normalised(self, image: Tensor) -> None:
-        """Warns if the first image looks like pixels: the features would be wrong in silence."""
+        """Warns if the first image is not normalised, because features would be silently wrong."""
         # Reading values would break tracing, vmap and the capture of CUDA graphs.
         if (
             self._range_checked
@@ -261,7 +262,7 @@ class UpsampledBackbone(nn.Module):
 
 
 def _for_looks(upsampler: JBUStack | FoldedHead, count: int) -> JBUStack | FoldedHead:
-    """Tells an upsampler how many looks there are per side, in a copy that shares its parts."""
+    """Returns a copy of an upsampler for this number of looks per side, with shared parts."""
     stack = upsampler.upsampler if isinstance(upsampler, FoldedHead) else upsampler
     if stack.looks_per_side == count:
         return upsampler

@@ -56,7 +56,7 @@ class ChosenModel:
         )
 
     def settings(self) -> dict[str, str]:
-        """Returns what identifies the model in the metadata of its outputs."""
+        """Returns the settings that identify the model in the metadata of its outputs."""
         from featup_hub.files import sha256_of_file
 
         own = self.backbone_weights

@@ -1,6 +1,6 @@
 """One learned joint bilateral stage, and the plan of a stack: sizes, stages, kernels.
 
-Parameter names are upstream's, whose checkpoints load strictly.
+Parameter names are upstream's, so its checkpoints load strictly.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2; names and
 numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
@@ -94,7 +94,7 @@ def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[i
 
 
 class ZeroSumConv2d(nn.Conv2d):
-    """A 1×1 convolution whose outputs sum to zero, whatever its parameters are.
+    """A 1×1 convolution with outputs that sum to zero for any parameters.
 
     It uses and saves weight and bias without their means over the outputs.
     """
@@ -118,7 +118,7 @@ class ZeroSumConv2d(nn.Conv2d):
 
 
 def has_zero_mean(matrix: Tensor) -> bool:
-    """Tells whether the mean over the first axis is zero, up to rounding to float32."""
+    """Returns whether the mean over the first axis is zero, up to rounding to float32."""
     if matrix.is_meta:
         return True
     return bool(matrix.mean(0).abs().max() <= _ZERO_MEAN * matrix.abs().max())

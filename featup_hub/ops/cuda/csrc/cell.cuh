@@ -2,9 +2,9 @@
 //
 // A cell is a 2x2 block of outputs. Bicubic resizing, mirrored padding and seven taps together are
 // one linear operator per axis. Both outputs of a cell read one window of the source, WINDOW
-// positions wide. With A the two axes' operators (tap x window), a pixel's 7x7 taps k become
-// A_y^T k A_x: 686 products a pixel, however many channels follow, and exact at the borders, which
-// A knows about.
+// positions wide. With A_y and A_x the operators of the axes (tap x window), a pixel's 7x7 taps k
+// become A_y^T k A_x: 686 products a pixel for any number of channels. A includes the borders, so
+// they are exact.
 //
 // WINDOW is 7 where both axes are doubled. It is 8 where an axis keeps its size or grows by 1.75 to
 // 2; then the distance between the windows of neighbouring cells varies.
@@ -41,7 +41,7 @@ struct Axis {
         return -floor_divide(-(2LL * at - 11) * output - 5LL * source, 4LL * source);
     }
 
-    // What tap `tap` of output `at` reads of its cell's window, which begins at `start`.
+    // Weights with which tap `tap` of output `at` reads its cell's window, which begins at `start`.
     __device__ void row(float* to, int at, int tap, int start) const
     {
 #pragma unroll
@@ -71,16 +71,16 @@ struct Axis {
     }
 };
 
-// A block's tile, of cells (of source pixels where the source's gradient is gathered); a warp takes
-// four of them at a time, 2x2, whose neighbourhoods overlap most, and a lane four channels.
+// A block's tile of cells (of source pixels for the source's gradient). A warp takes 2x2 of them at
+// a time, because their neighbourhoods overlap most; a lane takes four channels.
 constexpr int TILE_Y = 4, TILE_X = 8, TILE = TILE_Y * TILE_X;
 constexpr int QUAD = 2, QUADS_X = TILE_X / QUAD, QUADS = TILE / (QUAD * QUAD);
 constexpr int CHANNELS = 4;
 
 template <int WINDOW>
 struct Folded {
-    // Of a cell: window row and column, output 2 dy + dx. Four floats more, so that the same weight
-    // of eight cells is in different banks.
+    // Of a cell: window row and column, output 2 dy + dx. Padded by four floats, so that the same
+    // weight of eight cells is in different banks.
     static constexpr int PITCH = 4 * (WINDOW * WINDOW + (WINDOW == 8));
     float weight[TILE][PITCH];
     float along_y[2 * TILE_Y][DIAMETER][WINDOW];
@@ -185,7 +185,7 @@ static __device__ __forceinline__ void fold_columns(Folded<WINDOW>& folded)
     }
 }
 
-// Outputs whose taps a warp loads before it stores them: two loads each are in flight.
+// Number of outputs: a warp loads their taps before it stores them, with two loads each in flight.
 #ifndef JBU_TAP_OUTPUTS
 #define JBU_TAP_OUTPUTS 8
 #endif

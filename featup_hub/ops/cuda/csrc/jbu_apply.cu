@@ -1,28 +1,29 @@
-// Source filtered with one 7x7 kernel per pixel. Matches reference.jbu_apply; adjoints next door.
+// Source filtered with one 7x7 kernel per pixel. Matches reference.jbu_apply; adjoints in
+// jbu_apply_backward.cu.
 //
 //   out(u) = sum_t k_t(u) mirror(bicubic(source))(u + t) + bias
 //          = sum_m W_m(u) source(m) + bias,   W = A_y^T k A_x   (cell.cuh)
 //
-// A block loads the kernels of a tile of 8x4 cells, folds them in shared memory and serves all its
-// channels with them. Nothing of the source is staged: its neighbourhood lives in the L1 cache.
-// Half-precision features are doubled on tensor cores where there are any (mma.cuh).
+// A block loads the kernels of a tile of 8x4 cells, folds them in shared memory and uses them for
+// all its channels. The source is not staged in shared memory: the L1 cache holds it.
+// Half-precision features are doubled on tensor cores if there are any (mma.cuh).
 //
 // ABI (this file and jbu_apply_backward.cu)
 //
 // Options: -DJBU_TYPE=0|1|2 (features float32, float16, bfloat16), --std=c++17, no fast math.
-// -DJBU_TENSOR_CORES=0 does without them, for comparison.
+// -DJBU_TENSOR_CORES=0 disables them, for comparison.
 // Features ("source", "output" and their gradients) are of that type, contiguous in channels_last
 // order: (B,H,W,C) in memory. kernel, bias and folded are float32. Any C, any size >= 1, any
 // alignment; vectors of four channels are moved where C % 4 == 0 and the address allows. B <= 65535.
 // Names end in _7 where (H,W) = (2h,2w), in _8 where each axis keeps its size or grows by 1.75 to 2;
 // for any other ratio resize the source bicubically first and take _8 (cell.cuh, WINDOW).
-// cells: cy = ceil(H/2), cx = ceil(W/2). Nothing needs to be zeroed. Letters as driver.Signature.
+// cells: cy = ceil(H/2), cx = ceil(W/2). No memory needs to be zeroed. Letters as driver.Signature.
 //
 //   apply_forward_7, _8      PPPP iiiiii source, kernel (B,H,W,49), bias (C) or null, out output,
 //                                        h, w, H, W, C, span
 //       grid (ceil(cx/8)*ceil(cy/4), ceil(C/span), B)    block 128    shared 29840 (_7), 38704 (_8)
-//       span: channels of a block, a multiple of 128. Every block folds anew, but few blocks leave
-//       a GPU idle: spans = clamp(ceil(4*SMs/(grid.x*B)), 1, ceil(C/128)),
+//       span: channels of a block, a multiple of 128. Every block repeats the folding, but few
+//       blocks leave a GPU idle: spans = clamp(ceil(4*SMs/(grid.x*B)), 1, ceil(C/128)),
 //       span = 128*ceil(ceil(C/128)/spans). The result does not depend on it.
 
 #include "cell.cuh"
@@ -51,7 +52,7 @@ static __device__ __forceinline__ void filter(
     const Folded<WINDOW>& folded, const Maps& maps, int cell_y, int cell_x, int tile_y, int tile_x,
     int c)
 {
-    // Where sizes double, two windows side by side are one position apart and share their loads.
+    // If sizes double, two adjacent windows are one position apart and share their loads.
     constexpr bool SHARED = WINDOW == 7;
     constexpr int COLUMNS = WINDOW + SHARED;
     const int C = maps.C, top = folded.start_y[tile_y];
@@ -110,7 +111,7 @@ static __device__ __forceinline__ void filter(
     }
 }
 
-// Filters all quads of the tile but those whose bit is set in `done`.
+// Filters the quads of the tile except those with their bit set in `done`.
 template <int WINDOW, bool FOURS>
 static __device__ __forceinline__ void filter_tile(
     const Folded<WINDOW>& folded, const Maps& maps, Corner cell, int begin, int end, unsigned done)

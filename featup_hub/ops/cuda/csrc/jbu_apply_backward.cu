@@ -12,7 +12,7 @@
 //       grid (ceil(cx/8)*ceil(cy/4), 1, B)             block 224 (_7), 256 (_8)
 //                                                      shared 29840 (_7), 38704 (_8)
 //
-// The gradient of bias is grad_output summed over B, H, W, which torch does as well.
+// torch computes the gradient of bias, grad_output summed over B, H, W.
 
 #include "cell.cuh"
 
@@ -37,9 +37,10 @@ static __device__ __forceinline__ void fold(
     }
 }
 
-// The gradient of the source, gathered: a source pixel asks every cell whose window it is in. Along
-// an axis these follow one another. Where sizes double they are seven, those of a pixel's neighbour
-// begin one further on. Elsewhere a pixel and its neighbour ask the same cells, at most nine.
+// The gradient of the source, gathered: a source pixel reads every cell with a window that contains
+// it. Along an axis these cells are consecutive. If sizes double, there are seven, and the
+// neighbour's cells begin one further. Else a pixel and its neighbour read the same cells, at most
+// nine.
 template <int WINDOW>
 struct Readers {
     static constexpr int REACH = WINDOW == 7 ? 7 : 9;
@@ -174,7 +175,7 @@ static __device__ __forceinline__ void backward_source(
 // The gradient of the kernels: dW(cell, m) = sum over channels of dout(cell) source(m), then the
 // adjoint of folding. Both maps pass through shared memory, CHUNK channels at a time.
 constexpr int CHUNK = 16;
-constexpr int PITCH = CHUNK + 4;  // eight neighbours' vectors lie in different banks
+constexpr int PITCH = CHUNK + 4;  // the vectors of eight neighbours are in different banks
 
 template <int WINDOW>
 struct Neighbourhood {

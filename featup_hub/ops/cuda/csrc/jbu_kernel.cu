@@ -5,8 +5,7 @@
 //            s_t = exp(-|t|^2 / 2 sigma^2), p mirrored at the border
 //   out(u) = k + 0.1 (V1 gelu(V0 [k, g] + c0) + c1)                  kernel_forward
 //
-// Logits and hidden units are never in global memory: they stay in registers and in one tile's
-// shared memory.
+// Logits and hidden units stay in registers and in one tile's shared memory.
 //
 // ABI
 //
@@ -37,7 +36,7 @@ constexpr float FIXUP_SCALE = 0.1f;
 
 constexpr int RANGE_THREADS = 128, RANGE_PIXELS = 4;
 
-// One thread: four pixels, a block's width apart, so that a weight read serves four.
+// One thread: four pixels, a block's width apart, so that one read of a weight serves four.
 extern "C" __global__ void __launch_bounds__(RANGE_THREADS) range_forward(
     const float* __restrict__ guidance, const float* __restrict__ range_w0,
     const float* __restrict__ range_b0, const float* __restrict__ range_w1,
@@ -82,13 +81,13 @@ extern "C" __global__ void __launch_bounds__(RANGE_THREADS) range_forward(
 }
 
 // A block's tile: 4 rows of 32 pixels. A warp owns one row of taps, or as many hidden units, so
-// that all of its lanes need the same weights; a lane owns four neighbouring pixels. What every
-// warp needs lies in shared memory as operands, [channel][pixel].
+// that all of its lanes need the same weights; a lane owns four neighbouring pixels. Operands of
+// all warps are in shared memory, [channel][pixel].
 constexpr int PX = 4, GROUPS = 32, WIDTH = 32, HEIGHT = GROUPS * PX / WIDTH, SIZE = GROUPS * PX;
 constexpr int PITCH = SIZE + 4;
 constexpr int THREADS = GROUPS * DIAMETER;
 constexpr int INPUTS = TAPS + GUIDANCE;
-// A layer's weights in shared memory, [input][row of seven, padded to eight], and four floats more
+// A layer's weights in shared memory, [input][row of seven, padded to eight], plus four floats
 // against bank conflicts.
 constexpr int WEIGHT_PITCH = 8 * DIAMETER + 4;
 
@@ -316,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) kernel_forward(
     __syncthreads();
     multiply(sum, tile, layer, shared, TAPS);
     __syncthreads();
-    // Every fourth pixel in a row of its own, so that a warp's lanes write to different banks.
+    // Every fourth pixel is in a separate row, so that a warp's lanes write to different banks.
 #pragma unroll
     for (int a = 0; a < DIAMETER; a++)
 #pragma unroll

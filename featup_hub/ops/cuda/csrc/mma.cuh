@@ -2,14 +2,13 @@
 //
 // The four cells of a quad are one matrix product: 16 outputs (M) times the 8x8 source positions
 // that their windows span (K) times 32 channels (N). 49 of 64 products are useful; the others have
-// weight zero. Sums are float32. A weight is split in two of the features' type, w = high + low,
-// 16 bits of it with bfloat16 and 22 with float16, so that what is lost is less than the rounding
-// of the result. Where a sum is not finite (a feature was not, or a weight is beyond float16), the
-// quad is filtered again without tensor cores, so that infinity stays infinity and reaches no pixel
-// whose taps do not read it.
+// weight zero. Sums are float32. A weight is split into two numbers of the features' type, w = high
+// + low. These keep 16 bits with bfloat16 and 22 with float16, so the error is below the rounding
+// of the result. If a sum is not finite (a feature is not, or a weight exceeds float16), the quad
+// is filtered again without tensor cores. Infinity then reaches only pixels with taps that read it.
 //
-// Nothing passes through shared memory but the weights: columns of a product may stand for any
-// channels, and are dealt out so that a lane loads four and stores eight that follow one another.
+// Only the weights pass through shared memory. Columns of a product may be any channels; they are
+// assigned so that a lane loads four consecutive channels and stores eight.
 #pragma once
 
 #include "cell.cuh"
