@@ -132,9 +132,9 @@ def test_the_index_lists_every_page() -> None:
 
 
 @pytest.mark.slow
-def test_the_site_builds_and_knows_every_public_name(tmp_path: Path) -> None:
+def test_the_site_builds_without_warnings_and_knows_every_public_name(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
-    command = [sys.executable, "-m", "sphinx", "-q", ROOT / "docs", tmp_path]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", ROOT / "docs", tmp_path]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     reference = (tmp_path / "api.html").read_text()

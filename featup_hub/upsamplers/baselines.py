@@ -60,7 +60,7 @@ def joint_bilateral(
         sigma_range: Width of the Gaussian over colour, in units of the normalised image.
 
     Returns:
-        Features, (B, C, *size).
+        Features, ``(B, C, *size)``.
 
     Example:
         >>> source, image = torch.ones(1, 2, 2, 2), torch.randn(1, 3, 8, 8)

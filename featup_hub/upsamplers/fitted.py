@@ -78,7 +78,7 @@ class FittedFeatures(nn.Module):
             size: Height and width of the result; default: the image's.
 
         Returns:
-            Features, (1, C, *size).
+            Features, ``(1, C, *size)``.
 
         Raises:
             ValueError: If ``size`` is not positive.
@@ -227,7 +227,7 @@ class JBUFit(FittedFeatures):
                 features at the image's size are resized bilinearly, with antialiasing.
 
         Returns:
-            Features, (1, C, *size).
+            Features, ``(1, C, *size)``.
 
         Raises:
             ValueError: If ``size`` is not positive.

@@ -102,7 +102,7 @@ class ImplicitUpsampler(FittedFeatures):
             tile: Positions per pass of the network; bounds the working memory.
 
         Returns:
-            Features, (1, C, *size).
+            Features, ``(1, C, *size)``.
 
         Raises:
             ValueError: If ``size`` or ``tile`` is not positive.

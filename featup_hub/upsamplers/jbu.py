@@ -164,7 +164,7 @@ class JBUStack(Pretrained):
             head: A linear head to apply, see :meth:`fold_head`.
 
         Returns:
-            Features, (B, C, *size), or the head's outputs; in channels_last memory format where
+            Features, ``(B, C, *size)``, or the head's outputs; in channels_last memory format where
             ``impl`` is fast.
 
         Raises:

@@ -62,7 +62,7 @@ def upsample_tiled(
         source: Features, (B, C, h, w).
         guidance: The image, normalised RGB, (B, 3, H, W).
         size: Height and width wanted, or the length of the short side; default: the guidance's.
-        out: Where to write, (B, C, *size), such as ``torch.from_numpy`` of a memory-mapped file;
+        out: Where to write, ``(B, C, *size)``, such as ``torch.from_numpy`` of a memory map;
             default: new memory on the source's device.
         max_bytes: Working memory, without inputs, output and the joint bilateral stage. That stage,
             if there is one, is computed whole: about 2 kB for each of its pixels, and its features.
