@@ -146,7 +146,7 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
             file.seek(0)
             head = file.read(4)
             if head not in _TIFF:
-                what = "not an image Pillow can read, or its beginning is damaged"
+                what = "not an image Pillow can read, or damaged; save it as JPEG or PNG"
                 what = what if head else "an empty file"
                 raise ValueError(f"an image file is needed; {path} is {what}") from None
             return Pixels(name=str(path), values=_read_tiff(path))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from featup_hub.cli import main
 from featup_hub.loading import load
 
 pytest.importorskip("gradio")
@@ -76,6 +77,14 @@ def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(
 def test_a_backbone_is_named_with_a_file_of_its_weights_as_on_the_command_line() -> None:
     with pytest.raises(FileNotFoundError, match=r"no weights file missing\.pth"):
         demo._open("dinov2=missing.pth", "jbu_denoise")
+
+
+@pytest.mark.parametrize("model", ["dinov22", "dinov2=missing.pth", "jbu"])
+def test_a_model_that_there_is_not_is_told_before_the_page_opens(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--model", model, "--no-browser"]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_the_overlay_goes_from_the_photograph_to_the_colours() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -71,6 +72,15 @@ def test_a_cache_of_links_is_taken(filled, donor, hub_cache, tmp_path):
     path.symlink_to(tmp_path / "elsewhere")
     assert is_loaded(donor)
     assert filled.downloads() == 1
+
+
+def test_a_cache_that_takes_no_files_is_told_with_the_remedy(filled, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "models--x")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(RuntimeError, match=r"Permission denied.*set HF_HUB_CACHE to a folder"):
+        weights.download(REPO, FILE)
 
 
 def test_a_revision_is_the_one_named(filled, donor):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from featup_hub.cli.terminal import UsageError, explain
+
 __all__ = ["add_parser"]
 
 
@@ -40,6 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     from featup_hub.image import read_image
     from featup_hub.loading import list_models
 
+    _check_model(args.model)
     page = build(
         [read_image(path) for path in args.images],
         model=args.model,
@@ -49,3 +52,18 @@ def _run(args: argparse.Namespace) -> int:
     )
     page.launch(inbrowser=not args.no_browser, server_port=args.port)
     return 0
+
+
+def _check_model(spec: str) -> None:
+    """Refuses a model that does not exist, which the page would tell only once it is open."""
+    from featup_hub.loading import find_card, name_and_file
+    from featup_hub.weights.files import existing
+
+    try:
+        name, file = name_and_file(spec)
+        if find_card(name).backbone is None:
+            raise ValueError(f"a model with a backbone is needed; got {name}; name another")
+        if file is not None:
+            existing(file)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(explain(error)) from error

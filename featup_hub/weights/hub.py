@@ -5,6 +5,7 @@ The library's cache, token, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and checks apply
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,8 @@ def explained(wanted: str) -> Iterator[None]:
         yield
     except failures as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS):
+            reason += "; set HF_HUB_CACHE to a folder that takes new files"
         raise RuntimeError(
             f"needed {wanted}; the Hugging Face Hub's library says: {reason}. Do one of: run once "
             "with a connection (and HF_HUB_OFFLINE unset); copy the cache "
