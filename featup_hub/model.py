@@ -14,7 +14,7 @@ from featup_hub.backbones import Backbone, ChannelNorm
 from featup_hub.image import preprocess
 from featup_hub.ops import Implementation
 from featup_hub.upsamplers import FoldedHead, JBUStack
-from featup_hub.upsamplers.jbu import check_channels
+from featup_hub.upsamplers.head import check_channels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,10 +1,12 @@
 """Modules that upsample low-resolution features."""
 
 from featup_hub.upsamplers.fitted import FittedFeatures, JBUFit
+from featup_hub.upsamplers.head import FoldedHead
 from featup_hub.upsamplers.implicit import ImplicitUpsampler
-from featup_hub.upsamplers.jbu import FoldedHead, JBUStack
+from featup_hub.upsamplers.jbu import JBUStack
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
-from featup_hub.upsamplers.stage import JBUKernels, JBUPlan, JBUStage, stage_sizes
+from featup_hub.upsamplers.plan import JBUKernels, JBUPlan, stage_sizes
+from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = [
     "FittedFeatures",

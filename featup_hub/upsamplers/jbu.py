@@ -18,18 +18,13 @@ from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
 from featup_hub.ops.jbu import _without_autocast, check_floating
+from featup_hub.upsamplers.head import FoldedHead, apply_matrices, check_channels, head_matrices
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
+from featup_hub.upsamplers.plan import JBUKernels, JBUPlan, plan_sizes, shrunk
 from featup_hub.upsamplers.pretrained import Pretrained
-from featup_hub.upsamplers.stage import (
-    JBUKernels,
-    JBUPlan,
-    JBUStage,
-    has_zero_mean,
-    output_size,
-    stage_sizes,
-)
+from featup_hub.upsamplers.stage import JBUStage, has_zero_mean
 
-__all__ = ["FoldedHead", "JBUStack"]
+__all__ = ["JBUStack"]
 
 _MOST_STAGES = 16  # 65,536-fold; a file that names more is damaged
 
@@ -172,6 +167,8 @@ class JBUStack(Pretrained):
             TypeError: If there are integers in place of floating-point values.
         """
         self.check(source, guidance)
+        if head is not None:
+            check_channels(head, source.shape[1])
         plan = self.plan(guidance, _size(source), size=size, impl=impl)
         if impl == "reference":
             source = self.pass_first(source, plan.first, impl=impl)
@@ -180,13 +177,10 @@ class JBUStack(Pretrained):
             source = shrunk(source, plan.shrink)
             if self.fixup_proj is not None:
                 source = source + 0.1 * self.fixup_proj(source)
-            return source if head is None else _linear(source, *_matrices(head))
+            return source if head is None else apply_matrices(source, *head_matrices(head))
         # A generator, so that only one stage's kernels are alive at a time.
         kernels = (stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
-        source, bias = self.before(source, head)
-        source = self.pass_first(source, plan.first, impl=impl)
-        output = _pass_stages(source, kernels, len(plan.stages), bias, impl)
-        return shrunk(output, plan.shrink)
+        return self._pass(source, plan, kernels, impl, head)
 
     def kernels(
         self,
@@ -231,10 +225,7 @@ class JBUStack(Pretrained):
                 another kind.
         """
         kernels.check(_size(source), joint_first=self.joint_first)
-        source, bias = self.before(source)
-        source = self.pass_first(source, kernels.first, impl=impl)
-        output = _pass_stages(source, kernels.stages, len(kernels.stages), bias, impl)
-        return shrunk(output, kernels.shrink)
+        return self._pass(source, kernels, kernels.stages, impl)
 
     def pyramid(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
@@ -356,13 +347,7 @@ class JBUStack(Pretrained):
             TypeError: If the image's values are integers.
         """
         check_floating(guidance, "guidance")
-        size = output_size(guidance, size)
-        small = size != tuple(source_size) and all(
-            cells <= side <= whole // 2
-            for cells, side, whole in zip(source_size, size, _size(guidance), strict=True)
-        )
-        shrink = 2 if small and self.joint_first else 1
-        sizes = stage_sizes(source_size, (shrink * size[0], shrink * size[1]))
+        size, sizes, shrink = plan_sizes(source_size, guidance, size, may_shrink=self.joint_first)
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
             pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
@@ -392,8 +377,8 @@ class JBUStack(Pretrained):
             source = source + 0.1 * F.conv2d(self.fixup_proj[0](source), conv.weight)
             bias = 0.1 * cast(Tensor, conv.bias)
         if head is not None:
-            weight, offset = _matrices(head)
-            source = _linear(source, weight, None)
+            weight, offset = head_matrices(head)
+            source = apply_matrices(source, weight)
             bias = bias if bias is None else weight @ bias
             bias = bias if offset is None else offset if bias is None else bias + offset
         return source, bias
@@ -406,90 +391,23 @@ class JBUStack(Pretrained):
             return source
         return cast(Tensor, self.first(source, kernels, impl=impl))
 
-
-class FoldedHead(nn.Module):
-    """An upsampler and a linear head as one, see :meth:`JBUStack.fold_head`.
-
-    Args:
-        upsampler: The upsampler.
-        head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d`` without groups, stride or padding.
-
-    Raises:
-        ValueError: If the head is of another kind, or for another number of channels.
-    """
-
-    def __init__(self, upsampler: JBUStack, head: nn.Module) -> None:
-        super().__init__()
-        if not isinstance(head, nn.Linear) and not (
-            isinstance(head, nn.Conv2d)
-            and (head.kernel_size, head.groups, head.stride) == ((1, 1), 1, (1, 1))
-            and head.padding in ((0, 0), "valid", "same")
-        ):
-            raise ValueError(
-                "only a linear head commutes with the upsampler: an nn.Linear, or a 1×1 nn.Conv2d "
-                f"without groups, stride or padding; got {head}"
-            )
-        check_channels(head, upsampler.feat_dim)
-        self.upsampler = upsampler
-        self.head = head
-
-    def forward(
+    def _pass(
         self,
         source: Tensor,
-        guidance: Tensor,
-        *,
-        size: int | tuple[int, int] | None = None,
-        impl: Implementation = "auto",
+        plan: JBUPlan | JBUKernels,
+        kernels: Iterable[Tensor],
+        impl: Implementation,
+        head: nn.Module | None = None,
     ) -> Tensor:
-        """Returns the head's outputs at the size wanted, (B, K, H, W)."""
-        self.upsampler.check(source, guidance)
-        check_channels(self.head, source.shape[1])
-        return cast(Tensor, self.upsampler(source, guidance, size=size, impl=impl, head=self.head))
-
-
-def check_channels(head: nn.Module, channels: int | None) -> None:
-    """Refuses a head for another number of channels.
-
-    Args:
-        head: A linear head.
-        channels: Channels of the features; None if any number will do.
-
-    Raises:
-        ValueError: If the head takes another number.
-    """
-    taken = _matrices(head)[0].shape[1]
-    if channels not in (None, taken):
-        raise ValueError(
-            f"a head for features of {channels} channels is needed; got one that takes {taken}; "
-            f"make it with {channels} inputs"
-        )
-
-
-def _matrices(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Returns the weight, (K, C), and the bias of a linear head."""
-    return cast(Tensor, head.weight).flatten(1), cast("Tensor | None", head.bias)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight[:, :, None, None], bias)
-
-
-def shrunk(features: Tensor, factor: int) -> Tensor:
-    """Averages squares of ``factor`` pixels, see :attr:`JBUPlan.shrink`."""
-    return features if factor == 1 else F.avg_pool2d(features, factor)
-
-
-def _pass_stages(
-    source: Tensor,
-    kernels: Iterable[Tensor],
-    count: int,
-    bias: Tensor | None,
-    impl: Implementation,
-) -> Tensor:
-    """Filters features with the kernels of ``count`` stages; the bias joins in the last one."""
-    for index, kernel in enumerate(kernels, start=1):
-        source = jbu_apply(source, kernel, bias if index == count else None, impl=impl)
-    return source if count or bias is None else source + bias[:, None, None]
+        """Passes all stages; the bias joins in the last one."""
+        source, bias = self.before(source, head)
+        source = self.pass_first(source, plan.first, impl=impl)
+        count = len(plan.stages)
+        for index, kernel in enumerate(kernels, start=1):
+            source = jbu_apply(source, kernel, bias if index == count else None, impl=impl)
+        if bias is not None and not count:
+            source = source + bias[:, None, None]
+        return shrunk(source, plan.shrink)
 
 
 def _size(x: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""One learned joint bilateral stage, and the plan of a stack: sizes, stages, kernels.
+"""One learned joint bilateral stage.
 
 Parameter names are upstream's, so its checkpoints load strictly.
 
@@ -8,89 +8,16 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, StageWeights, jbu_apply, jbu_kernel
-from featup_hub.upsamplers.joint import JointKernels
 
-__all__ = ["JBUKernels", "JBUPlan", "JBUStage", "output_size", "stage_sizes"]
+__all__ = ["JBUStage", "has_zero_mean"]
 
 _ZERO_MEAN = 1e-6  # of the largest entry: rounding error in float32 of a mean of zero
-
-
-def stage_sizes(
-    source_size: tuple[int, int], output_size: tuple[int, int]
-) -> list[tuple[int, int]]:
-    """Plans the sizes from source to output.
-
-    There are n = ceil(log2 of the larger ratio) stages, counted from the output. The last stage
-    makes the output, the one before it half of that (rounded up), and so on, never below the
-    source. So every stage except the first doubles the size, up to the rounding of odd sizes. The
-    first stage, which is the cheapest, takes the remaining ratio.
-
-    Args:
-        source_size: Height and width of the features.
-        output_size: Height and width wanted, neither smaller than the source's.
-
-    Returns:
-        One size per stage, ``output_size`` last; empty if the sizes are equal.
-
-    Raises:
-        ValueError: If the output is smaller than the source.
-
-    Example:
-        >>> stage_sizes((14, 14), (224, 224))
-        [(28, 28), (56, 56), (112, 112), (224, 224)]
-        >>> stage_sizes((16, 16), (224, 224))  # patch 14: the first stage has ratio 1.75
-        [(28, 28), (56, 56), (112, 112), (224, 224)]
-        >>> stage_sizes((12, 15), (360, 480))  # stride 32 takes five stages
-        [(23, 30), (45, 60), (90, 120), (180, 240), (360, 480)]
-    """
-    (h, w), (height, width) = source_size, output_size
-    if height < h or width < w:
-        raise ValueError(
-            f"the output must be at least as large as the source, {h}×{w}; "
-            f"got {height}×{width}; resize features with torch.nn.functional.interpolate instead"
-        )
-    # Uses only comparisons, so that the number of stages is an int when sizes are symbolic. Does
-    # not divide negative numbers, because ONNX rounds them towards zero.
-    count = 0
-    while height > h * 2**count or width > w * 2**count:
-        count += 1
-    steps = [2**left for left in range(count - 1, -1, -1)]
-    return [
-        (max((height + step - 1) // step, h), max((width + step - 1) // step, w)) for step in steps
-    ]
-
-
-def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Returns the height and width of the output.
-
-    Args:
-        guidance: The image, (B, G, H, W).
-        size: Height and width; or the length of the short side, which keeps the image's aspect
-            ratio; or None for the image's own size.
-
-    Example:
-        >>> output_size(torch.zeros(1, 3, 60, 90), 40)
-        (40, 60)
-    """
-    height, width = guidance.shape[-2:]
-    if size is None:
-        return height, width
-    if isinstance(size, (int, Integral)):
-        size = int(size)
-        short = min(height, width)
-        return (height * size + short // 2) // short, (width * size + short // 2) // short
-    pair = isinstance(size, (tuple, list)) and len(size) == 2
-    if not pair or any(isinstance(side, float) for side in size):
-        raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
-    return size[0], size[1]
 
 
 class ZeroSumConv2d(nn.Conv2d):
@@ -224,60 +151,3 @@ class JBUStage(nn.Module):
             Features, (B, C, H, W).
         """
         return jbu_apply(source, self.kernel(guidance, impl=impl), impl=impl)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JBUPlan:
-    """Plan of a stack's computation for an image.
-
-    Attributes:
-        size: Height and width of the output.
-        first: Kernels of the joint bilateral stage, which comes first; None if there is none.
-        stages: The learned stages after it, each with its guidance, (B, G, H, W).
-        shrink: The stages' result is larger than the output by this factor, and is averaged down.
-    """
-
-    size: tuple[int, int]
-    first: JointKernels | None
-    stages: list[tuple[JBUStage, Tensor]]
-    shrink: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class JBUKernels:
-    """All kernels of an image, for any number of feature maps of one size.
-
-    Attributes:
-        source_size: Height and width of the features that the kernels are for.
-        stages: Kernels of each stage, (B, D², H, W), first to last, without the stages that
-            ``first`` contains.
-        first: Kernels of the joint bilateral stage and its learned stages; None if there is none.
-        shrink: Their result is larger than the output by this factor, and is averaged down.
-    """
-
-    source_size: tuple[int, int]
-    stages: tuple[Tensor, ...]
-    first: JointKernels | None = None
-    shrink: int = 1
-
-    def check(self, source_size: tuple[int, int], *, joint_first: bool) -> None:
-        """Checks the size of the features and the kind of stack.
-
-        Args:
-            source_size: Height and width of the features.
-            joint_first: Whether the stack has a joint bilateral stage.
-
-        Raises:
-            ValueError: If the kernels are for another size or kind.
-        """
-        if source_size != self.source_size:
-            raise ValueError(
-                f"these kernels are for features of size {self.source_size}; "
-                f"got {source_size}; compute kernels(guidance, {source_size})"
-            )
-        computed_with = self.first is not None
-        if computed_with != joint_first and (computed_with or self.stages):
-            raise ValueError(
-                f"this stack has {'a' if joint_first else 'no'} joint bilateral stage, unlike the "
-                "one that computed these kernels; compute them with this stack's own kernels()"
-            )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.tables import bicubic_row
-from featup_hub.upsamplers.jbu import JBUStack, shrunk
+from featup_hub.upsamplers.jbu import JBUStack
+from featup_hub.upsamplers.plan import shrunk
 from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = ["upsample_tiled"]

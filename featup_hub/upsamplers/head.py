@@ -1,0 +1,81 @@
+"""A linear head behind a stack, applied at low resolution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featup_hub.ops import Implementation
+
+if TYPE_CHECKING:
+    from featup_hub.upsamplers.jbu import JBUStack
+
+__all__ = ["FoldedHead", "apply_matrices", "check_channels", "head_matrices"]
+
+
+class FoldedHead(nn.Module):
+    """An upsampler and a linear head as one, see :meth:`JBUStack.fold_head`.
+
+    Args:
+        upsampler: The upsampler.
+        head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d`` without groups, stride or padding.
+
+    Raises:
+        ValueError: If the head is of another kind, or for another number of channels.
+    """
+
+    def __init__(self, upsampler: JBUStack, head: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Linear) and not (
+            isinstance(head, nn.Conv2d)
+            and (head.kernel_size, head.groups, head.stride) == ((1, 1), 1, (1, 1))
+            and head.padding in ((0, 0), "valid", "same")
+        ):
+            raise ValueError(
+                "only a linear head commutes with the upsampler: an nn.Linear, or a 1×1 nn.Conv2d "
+                f"without groups, stride or padding; got {head}"
+            )
+        check_channels(head, upsampler.feat_dim)
+        self.upsampler = upsampler
+        self.head = head
+
+    def forward(
+        self,
+        source: Tensor,
+        guidance: Tensor,
+        *,
+        size: int | tuple[int, int] | None = None,
+        impl: Implementation = "auto",
+    ) -> Tensor:
+        """Returns the head's outputs at the size wanted, (B, K, H, W)."""
+        return cast(Tensor, self.upsampler(source, guidance, size=size, impl=impl, head=self.head))
+
+
+def check_channels(head: nn.Module, channels: int | None) -> None:
+    """Refuses a head for another number of channels.
+
+    Args:
+        head: A linear head.
+        channels: Channels of the features; None if any number will do.
+
+    Raises:
+        ValueError: If the head takes another number.
+    """
+    taken = head_matrices(head)[0].shape[1]
+    if channels not in (None, taken):
+        raise ValueError(
+            f"a head for features of {channels} channels is needed; got one that takes {taken}; "
+            f"make it with {channels} inputs"
+        )
+
+
+def head_matrices(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Returns the weight of a linear head, (K, C), and its bias, (K,) or None."""
+    return cast(Tensor, head.weight).flatten(1), cast("Tensor | None", head.bias)
+
+
+def apply_matrices(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Applies weight and bias of a linear head to features, (B, C, h, w) -> (B, K, h, w)."""
+    return F.conv2d(x, weight[:, :, None, None], bias)
