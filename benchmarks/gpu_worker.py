@@ -1,4 +1,4 @@
-"""Tasks of the GPU benchmark that run in processes of their own: they may crash, or be ended.
+"""Tasks of the GPU benchmark in separate processes, because they may crash or be ended.
 
 python -m benchmarks.gpu_worker TASK [--device cpu] [--dry] [--folder UPSTREAM]
 

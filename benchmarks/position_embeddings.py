@@ -1,4 +1,4 @@
-"""How far are timm's position embeddings from Meta's own, where DINOv2 sees another image size?
+"""Compares timm's position embeddings with Meta's for DINOv2 at other image sizes.
 
     python -m benchmarks.position_embeddings FILE > benchmarks/results/position_embeddings.csv
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.report
 
-A document marks where a table belongs by ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what
-lies between is replaced. No number of a table is typed. ``results/runs.json`` holds the command,
-commit and hardware of every CSV file; JSON files of ``results/looks`` and ``results/propagation``
-are what ``benchmarks.evaluate --out`` wrote.
+A document marks a table with ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; the text between is
+replaced. No number of a table is typed by hand. ``results/runs.json`` holds the command, commit and
+hardware of every CSV file; JSON files of ``results/looks`` and ``results/propagation`` are what
+``benchmarks.evaluate --out`` wrote.
 """
 
 from __future__ import annotations

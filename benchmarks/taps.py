@@ -1,13 +1,13 @@
-"""What are the filter gradients worth that upstream's CUDA code drops? Trains with and without.
+"""Trains with and without the filter gradients that upstream's CUDA code drops.
 
     python -m benchmarks.taps PHOTOS camvid:DATA/camvid nyu:DATA/nyu --out runs/taps
 
-Every seed trains twice, alike in all but one thing: the kernels get the gradients of all 49 taps,
-or of the seven that upstream's backward pass computes. Neither keeps kernels to a sum of one unless
-asked: the projection that does so moves the taps that get no gradient, and seven taps diverge
-(LOG.md). Both are scored by the label oracle, frozen and transfer probes, multi-view
-consistency and activation maps of the photographs. A difference is paired over images within a
-seed; over seeds, the mean and its 95 % interval by Student's t are given. Stopped, it goes on.
+Every seed trains twice with one difference: the kernels get the gradients of all 49 taps, or of the
+seven that upstream's backward pass computes. Neither keeps kernels to a sum of one unless asked:
+the projection that does so moves the taps that get no gradient, and seven taps diverge (LOG.md).
+Both are scored by the label oracle, frozen and transfer probes, multi-view consistency and
+activation maps of the photographs. A difference is paired over images within a seed; over seeds,
+the mean and its 95 % interval by Student's t are given. Stopped, it goes on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What memory and time does a big image take in tiles?
+"""Measures memory and time of a big image in tiles.
 
 python -m benchmarks.tiles --side 4096 --channels 384 --max-bytes 1000000000
 
 Random features at stride 16 are upsampled to the image's size and written to a memory-mapped
-file, which needs side² · channels · 4 bytes of disk. Told are the time and two peaks of resident
+file, which needs side² · channels · 4 bytes of disk. Reports the time and two peaks of resident
 memory (Linux, sampled): RssAnon, the process's own, and RssFile, pages of files, most of them the
 output's. The system may take the latter back whenever it likes; the benchmark hands them back
 itself beyond a bound, so that the sum is bounded, too.

@@ -1,4 +1,4 @@
-"""How the documentation becomes a site: sphinx-build -W docs site."""
+"""Builds the documentation as a site: sphinx-build -W docs site."""
 
 import featup_hub
 

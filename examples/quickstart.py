@@ -22,7 +22,7 @@ def main(image: str | Path = CAT, picture: str | Path = "features.png") -> None:
 
     with torch.inference_mode():
         features = model(x)  # (1, C, H, W): one vector for every pixel
-        source = model.source(x)  # (1, C, h, w): what the backbone alone gives
+        source = model.source(x)  # (1, C, h, w): the backbone's own features
 
     print(f"{tuple(source.shape)} -> {tuple(features.shape)}")
     featup_hub.comparison(photo, source, features).save(picture)

@@ -1,4 +1,4 @@
-"""A segmentation network with our upsampler as its decoder, all parts trained together.
+"""A segmentation network with our upsampler as the decoder, trained end to end.
 
 Run: python examples/segmentation_head.py LAYOUT:FOLDER [jbu|bilinear] [STEPS]
 """

@@ -1,4 +1,4 @@
-"""What every test shares: where the research data is, and what a missing GPU means."""
+"""Shared by all tests: the folder of research data, and the rule for a missing GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notes which operations ran, and knows those that a GPU cannot repeat exactly."""
+"""Records the operations that run; lists those that are not deterministic on a GPU."""
 
 from __future__ import annotations
 

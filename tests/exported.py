@@ -1,4 +1,4 @@
-"""What the tests of export and compilation share: small models, sizes, how outputs are compared."""
+"""Shared by tests of export and compilation: small models, sizes, comparison of outputs."""
 
 from __future__ import annotations
 

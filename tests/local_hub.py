@@ -1,4 +1,4 @@
-"""A Hugging Face Hub in a thread: it resolves files, takes commits, and can fail."""
+"""A Hugging Face Hub in a thread: it serves files, accepts commits, and can fail."""
 
 from __future__ import annotations
 

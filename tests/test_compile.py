@@ -1,4 +1,4 @@
-"""Compiled upsamplers: the numbers of the eager ones, and how many graphs they take."""
+"""Compiled upsamplers equal the eager ones; number of graphs."""
 
 from __future__ import annotations
 

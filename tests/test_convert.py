@@ -1,4 +1,4 @@
-"""Upstream's checkpoints: strict, complete, and never a program."""
+"""Upstream's checkpoints: strict, complete, and never executed."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_malicious_checkpoint_is_refused_and_never_run(tmp_path):
     with pytest.raises(ValueError, match="more than tensors in it, which may run code") as caught:
         weights.convert_upstream(path)
     assert not witness.exists()
-    assert "weights_only" not in str(caught.value)  # nobody is told to open it all the same
+    assert "weights_only" not in str(caught.value)  # the message does not advise unsafe loading
     assert caught.value.__context__ is None  # PyTorch's own error advises just that
     torch.load(path, weights_only=False)
     assert witness.exists()  # the bomb was live

@@ -1,4 +1,4 @@
-"""The page that shows which places have similar features."""
+"""The demo page that shows similarity of features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documents say is run: Python page by page, commands as far as their flags."""
+"""Runs the documents: Python page by page; of commands, only the flags are parsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples run, and stay short enough to be read at a glance."""
+"""Examples run and are short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported models: the numbers of the eager ones, at sizes not used for tracing."""
+"""Exported models equal the eager ones at sizes not used for tracing."""
 
 from __future__ import annotations
 

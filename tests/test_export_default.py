@@ -1,4 +1,4 @@
-"""The default model as a file for every size: the numbers of the eager one."""
+"""The exported default model equals the eager model at every size."""
 
 from __future__ import annotations
 

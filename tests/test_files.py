@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, under any name; digests tell them apart."""
+"""Files are written atomically under any name; digests distinguish them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_ke
     dead = tmp_path / f".out[1].bin.{host}.{gone.pid}.partial"
     kept = [
         tmp_path / f".out[1].bin.{host}.{os.getppid()}.partial",  # runs
-        tmp_path / f".out[1].bin.elsewhere.{gone.pid}.partial",  # of a machine nobody can ask
+        tmp_path / f".out[1].bin.elsewhere.{gone.pid}.partial",  # of another machine
         tmp_path / f".other.bin.{host}.{gone.pid}.partial",  # of another file
     ]
     for file in (dead, *kept):

@@ -1,4 +1,4 @@
-"""From a photograph to features, and what is said of what is no image."""
+"""From a photograph to features, and the errors for wrong inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark, rehearsed on a CPU: it must be known to work before it meets a card."""
+"""The GPU benchmark, tested on a CPU."""
 
 from __future__ import annotations
 

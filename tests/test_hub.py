@@ -1,4 +1,4 @@
-"""The Hub, for real: its own library and timm against a server on this machine that can fail."""
+"""The Hub: its own library and timm against a local server that can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading images as a person sees them, and sizes that a patch divides."""
+"""Reading images as viewers show them, and sizes that are multiples of the patch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may import whom, and what importing the package costs."""
+"""Allowed imports between layers, and the cost of importing the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels of every depth and number of bands: levels are kept, or the user is told what to do."""
+"""Pixels of every depth and number of bands: levels are kept, or an error gives a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README says is run: its Python blocks here, its two commands by ``.ci/run``."""
+"""Runs the README's Python blocks; ``.ci/run`` runs its two commands."""
 
 from __future__ import annotations
 

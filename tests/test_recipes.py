@@ -115,7 +115,7 @@ def test_ray_extracts_a_folder_with_two_actors_and_goes_on_after_a_stop(tmp_path
     """
     path = os.pathsep.join([str(FOLDER.parents[1]), str(FOLDER)])  # for the actors, too
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    quiet["RAY_worker_niceness"] = "0"  # else a busy machine starves the actors
+    quiet["RAY_worker_niceness"] = "0"  # else actors get no CPU on a busy machine
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

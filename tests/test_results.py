@@ -1,4 +1,4 @@
-"""Documents show what was measured: their tables are drawn from the rows in benchmarks/results."""
+"""Tables in documents equal the rows in benchmarks/results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ablation's arithmetic over seeds, on scores whose answer is known."""
+"""The ablation's arithmetic over seeds, on scores with a known answer."""
 
 from __future__ import annotations
 

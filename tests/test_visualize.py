@@ -1,4 +1,4 @@
-"""Pictures of features: one basis for all, the same every time, and no copies of large maps."""
+"""Pictures of features: one shared basis, reproducible, no copies of large maps."""
 
 from __future__ import annotations
 

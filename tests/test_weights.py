@@ -1,4 +1,4 @@
-"""Weights files: every damage is seen, every write is whole, every source is tried in order."""
+"""Weights files: damage is detected, writes are atomic, sources are tried in order."""
 
 from __future__ import annotations
 

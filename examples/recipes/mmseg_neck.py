@@ -1,4 +1,4 @@
-"""The upsampler as mmsegmentation's neck; its backbone hands on the image before its levels."""
+"""The upsampler as mmsegmentation's neck; the backbone returns the image before its levels."""
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS

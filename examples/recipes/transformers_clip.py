@@ -1,4 +1,4 @@
-"""CLIP's image tower from transformers: tokens after the class token, told to interpolate."""
+"""CLIP's image tower from transformers, with interpolated position embeddings."""
 
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel

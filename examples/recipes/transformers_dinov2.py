@@ -1,4 +1,4 @@
-"""DINOv2 from transformers: tokens, of which the first is the class token."""
+"""DINOv2 from transformers: tokens; the first is the class token."""
 
 import torch
 from transformers import Dinov2Config, Dinov2Model

@@ -1,4 +1,4 @@
-"""A ViT of transformers, told to interpolate its position embeddings."""
+"""A ViT of transformers that interpolates its position embeddings."""
 
 import torch
 from transformers import ViTConfig, ViTModel

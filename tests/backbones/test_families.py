@@ -1,4 +1,4 @@
-"""One small network of every family of timm: what images it takes, as docs/families.md says.
+"""One small network of every family of timm has the properties listed in docs/families.md.
 
 ``python -m tests.backbones.test_families`` writes that file again.
 """
@@ -15,18 +15,18 @@ from featup_hub.backbones import TimmBackbone
 
 TABLE = Path(__file__).resolve().parents[2] / "docs/families.md"
 ODD = (97, 131)
-HEAD = """# What each family of timm takes
+HEAD = """# Families of timm
 
 One small network of each family (a module of timm), checked without weights at its native size and
-at 97×131. Every image may have any size; the column "the network sees" says what is done for the
-network alone. The upsampler always sees the image itself.
+at 97×131. Every image may have any size. The column "the network sees" gives the change of the
+image for the network; the upsampler always gets the original image.
 
 * **multiples of p**: the image is resized up to the next multiples of the stride p.
-* **H×W only**: the network takes one size, and the image is resized to it. The source then has that
-  many cells whatever the image's size. Another size can be chosen where timm offers it:
+* **H×W only**: the network takes one size, and the image is resized to it. The source then has a
+  fixed number of cells. For some networks timm offers another size:
   `load(name, backbone_kwargs={"img_size": 448})`.
-* **padded by n**: its convolutions have no padding, so n pixels are added, half of them on either
-  side; without them the source would end before the image does.
+* **padded by n**: its convolutions have no padding, so n pixels are added, half on each side.
+  Without them the source would not cover the image.
 
 """
 COLUMNS = ("family", "network", "native size", "the network sees", "channels", "source of 97×131")
@@ -42,7 +42,7 @@ def rows() -> list[list[str]]:
 def described(family: str, name: str) -> list[str]:
     """A row of the table, from what the network does."""
     height, width = timm.get_pretrained_cfg(name).input_size[1:]
-    # Sizes that depend on the image's values cannot be followed without memory.
+    # Sizes that depend on the image's values need real memory.
     device = "cpu" if family == "gemma4_vit" else "meta"
     with torch.device(device), torch.inference_mode():
         backbone = TimmBackbone(name).eval()

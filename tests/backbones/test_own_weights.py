@@ -1,4 +1,4 @@
-"""Weights as people have them: their authors' layouts, wrappers, other classes, damage."""
+"""Weights in formats of users: authors' layouts, wrappers, other classes, damage."""
 
 from __future__ import annotations
 

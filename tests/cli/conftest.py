@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a tiny model, photographs, a run into a folder."""
+"""Shared by tests of the command line: a tiny model, photographs, a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``featup-hub env``, shell completion, and a start that does not wait for torch."""
+"""``featup-hub env``, shell completion, and a start without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``featup-hub fit``: no file of the user's is replaced, what cannot work is refused at once."""
+"""``featup-hub fit``: it replaces no file of the user, and refuses wrong arguments at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run over a folder that is killed with SIGKILL goes on to the results of one that was not."""
+"""A run killed with SIGKILL resumes and gives the results of an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a whole: what is said of what cannot work, and the exit code."""
+"""The command line as a whole: errors and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs of ``upsample``: what is kept, what is made, and what is refused before any work."""
+"""Outputs of ``upsample``: kept, made, or refused before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees: progress, and exceptions in a line."""
+"""Terminal output: progress, and one-line errors."""
 
 from __future__ import annotations
 

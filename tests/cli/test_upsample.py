@@ -1,4 +1,4 @@
-"""``featup-hub upsample``: features and pictures of images, and errors in a line."""
+"""``featup-hub upsample``: features and pictures of images, and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic scenes in the plain layout, whose right answers are known by arithmetic."""
+"""Synthetic scenes in the plain layout, with known right answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 EDGE = 20
-"""Where the scenes' upright edge is: 4 px to the right of a border of 16-px cells."""
+"""Column of the scenes' vertical edge: 4 px to the right of a border of 16-px cells."""
 
 
 @pytest.fixture(scope="session")

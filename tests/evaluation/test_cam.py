@@ -1,4 +1,4 @@
-"""Class activation maps of a classifier simple enough to work out by hand."""
+"""Class activation maps of a simple classifier, worked out by hand."""
 
 from __future__ import annotations
 

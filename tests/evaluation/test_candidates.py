@@ -1,4 +1,4 @@
-"""Upsamplers by name, by file, by plug-in; and where a linear head may be applied."""
+"""Upsamplers by name, by file, by plug-in; and the position of a linear head."""
 
 from __future__ import annotations
 

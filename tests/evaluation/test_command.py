@@ -1,4 +1,4 @@
-"""``featup-hub evaluate``: tables as they come, files beside them."""
+"""``featup-hub evaluate``: tables and result files."""
 
 from __future__ import annotations
 

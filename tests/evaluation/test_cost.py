@@ -1,4 +1,4 @@
-"""Time and memory are those of the upsampler."""
+"""Time and memory of the upsampler only."""
 
 from __future__ import annotations
 

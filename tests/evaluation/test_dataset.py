@@ -1,4 +1,4 @@
-"""Samples: cutting to a stride, shrinking, picking, refusing what does not fit."""
+"""Samples: cropping to a stride, shrinking, selection, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums and features are kept on disk, and measured again if what they depend on changed."""
+"""Sums and features are kept on disk, and measured again after a change of their inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that could only fail, or mean nothing, is refused before it begins."""
+"""A run that cannot give results is refused at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figure shows every upsampler and refuses to be empty."""
+"""The figure shows every upsampler; an empty figure is an error."""
 
 from __future__ import annotations
 

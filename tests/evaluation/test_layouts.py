@@ -1,4 +1,4 @@
-"""Every layout read from a tiny folder built as the archives are."""
+"""Every layout, read from a tiny folder with the structure of its archive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes find the linear map that made the truth."""
+"""Probes find the linear map of the truth."""
 
 from __future__ import annotations
 

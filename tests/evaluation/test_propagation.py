@@ -1,4 +1,4 @@
-"""Propagation: labels follow features that are alike, within a window."""
+"""Propagation: labels follow similar features within a window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables, JSON and CSV say the same, in the direction that is better."""
+"""Tables, JSON and CSV agree, and mark the better direction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The smoke run: the whole protocol on scenes whose right answers follow from arithmetic."""
+"""The smoke run: all protocols on scenes with known right answers."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_frames_of_a_clip_are_drawn_in_blocks_from_the_cache_too(scenes, tmp_pat
         found = list(measure(data, [colours()], nearest, config))
         assert [each.block for each in found] == [3, 3]
     for row in rows(found, versus=()):
-        # A block of all three images on a circle is the set itself, in whatever order.
+        # A block of all three images on a circle is the set itself, in any order.
         assert row.score.low == row.score.high == pytest.approx(row.score.value)
 
 

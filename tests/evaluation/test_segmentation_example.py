@@ -1,4 +1,4 @@
-"""The example trains what it says it trains."""
+"""The example trains the parts that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bootstrap: its intervals cover, its pairs pair, and the global generator is left alone."""
+"""The bootstrap: coverage, paired resampling, and no change of the global generator."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """JBU written a second time, from FeatUp's equations, by unfolding: the oracle of these tests.
 
-It shares no line with the package: neighbourhoods are unfolded, 1×1 convolutions are einsums,
+It shares no code with the package: neighbourhoods are unfolded, 1×1 convolutions are einsums,
 padding is NumPy's.
 """
 

@@ -1,4 +1,4 @@
-"""What happens where the fused kernels cannot run: one clear warning, or a clear error."""
+"""If the fused kernels cannot run: one clear warning, or a clear error."""
 
 from __future__ import annotations
 

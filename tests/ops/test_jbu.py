@@ -1,4 +1,4 @@
-"""What the operations refuse, and in which words."""
+"""Errors of the operations."""
 
 from __future__ import annotations
 

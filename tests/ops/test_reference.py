@@ -1,4 +1,4 @@
-"""The definition against an independent formulation, and the laws that follow from it."""
+"""The definition against an independent formulation, and its laws."""
 
 from __future__ import annotations
 

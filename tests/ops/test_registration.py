@@ -1,4 +1,4 @@
-"""The operations as torch sees them: schema, fakes, autograd, autocast, vmap, compile."""
+"""Registration with torch: schema, fakes, autograd, autocast, vmap, compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backbone whose features are known at every pixel, and a picture for it."""
+"""A backbone with known features at every pixel, and a picture for it."""
 
 from __future__ import annotations
 

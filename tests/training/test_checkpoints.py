@@ -1,4 +1,4 @@
-"""Checkpoints and metrics: damaged ones, those of other runs, and runs that were killed."""
+"""Checkpoints and metrics: damage, other runs, killed runs."""
 
 from __future__ import annotations
 

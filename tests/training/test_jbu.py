@@ -1,4 +1,4 @@
-"""The JBU trainer: it learns, and leaves files others can use."""
+"""The JBU trainer: it learns, and writes files that other commands read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs that stop, go on, diverge or are other than they seem."""
+"""Training runs that stop, resume, diverge or do not match their checkpoint."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_interruption_keeps_whole_steps_and_the_run_goes_on_to_the_same_weigh
 
     with monkeypatch.context() as patch:
         if moment == "update":  # the stages' weights are changed, their mean is not
-            # Called once on the stages as they begin, then once a step.
+            # Called once on the initial stages, then once a step.
             patch.setattr(jbu, "make_unit_sum", interrupted(jbu.make_unit_sum, 4))
         else:
             at = 3 if moment == "gradients" else 1

@@ -1,4 +1,4 @@
-"""Losses against sums written out."""
+"""Losses against explicit sums."""
 
 from __future__ import annotations
 

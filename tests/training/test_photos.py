@@ -1,4 +1,4 @@
-"""The stream of photographs: complete, shuffled, and the same again whenever asked."""
+"""The stream of photographs: complete, shuffled, reproducible."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_damaged_photograph_is_told_once_and_the_next_one_takes_its_place(phot
     again = PhotoStream(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for n in reversed(range(27)):  # as a resumed run, which begins in the middle
+        for n in reversed(range(27)):  # as in a resumed run
             assert torch.equal(again.sample(n, (16, 16)), drawn[n])
 
 

@@ -1,4 +1,4 @@
-"""Two processes under torchrun train what one does, bit for bit, also after a stop."""
+"""Two processes under torchrun give the same bits as one, also after a stop."""
 
 from __future__ import annotations
 

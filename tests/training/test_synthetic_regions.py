@@ -1,4 +1,4 @@
-"""Regions of known resolution: what they are, and that they teach."""
+"""Synthetic regions: their properties, and that stages learn from them."""
 
 from __future__ import annotations
 

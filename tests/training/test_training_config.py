@@ -1,4 +1,4 @@
-"""What a training run is made of: values that cannot train are refused before anything is done."""
+"""Settings of a training run: bad values are refused at the start."""
 
 from __future__ import annotations
 

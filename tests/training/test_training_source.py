@@ -1,4 +1,4 @@
-"""Projections: of features without loss of scale, of stacks to kernels that sum to one."""
+"""Projections: of features with the scale kept, and of stacks to kernels with sum one."""
 
 from __future__ import annotations
 

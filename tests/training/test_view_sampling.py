@@ -1,4 +1,4 @@
-"""Interpolation along an axis: PyTorch's own numbers, and no operation that a GPU cannot repeat."""
+"""Interpolation along an axis: equal to PyTorch, and deterministic on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jitters: distributions as upstream's, and image and features moved alike."""
+"""Jitters: upstream's distributions; image and features move together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The baselines: what they are, and what the training-free filter promises."""
+"""The baselines, and the properties of the joint bilateral filter."""
 
 from __future__ import annotations
 

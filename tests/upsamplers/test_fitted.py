@@ -1,4 +1,4 @@
-"""Fitted features of both kinds: queries, files, and what is refused."""
+"""Fitted features of both kinds: queries, files, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stacks made to fit a file, whatever the file claims."""
+"""Stacks with the shape of a file, also of a damaged file."""
 
 from __future__ import annotations
 

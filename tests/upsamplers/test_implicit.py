@@ -1,4 +1,4 @@
-"""The implicit upsampler: its formula by hand, queries that agree, wrong ones refused."""
+"""The implicit upsampler: its formula, consistent queries, errors."""
 
 from __future__ import annotations
 

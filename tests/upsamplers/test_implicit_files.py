@@ -1,4 +1,4 @@
-"""Files of implicit upsamplers: right to the last bit, or refused."""
+"""Files of implicit upsamplers: exact, or refused."""
 
 from __future__ import annotations
 

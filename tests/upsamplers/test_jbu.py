@@ -1,4 +1,4 @@
-"""The stack: upstream's numbers, any size, and the algebra that moves work to low resolution."""
+"""The stack: upstream's numbers, any size, and heads applied at low resolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The joint bilateral first stage: its formula, what it averages, its way into a stack."""
+"""The joint bilateral first stage: its formula, its averages, its place in a stack."""
 
 from __future__ import annotations
 

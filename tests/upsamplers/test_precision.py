@@ -1,4 +1,4 @@
-"""Lower precision, devices without memory, deterministic training: what must stay as it is."""
+"""Lower precision, the meta device, deterministic training."""
 
 from __future__ import annotations
 

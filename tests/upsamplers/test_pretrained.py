@@ -1,4 +1,4 @@
-"""Saved, shared and loaded again: the Hub's own layout, all the way there and back."""
+"""Saving, sharing and loading in the Hub's layout."""
 
 from __future__ import annotations
 

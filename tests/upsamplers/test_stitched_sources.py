@@ -1,4 +1,4 @@
-"""Sources of several looks: each look is smoothed by itself."""
+"""Sources of several looks: each look is smoothed separately."""
 
 from __future__ import annotations
 

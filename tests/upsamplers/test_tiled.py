@@ -1,4 +1,4 @@
-"""Tiles: the numbers of the whole at every border, within their memory."""
+"""Tiles equal the untiled result at every border, within their memory."""
 
 from __future__ import annotations
 

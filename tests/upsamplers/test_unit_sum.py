@@ -1,4 +1,4 @@
-"""Kernels that sum to one: at first, while training, and in files written afterwards."""
+"""Kernels that sum to one: initially, in training, and in saved files."""
 
 from __future__ import annotations
 

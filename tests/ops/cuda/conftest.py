@@ -1,4 +1,4 @@
-"""The emulator in the place of a device, for the tests of the fused kernels."""
+"""The emulator replaces a device in the tests of the fused kernels."""
 
 from __future__ import annotations
 

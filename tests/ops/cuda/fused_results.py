@@ -1,4 +1,4 @@
-"""What the fused kernels compute beside what the definition says, in float64."""
+"""The fused kernels against the definition in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launcher: what the fused kernels are given, read back through the pointers they get."""
+"""The launcher: arguments of the fused kernels, read back through the pointers."""
 
 from __future__ import annotations
 

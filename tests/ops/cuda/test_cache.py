@@ -1,4 +1,4 @@
-"""The cubin cache: found again, made anew when damaged, never half-written, optional."""
+"""The cubin cache: files are reused, remade when damaged, never partial, optional."""
 
 from __future__ import annotations
 

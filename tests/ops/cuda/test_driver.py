@@ -1,4 +1,4 @@
-"""The CUDA driver's launcher, checked against a driver that writes down what it is asked."""
+"""The CUDA driver's launcher, against a driver that records its calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever breaks a fused kernel is found out: a suite that cannot fail proves nothing."""
+"""Faults in the fused kernels make the suite fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused kernels compute what the definition says; shown on the CPU, see ``emulator``."""
+"""The fused kernels equal the definition, on the CPU, see ``emulator``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.ops.cuda.fused_results import (
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernels with")
 
-# What one rounding to the features' type may cost, relative to the value itself.
+# Relative error of one rounding to the features' type.
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 # Height, width and batch of guidance: one pixel, fewer than the mirror's reach, one and several

@@ -11,7 +11,7 @@ from featup_hub.ops.cuda import backend
 from featup_hub.ops.cuda.programs import Program
 
 OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in NVCC_ARCHITECTURES if a != 90]
-MOST_SHARED_BYTES = 48 * 1024  # what any device grants without asking
+MOST_SHARED_BYTES = 48 * 1024  # limit of every device without permission
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

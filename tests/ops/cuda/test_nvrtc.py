@@ -1,4 +1,4 @@
-"""NVRTC: where it is looked for, what it compiles, and what it says when it cannot."""
+"""NVRTC: search path, compilation, and error messages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Runs the CUDA sources on the CPU: what the fused kernels compute, without a GPU.
+"""Runs the CUDA sources on the CPU, without a GPU.
 
-The very files the package ships are compiled by g++ against ``cuda_on_cpu.h`` and launched by
-the very code that launches them on a device, on CPU tensors. Every tensor a kernel is given lies
-between NaN: what it should not read spoils its result, what it should not write is found.
+g++ compiles the shipped sources against ``cuda_on_cpu.h``. The package's own launch code runs them
+on CPU tensors. Every tensor has NaN on both sides: a wrong read gives NaN in the result, and a
+wrong write is detected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MARGIN = 64  # elements of NaN on either side of a tensor
 CHECKS = "alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift"
 COMPILE = ("-std=c++20", "-O1", "-fPIC", "-w", f"-fsanitize={CHECKS}", "-c")
 
-Edit = tuple[str, str, str]  # in which file, what text, what to put in its place
+Edit = tuple[str, str, str]  # file, old text, new text
 Barrier = tuple[str, int]  # file and line
 
 
