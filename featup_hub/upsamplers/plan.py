@@ -68,6 +68,7 @@ def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[i
             ratio; or None for the image's own size.
 
     Example:
+        >>> import torch
         >>> output_size(torch.zeros(1, 3, 60, 90), 40)
         (40, 60)
     """
