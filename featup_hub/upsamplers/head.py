@@ -1,4 +1,4 @@
-"""A linear head behind a stack, applied at low resolution."""
+"""A linear head after a stack, applied at low resolution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FoldedHead", "apply_matrices", "check_channels", "head_matrices"]
 
 
 class FoldedHead(nn.Module):
-    """An upsampler and a linear head as one, see :meth:`JBUStack.fold_head`.
+    """An upsampler with a linear head, see :meth:`JBUStack.fold_head`.
 
     Args:
         upsampler: The upsampler.
@@ -54,14 +54,14 @@ class FoldedHead(nn.Module):
 
 
 def check_channels(head: nn.Module, channels: int | None) -> None:
-    """Refuses a head for another number of channels.
+    """Checks the number of input channels of a head.
 
     Args:
         head: A linear head.
-        channels: Channels of the features; None if any number will do.
+        channels: Channels of the features; None for any number.
 
     Raises:
-        ValueError: If the head takes another number.
+        ValueError: If the head has another number of inputs.
     """
     taken = head_matrices(head)[0].shape[1]
     if channels not in (None, taken):

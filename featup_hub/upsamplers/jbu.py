@@ -1,7 +1,7 @@
 """FeatUp's JBU upsampler: a stack of learned joint bilateral stages guided by the image.
 
-The stages look at colours only and filter every feature channel alike, so one set of stages
-serves any backbone. Parameter names are upstream's, whose checkpoints load strictly.
+The stages read only colours and filter every feature channel alike, so one set of stages fits any
+backbone. Parameter names are upstream's, so its checkpoints load strictly.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.2; names and
 numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
@@ -26,44 +26,45 @@ from featup_hub.upsamplers.stage import JBUStage, has_zero_mean
 
 __all__ = ["JBUStack"]
 
-_MOST_STAGES = 16  # 65,536-fold; a file that names more is damaged
+_MOST_STAGES = 16  # a factor of 65,536; a file with more stages is damaged
 
 
 class JBUStack(Pretrained):
     """Upsamples features to the image's resolution by joint bilateral stages.
 
-    With n stages to pass (see :func:`stage_sizes`) the last is always the last of ``up1..upN``,
-    because weights belong to a guidance resolution relative to the output. Where fewer are needed
-    the first ones are left out, where more are needed ``up1`` repeats. An output of at most half
-    the image's size is computed at twice its size, which takes one stage more, and averaged down
-    (with ``joint_first`` only; FeatUp's checkpoints keep FeatUp's output).
+    The last stage is always the last of ``up1..upN``, because weights belong to a guidance
+    resolution relative to the output. If fewer stages are needed (see :func:`stage_sizes`), the
+    first ones are left out; if more are needed, ``up1`` repeats. An output of at most half the
+    image's size is computed at twice its size, with one more stage, and averaged down (with
+    ``joint_first`` only; FeatUp's checkpoints keep FeatUp's output).
 
-    In lower precision: under autocast kernels are computed in float32. Whole modules can be
-    converted, too: with random features and a photograph at 14²→224² ``jbu_denoise`` then errs by
-    0.40 % (``.bfloat16()``) and 0.05 % (``.half()``), root mean square.
+    Lower precision: under autocast kernels are computed in float32. Whole modules can be converted.
+    The relative root mean square error of ``jbu_denoise`` is then 0.40 % (``.bfloat16()``) and 0.05
+    % (``.half()``), for random features and a photograph at 14²→224².
 
-    Training works under ``torch.use_deterministic_algorithms``, save with ``impl="reference"`` on
+    Training works under ``torch.use_deterministic_algorithms``, except with ``impl="reference"`` on
     a GPU.
 
     Args:
         feat_dim: Channels of the features. Adds upstream's closing 1×1 convolution,
-            ``out = x + 0.1·conv(x)``, which fits one backbone; None leaves the stages alone,
-            which fit any.
+            ``out = x + 0.1·conv(x)``, which fits one backbone; None: only the stages, which fit any
+            backbone.
         num_stages: Number of stages with weights of their own.
         guidance_dim: Channels of the guidance.
         key_dim: Channels in which neighbouring pixels are compared.
         radius: Reach of the kernels.
-        dropout: Chance of dropping a hidden channel while training; twice that for a feature
-            channel before the closing convolution.
-        joint_first: Whether the first stage passed, and ``up1`` wherever it repeats, has a
-            :class:`JointBilateralStage` beside it, which compares pixels with cells.
-        unit_sum: Whether kernels sum to one, in training too, so that constant features stay as
-            they are. Upstream's do not.
+        dropout: Probability of dropping a hidden channel in training; doubled for a feature channel
+            before the closing convolution.
+        joint_first: Whether the first stage in use, and every repeat of ``up1``, is combined with a
+            :class:`JointBilateralStage`, which compares pixels with cells.
+        unit_sum: Whether kernels sum to one, also in training, so that constant features stay
+            constant. Upstream's do not.
 
     Attributes:
-        looks_per_side: k, for sources that :class:`~featup_hub.backbones.ShiftAndStitch` made of k²
-            looks. The joint bilateral stage then smooths each look by itself. 1 at first;
-            :class:`~featup_hub.UpsampledBackbone` takes it from its backbone.
+        looks_per_side: k, for sources of k² looks, see
+            :class:`~featup_hub.backbones.ShiftAndStitch`. The joint bilateral stage then smooths
+            each look separately. Initially 1; :class:`~featup_hub.UpsampledBackbone` copies its
+            backbone's.
 
     Example:
         >>> upsampler = JBUStack().eval()
@@ -107,15 +108,15 @@ class JBUStack(Pretrained):
 
     @classmethod
     def fitting(cls, tensors: Mapping[str, Tensor]) -> JBUStack:
-        """Makes a stack for the tensors of a file, which tell its stages and channels.
+        """Makes a stack with the stages and channels of a file's tensors.
 
         Args:
-            tensors: By the names of a ``state_dict``, such as ``up1.range_temp``.
+            tensors: Tensors by ``state_dict`` names, such as ``up1.range_temp``.
 
         Returns:
-            The stack, on the meta device: to be filled by what checks every name and shape. Four
-            stages without a closing convolution where the tensors tell of neither. Its kernels sum
-            to one in training where the tensors' do.
+            The stack, on the meta device; fill it with a strict loader. Without stages in the
+            tensors it has four, without a closing convolution in them it has none. Its kernels sum
+            to one in training if the tensors' kernels do.
         """
         count = 0
         while count < _MOST_STAGES and any(n.startswith(f"up{count + 1}.") for n in tensors):
@@ -135,7 +136,7 @@ class JBUStack(Pretrained):
             )
 
     def stages(self, count: int) -> list[JBUStage]:
-        """Returns the stages to pass through, in order, where ``count`` are needed."""
+        """Returns the ``count`` stages in use, in order."""
         stages: list[JBUStage] = [getattr(self, f"up{i + 1}") for i in range(self.num_stages)]
         return [stages[0]] * (count - self.num_stages) + stages[max(self.num_stages - count, 0) :]
 
@@ -155,16 +156,16 @@ class JBUStack(Pretrained):
             guidance: The image, normalised RGB, (B, 3, H, W).
             size: Height and width wanted, or the length of the short side; default: the guidance's
                 own. ``(16h, 16w)`` gives upstream's output.
-            impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+            impl: Implementation, see :mod:`featup_hub.ops.jbu`.
             head: A linear head to apply, see :meth:`fold_head`.
 
         Returns:
-            Features, ``(B, C, *size)``, or the head's outputs; in channels_last memory format where
-            ``impl`` is fast.
+            Features, ``(B, C, *size)``, or the head's outputs; in channels_last memory format for
+            the fast ``impl``.
 
         Raises:
-            ValueError: If the shapes do not fit one another.
-            TypeError: If there are integers in place of floating-point values.
+            ValueError: If the shapes do not match.
+            TypeError: If the values are integers.
         """
         self.check(source, guidance)
         if head is not None:
@@ -178,7 +179,7 @@ class JBUStack(Pretrained):
             if self.fixup_proj is not None:
                 source = source + 0.1 * self.fixup_proj(source)
             return source if head is None else apply_matrices(source, *head_matrices(head))
-        # A generator, so that only one stage's kernels are alive at a time.
+        # A generator, so that only one stage's kernels are in memory at a time.
         kernels = (stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
         return self._pass(source, plan, kernels, impl, head)
 
@@ -194,9 +195,9 @@ class JBUStack(Pretrained):
 
         Args:
             guidance: The image, (B, 3, H, W).
-            source_size: Height and width of the features to come.
+            source_size: Height and width of the features.
             size: As in :meth:`forward`.
-            impl: Who computes.
+            impl: The implementation.
 
         Returns:
             Kernels for :meth:`upsample`.
@@ -210,15 +211,15 @@ class JBUStack(Pretrained):
     def upsample(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
     ) -> Tensor:
-        """Upsamples features with kernels computed before.
+        """Upsamples features with precomputed kernels.
 
         Args:
             source: Features, (B, C, h, w).
             kernels: From :meth:`kernels`.
-            impl: Who computes.
+            impl: The implementation.
 
         Returns:
-            Features at the size the kernels were computed for.
+            Features at the kernels' output size.
 
         Raises:
             ValueError: If the kernels were computed for features of another size, or by a stack of
@@ -230,16 +231,16 @@ class JBUStack(Pretrained):
     def pyramid(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
     ) -> list[Tensor]:
-        """Returns the features at every resolution on the way, the source's first.
+        """Returns the features at every resolution, from the source's to the output's.
 
         Args:
             source: Features, (B, C, h, w).
             kernels: From :meth:`kernels`.
-            impl: Who computes.
+            impl: The implementation.
 
         Returns:
-            One map more than there are stages, the last being that of :meth:`upsample`. The
-            closing convolution, where there is one, is in all of them.
+            One map more than there are stages; the last equals :meth:`upsample`. All include the
+            closing convolution, if there is one.
 
         Raises:
             ValueError: If the kernels were computed for features of another size, or by a stack of
@@ -263,10 +264,10 @@ class JBUStack(Pretrained):
         return levels if bias is None else [level + bias[:, None, None] for level in levels]
 
     def fold_head(self, head: nn.Module) -> FoldedHead:
-        """Joins a linear head behind this upsampler, to be applied at low resolution.
+        """Adds a linear head to this upsampler and applies it at low resolution.
 
         The stages are linear in the features and treat every channel alike, so a linear head
-        commutes with them exactly: K classes are upsampled in place of C channels.
+        commutes with them exactly: only K classes are upsampled, not C channels.
 
         Args:
             head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d``, from C features to K outputs.
@@ -286,15 +287,15 @@ class JBUStack(Pretrained):
         return FoldedHead(self, head)
 
     def check(self, source: Tensor, guidance: Tensor) -> None:
-        """Refuses what is not features and their image.
+        """Checks that the arguments are features and their image.
 
         Args:
             source: Features, (B, C, h, w).
             guidance: The image, (B, G, H, W).
 
         Raises:
-            TypeError: If one of them is no tensor.
-            ValueError: If the shapes do not fit this stack or one another.
+            TypeError: If one of them is not a tensor.
+            ValueError: If the shapes do not fit this stack or do not match.
         """
         for name, given in (("source", source), ("guidance", guidance)):
             if not isinstance(given, Tensor):
@@ -331,13 +332,13 @@ class JBUStack(Pretrained):
         size: int | tuple[int, int] | None = None,
         impl: Implementation = "auto",
     ) -> JBUPlan:
-        """Decides on the stages to pass, and pools the image for each.
+        """Chooses the stages, and pools the image for each.
 
         Args:
             guidance: The image, (B, G, H, W).
             source_size: Height and width of the features.
             size: As in :meth:`forward`.
-            impl: Who computes the kernels of the joint bilateral stage.
+            impl: Implementation of the joint bilateral stage's kernels.
 
         Returns:
             The plan; its guidance is in float32 or better.
@@ -362,14 +363,14 @@ class JBUStack(Pretrained):
         return JBUPlan(size=size, first=first, stages=stages[joint:], shrink=shrink)
 
     def before(self, source: Tensor, head: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
-        """Applies the closing convolution, x + 0.1·(Wx + b), and a head where it is cheap.
+        """Applies the closing convolution, x + 0.1·(Wx + b), and a head at low resolution.
 
         Args:
             source: Features, (B, C, h, w).
             head: A linear head, see :meth:`fold_head`.
 
         Returns:
-            What goes into the stages, and the bias to add behind them.
+            The input of the stages, and the bias to add after them.
         """
         bias: Tensor | None = None
         if self.fixup_proj is not None:
@@ -386,7 +387,7 @@ class JBUStack(Pretrained):
     def pass_first(
         self, source: Tensor, kernels: JointKernels | None, *, impl: Implementation = "auto"
     ) -> Tensor:
-        """Passes the joint bilateral stage, if there is one and a stage is needed."""
+        """Applies the joint bilateral stage, if there is one and a stage is needed."""
         if self.first is None or kernels is None:
             return source
         return cast(Tensor, self.first(source, kernels, impl=impl))
@@ -399,7 +400,7 @@ class JBUStack(Pretrained):
         impl: Implementation,
         head: nn.Module | None = None,
     ) -> Tensor:
-        """Passes all stages; the bias joins in the last one."""
+        """Applies all stages; the last one adds the bias."""
         source, bias = self.before(source, head)
         source = self.pass_first(source, plan.first, impl=impl)
         count = len(plan.stages)

@@ -36,8 +36,8 @@ class JointKernels(NamedTuple):
     Attributes:
         smoothing: One kernel per cell, over cells, (B, D², h, w); for a stitched source, one per
             cell of each look, (B·k², D², h/k, w/k), rounded up.
-        upsampling: Per pass, one kernel per pixel, over pixels that have their cell's features, (B,
-            D², H, W).
+        upsampling: Per pass, one kernel per pixel, over pixels that have their cell's features, 
+            (B, D², H, W).
         learned: Per pass, one kernel per pixel, over pixels of the resized source, (B, D², H, W).
         looks_per_side: k, see :meth:`JointBilateralStage.kernels`.
     """
@@ -141,7 +141,7 @@ class JointBilateralStage(nn.Module):
             looks_per_side: k, if the source is stitched from k² looks. Each look is smoothed
                 separately, so that smoothing reaches as far and averages as many cells as with one
                 look.
-            impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+            impl: Implementation, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
             The kernels; those of the filters in the image's precision.
@@ -202,7 +202,7 @@ class JointBilateralStage(nn.Module):
         Args:
             source: Features, (B, C, h, w).
             kernels: From :meth:`kernels`.
-            impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+            impl: Implementation, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
             Features at the size of the last pass, (B, C, H, W).

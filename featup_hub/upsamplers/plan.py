@@ -1,4 +1,4 @@
-"""What a stack computes for an image: its sizes, the stages to pass, their kernels."""
+"""Plan of a stack's computation for an image: sizes, stages and kernels."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class JBUStage(nn.Module):
         Args:
             source: Features, (B, C, h, w).
             guidance: The image at the output size, (B, G, H, W).
-            impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+            impl: Implementation, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
             Features, (B, C, H, W).

@@ -68,7 +68,7 @@ def upsample_tiled(
         max_bytes: Working memory, without inputs, output and the joint bilateral stage. That stage,
             if there is one, is computed whole: about 2 kB for each of its pixels, and its features.
             At a ratio of 16 it has an eighth of the output's height and width.
-        impl: Who computes, see :mod:`featup_hub.ops.jbu`.
+        impl: Implementation, see :mod:`featup_hub.ops.jbu`.
 
     Returns:
         ``out``.
