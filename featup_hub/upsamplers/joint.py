@@ -36,7 +36,7 @@ class JointKernels(NamedTuple):
     Attributes:
         smoothing: One kernel per cell, over cells, (B, D², h, w); for a stitched source, one per
             cell of each look, (B·k², D², h/k, w/k), rounded up.
-        upsampling: Per pass, one kernel per pixel, over pixels that have their cell's features, 
+        upsampling: Per pass, one kernel per pixel, over pixels that have their cell's features,
             (B, D², H, W).
         learned: Per pass, one kernel per pixel, over pixels of the resized source, (B, D², H, W).
         looks_per_side: k, see :meth:`JointBilateralStage.kernels`.
@@ -54,11 +54,11 @@ class JointBilateralStage(nn.Module):
     Every colour x has an embedding :math:`\phi(x) = \sqrt{2/E} \cos(\Omega x + \beta)`, and a cell
     or pixel has the mean :math:`\mu` of its colours' embeddings. Distances of these means measure
     differences of distributions: two cells of one mean colour differ if an edge crosses one of
-    them. Both filters weight by distance and likeness of colour, :math:`w_{pq} \propto \exp(-|p -
-    q|^2 / 2\sigma^2 - |\mu_p - \mu_q|^2 / 2\tau^2)`, normalised over the neighbourhood. Smoothing
-    compares cells with cells; upsampling compares a pixel of a pass's output with its neighbours'
-    cells, and in the second pass with the pixels of the first pass. Positions are in cells of the
-    source, in every pass.
+    them. Both filters weight by distance and likeness of colour,
+    :math:`w_{pq} \propto \exp(-|p - q|^2 / 2\sigma^2 - |\mu_p - \mu_q|^2 / 2\tau^2)`, normalised
+    over the neighbourhood. Smoothing compares cells with cells. Upsampling compares a pixel of a
+    pass's output with its neighbours' cells, and in the second pass with the pixels of the first
+    pass. Positions are in cells of the source, in every pass.
 
     Args:
         guidance_dim: Channels of the image.
