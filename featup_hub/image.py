@@ -209,8 +209,8 @@ def list_images(folder: str | Path) -> list[Path]:
     if len(images) < len(found):
         others = {path.suffix.lower() for path in found} - IMAGE_SUFFIXES
         warnings.warn(
-            f"left out are {len(found) - len(images)} files in {folder} of formats that cannot be "
-            f"read ({' '.join(sorted(others))}); convert them to JPEG or PNG",
+            f"{folder} has {len(found) - len(images)} photographs of other formats "
+            f"({' '.join(sorted(others))}), which are left out; convert them to JPEG or PNG",
             stacklevel=2,
         )
     return images
