@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_, **__: complain(str(message), "warning")
             return int(args.run(args))
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from there" if _goes_on(argv) else ""
+        goes_on = "; the same command resumes" if _goes_on(argv) else ""
         complain(f"interrupted; what is finished is kept{goes_on}")
         return 130
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe

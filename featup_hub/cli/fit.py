@@ -136,6 +136,6 @@ def _check_earlier(out: Path, picture: Path | None) -> None:
     # A fit writes the picture after the features, so a picture without features is not of a fit.
     elif picture is not None and picture.exists():
         raise ValueError(
-            f"{picture} exists, and no features beside it, so it is not of an earlier fit; "
+            f"{picture} exists without features, so it is not of an earlier fit; "
             f"{remedy}, --no-picture does without"
         )

@@ -165,15 +165,14 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
         for key, wanted in settings.items():
             if (found := notes.get(key, _FORMERLY.get(key, "unknown"))) != wanted:
                 raise ValueError(
-                    f"{job.features} exists, made with {key} {found} in place of {wanted}; {remedy}"
+                    f"{job.features} exists, made with {key} {found}, not {wanted}; {remedy}"
                 )
         return job.picture is None or job.picture.exists()
     if job.picture is not None and job.picture.exists():
         features = (job.features.with_suffix(f".{suffix}") for suffix in FORMATS)
         if not any(file.exists() for file in features):
             raise ValueError(
-                f"{job.picture} exists, and no features beside it, so it is not of an earlier "
-                f"run; {remedy}"
+                f"{job.picture} exists without features, so it is not of an earlier run; {remedy}"
             )
     if not job.image.exists():
         raise FileNotFoundError(f"no such file: {job.image}")

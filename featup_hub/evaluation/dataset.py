@@ -179,7 +179,7 @@ class Dataset:
         """
         if not self.labels and not self.depth:
             raise ValueError(
-                f"labels or depth are needed beside the images of {self.name}; there are neither; "
+                f"labels or depth are needed beside the images of {self.name}; it has neither; "
                 "add them, or measure only consistency and cost"
             )
 

@@ -108,7 +108,7 @@ class PhotoStream:
                 reason = error
             if path not in self._unreadable:
                 self._unreadable.add(path)
-                warnings.warn(f"{reason}; training goes on without it", stacklevel=2)
+                warnings.warn(f"{reason}; training continues without it", stacklevel=2)
         raise ValueError(
             f"training needs photographs that can be read; {self.folder} holds {count}, and none "
             f"can ({reason}); check the files"

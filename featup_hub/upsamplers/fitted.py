@@ -151,13 +151,13 @@ class FittedFeatures(nn.Module):
             module.scores = _finite(json.loads(notes["scores"]))
         except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(
-                f"{path} must hold all of a fit; it lacks or spoils {error}; save it anew"
+                f"{path} must be a complete fit; missing or wrong: {error}; save it again"
             ) from None
         load_into(module, tensors, origin=path)
         for name, tensor in module.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(
-                    f"{path} must hold finite numbers; got others in {name}; fit the image anew"
+                    f"{path} must have finite numbers; got others in {name}; fit the image again"
                 )
         return module.eval().requires_grad_(False)
 

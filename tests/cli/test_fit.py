@@ -88,7 +88,7 @@ def test_a_picture_of_somebody_else_s_is_not_replaced(
     picture.write_bytes((folder / "b.png").read_bytes())
     assert main(["fit", "a.jpg"]) == 1
     assert capsys.readouterr().err == (
-        "error: a.png exists, and no features beside it, so it is not of an earlier fit; "
+        "error: a.png exists without features, so it is not of an earlier fit; "
         "--overwrite replaces it, another --out keeps both, --no-picture does without\n"
     )
     assert picture.read_bytes() == (folder / "b.png").read_bytes()

@@ -117,7 +117,7 @@ def test_an_interruption_promises_to_go_on_where_the_command_does(
 
     monkeypatch.setattr("featup_hub.cli.terminal.Parser.parse_args", interrupt)
     assert main(line.split()) == 130
-    promise = "; the same command goes on from there" if goes_on else ""
+    promise = "; the same command resumes" if goes_on else ""
     assert capsys.readouterr().err == f"error: interrupted; what is finished is kept{promise}\n"
 
 

@@ -41,8 +41,8 @@ def test_a_second_run_keeps_what_is_finished_and_makes_what_is_missing(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--size", "48"], "made with size 32 in place of 48"),
-        (["--model", "vit"], "made with model efficientnet_lite0 in place of vit"),
+        (["--size", "48"], "made with size 32, not 48"),
+        (["--model", "vit"], "made with model efficientnet_lite0, not vit"),
     ],
 )
 def test_outputs_of_other_settings_are_neither_kept_nor_replaced(
@@ -101,7 +101,7 @@ def test_a_picture_of_somebody_else_s_is_not_replaced(
     arguments = (photos / "a.jpg", "--out", tmp_path, "--format", form)
     assert upsample(*arguments) == 1
     err = capsys.readouterr().err
-    assert f"{picture} exists, and no features beside it" in err
+    assert f"{picture} exists without features" in err
     assert "--overwrite replaces it, another --out keeps both" in err
     assert picture.read_bytes() == (photos / "b.png").read_bytes()
     assert not picture.with_suffix(f".{form}").exists()

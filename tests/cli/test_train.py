@@ -56,6 +56,6 @@ def test_an_interrupted_run_goes_on_as_the_message_says(
     with monkeypatch.context() as patch:
         patch.setattr(jbu._Run, "step", stop)
         assert main(line) == 130
-    said = "error: interrupted; what is finished is kept; the same command goes on from there"
+    said = "error: interrupted; what is finished is kept; the same command resumes"
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2

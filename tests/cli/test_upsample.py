@@ -209,7 +209,7 @@ def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(
     features = read_features(tmp_path / "out/a.safetensors")
     assert features.dtype == torch.float16
     assert upsample(photos / "a.jpg", "--no-picture") == 1
-    assert "made with dtype float16 in place of float32" in capsys.readouterr().err
+    assert "made with dtype float16, not float32" in capsys.readouterr().err
     monkeypatch.setattr(Colours, "features", lambda _, image: 1e6 * F.avg_pool2d(image, 16))
     assert upsample(*flags, "--overwrite") == 1
     assert "float16 holds values up to 65504; features reach" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_seeds_next_to_each_other_are_unrelated():
 def test_a_folder_without_photographs_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"needs a folder of photographs; .*nowhere"):
         PhotoStream(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"needs photographs .*hold none"):
+    with pytest.raises(ValueError, match=r"needs photographs .*have none"):
         PhotoStream(tmp_path)
 
 
@@ -92,7 +92,7 @@ def test_a_damaged_photograph_is_told_once_and_the_next_one_takes_its_place(phot
     damaged = folder / "p4.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
     stream = PhotoStream(folder)
-    with pytest.warns(UserWarning, match=r"p4.png is .*; training goes on without it") as told:
+    with pytest.warns(UserWarning, match=r"p4.png is .*; training continues without it") as told:
         drawn = [stream.sample(n, (16, 16)) for n in range(27)]
     assert len(told) == 1
     sound = PhotoStream(photos)

@@ -131,7 +131,7 @@ def test_a_damaged_jbu_fit_is_refused(change: str, tmp_path: Path) -> None:
     else:
         del tensors[change]
     write(tensors, path, metadata=notes)
-    with pytest.raises(ValueError, match=r"lacks or spoils|missing: |must hold finite numbers"):
+    with pytest.raises(ValueError, match=r"missing or wrong|missing: |must have finite numbers"):
         FittedFeatures.load(path)
 
 

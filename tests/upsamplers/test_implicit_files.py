@@ -42,7 +42,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> Non
     tensors = read(path)
     del tensors[name]
     write(tensors, path, metadata=metadata(path))
-    with pytest.raises(ValueError, match=r"lacks or spoils|missing: "):
+    with pytest.raises(ValueError, match=r"missing or wrong|missing: "):
         ImplicitUpsampler.load(path)
 
 
@@ -70,7 +70,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused(change: str, tmp_path: Path) -
     else:
         tensors["directions"] = torch.zeros(4)
     write(tensors, path, metadata=notes)
-    with pytest.raises(ValueError, match=r"lacks or spoils|does not fit ImplicitUpsampler"):
+    with pytest.raises(ValueError, match=r"missing or wrong|does not fit ImplicitUpsampler"):
         ImplicitUpsampler.load(path)
 
 
@@ -96,7 +96,7 @@ def test_a_file_whose_notes_are_spoilt_is_refused(note: str, spoilt: str, tmp_pa
     path = tmp_path / "x.safetensors"
     make().save(path)
     write(read(path), path, metadata={**metadata(path), note: spoilt})
-    with pytest.raises(ValueError, match=r"it lacks or spoils .*; save it anew"):
+    with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again"):
         ImplicitUpsampler.load(path)
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_lacks_a_note_is_refused(note: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     make().save(path)
     write(read(path), path, metadata={k: v for k, v in metadata(path).items() if k != note})
-    with pytest.raises(ValueError, match=r"it lacks or spoils .*; save it anew"):
+    with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again"):
         ImplicitUpsampler.load(path)
 
 
@@ -116,7 +116,7 @@ def test_a_file_with_numbers_that_are_not_finite_is_refused(name: str, tmp_path:
     with torch.no_grad():
         module.state_dict()[name].view(-1)[0] = math.inf
     module.save(path)
-    with pytest.raises(ValueError, match=rf"must hold finite numbers; got others in {name}"):
+    with pytest.raises(ValueError, match=rf"must have finite numbers; got others in {name}"):
         ImplicitUpsampler.load(path)
 
 

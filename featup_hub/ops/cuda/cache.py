@@ -98,7 +98,7 @@ def fetch(name: str, make: Callable[[], bytes]) -> Cubin:
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"the compiled CUDA kernels could not be kept ({reason}), so every process will compile "
-        "them anew; set FEATUP_HUB_CACHE to a writable folder",
+        "them again; set FEATUP_HUB_CACHE to a writable folder",
         stacklevel=3,
     )
 
