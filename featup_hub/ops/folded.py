@@ -15,6 +15,7 @@ stored. Pixels within a tile are in column-major order, the layout that the prod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -257,8 +258,9 @@ class _Overlap:
         tile = held.nonzero()[:, 1]
         rows = torch.arange(tiling.y.window)[:, None] * width
         places = (tile * tiling.area + column[held] + rows).flatten()
-        counts = held.sum(1).repeat(tiling.y.window)
-        self.places, self.bags = places.to(device), (counts.cumsum(0) - counts).to(device)
+        counts = held.sum(1).repeat(tiling.y.window).tolist()
+        self.places = places.to(device)
+        self.bags = torch.tensor([0, *itertools.accumulate(counts[:-1])], device=device)
 
     def add(self, windows: Tensor, target: Tensor) -> None:
         """Adds windows, (tiles, area, C), to the rows of the source that they cover."""
