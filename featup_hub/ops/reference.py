@@ -98,8 +98,10 @@ def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
     """Does :func:`reflect_pad` on one axis, by indices that work with symbolic sizes."""
     last = x.shape[axis] - 1
     place = torch.arange(x.shape[axis] + 2 * radius, device=x.device) - radius
-    period = 2 * last + 1 // (last + 1)  # period of the reflections; 1 for a single pixel
-    place = place % period
+    # Mirror images repeat after twice the last place. As a tensor: ONNX has no remainder by a
+    # number that depends on the image's size.
+    period = (2 * (place[-1:] - radius)).clamp(min=1)
+    place = torch.remainder(place, period)
     return x.index_select(axis, last - (last - place).abs())
 
 

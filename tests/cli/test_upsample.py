@@ -251,7 +251,7 @@ def test_pixels_of_12_bits_are_warned_of_in_a_line_and_a_range_keeps_their_level
     flags = (tmp_path / "deep.png", "--value-range", 0, 4095, "--bands", "1,1,1")
     assert upsample(*flags, "--overwrite") == 0
     assert upsample(tmp_path / "deep.png") == 1
-    assert "made with bands 1,1,1 in place of all" in capsys.readouterr().err
+    assert "made with bands 1,1,1, not all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["é" * 115 + ".jpg", os.fsdecode(b"caf\xe9.jpg")])
