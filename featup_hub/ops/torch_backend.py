@@ -6,6 +6,9 @@ maps as (B, C, H, W), in channels_last memory format, as the filters need.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,13 +32,20 @@ def kernel_backward(
     grad: Tensor, guidance: Tensor, weights: StageWeights
 ) -> tuple[Tensor, StageWeights]:
     """Returns the gradients of the guidance and of the weights."""
+    if not _moderate(guidance, grad):
+        grad_guidance, *gradients = _by_definition(
+            lambda guidance, *w: reference.jbu_kernel(guidance, StageWeights(*w)),
+            grad,
+            (guidance, *weights),
+        )
+        return grad_guidance, StageWeights(*gradients)
     return predict_backward(_channels_last(grad), guidance, weights)
 
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`featup_hub.ops.reference.jbu_apply`."""
     source_last, kernel_last = _channels_last(source), _channels_last(kernel)
-    if _moderate(source_last) and _moderate(kernel_last):
+    if _moderate(source_last, kernel_last):
         return folded.apply(source_last, kernel_last, bias).permute(0, 3, 1, 2)
     output = reference.jbu_apply(source.to(kernel.dtype), kernel, bias).to(source.dtype)
     return _channels_last(output).permute(0, 3, 1, 2)
@@ -47,6 +57,10 @@ def apply_backward(
     """Returns the gradients of source and kernel; an empty tensor if one is not needed."""
     upstream = _channels_last(grad)
     grad_source, grad_kernel = source.new_empty(0), kernel.new_empty(0)
+    if not _moderate(upstream, source, kernel):
+        maps = source.to(kernel.dtype), kernel
+        grad_source, grad_kernel = _by_definition(reference.jbu_apply, grad, maps)
+        return grad_source.to(source.dtype), grad_kernel
     if need_source:
         size = (source.shape[2], source.shape[3])
         grad_source = folded.source_gradient(upstream, _channels_last(kernel), size)
@@ -73,6 +87,9 @@ def joint_kernel_backward(
     features k, at the other end of each tap, get Σ dL_t (q - k). Both are filters with dL.
     """
     radius = round(grad.shape[1] ** 0.5) // 2
+    if not _moderate(query, key, grad):
+        definition = partial(reference.joint_kernel, cells=cells, radius=radius)
+        return _by_definition(definition, grad, (query, key, spatial, range))
     kernel = reference.joint_kernel(query, key, spatial, range, cells, radius)
     inner = (grad * kernel).sum(1, keepdim=True)
     grad_logits = _channels_last((grad - inner) * kernel)
@@ -106,13 +123,21 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _moderate(x: Tensor) -> bool:
+def _moderate(*maps: Tensor) -> bool:
     """Whether folding equals the definition: no NaN, no infinity, no huge value.
 
     A window contains pixels that a tap does not read. Their weight is zero, but zero times NaN is
     NaN.
     """
-    if x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return True
-    low, high = x.view(-1).aminmax()
-    return bool(low > -HUGE) and bool(high < HUGE)
+    for x in maps:
+        if x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            continue
+        low, high = x.aminmax()
+        if not (low > -HUGE and high < HUGE):
+            return False
+    return True
+
+
+def _by_definition(function: Any, grad: Tensor, inputs: tuple[Tensor, ...]) -> Any:
+    """Returns the gradients of a function of :mod:`featup_hub.ops.reference`, by autograd."""
+    return torch.func.vjp(function, *inputs)[1](grad.to(inputs[-1].dtype))

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from featup_hub.ops import folded, jbu_apply, jbu_kernel, prediction, reference, torch_backend
+from featup_hub.ops import (
+    folded,
+    jbu_apply,
+    jbu_kernel,
+    joint_kernel,
+    prediction,
+    reference,
+    torch_backend,
+)
 from featup_hub.ops.reference import StageWeights
 from featup_hub.upsamplers import JBUStage
 from tests.ops.formulations import UPSTREAM_TAPS, randomise, stage_apply
@@ -92,6 +101,35 @@ def test_guidance_that_is_not_finite_gives_the_definitions_kernels(bad: float) -
         jbu_kernel(guidance, stage.weights(), impl=impl) for impl in ("reference", "torch")
     )
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    ("operation", "shapes", "others"),
+    [
+        (jbu_apply, [(1, 2, 8, 9), (1, 49, 15, 18)], {}),
+        (jbu_kernel, [(1, 3, 12, 14)], {"weights": randomise(JBUStage(3, 4)).weights()}),
+        (joint_kernel, [(1, 4, 12, 12), (1, 4, 6, 6)], {"cells": (6, 6), "radius": 3}),
+    ],
+)
+def test_gradients_of_what_is_not_finite_are_the_definitions(
+    operation: Callable[..., torch.Tensor],
+    shapes: list[tuple[int, ...]],
+    others: dict[str, object],
+    bad: float,
+) -> None:
+    widths = (torch.tensor(1.0), torch.tensor(0.5)) if operation is joint_kernel else ()
+    for spoilt in range(len(shapes) + 1):  # the last is the gradient that arrives
+        maps = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        upstream = torch.randn_like(operation(*maps, *widths, **others))
+        with torch.no_grad():
+            [*maps, upstream][spoilt][0, 1, 4, 5] = bad
+        expected, ours = (
+            torch.autograd.grad(operation(*maps, *widths, **others, impl=impl), maps, upstream)
+            for impl in ("reference", "torch")
+        )
+        for gradient, due in zip(ours, expected, strict=True):
+            torch.testing.assert_close(gradient, due, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_a_sample_is_filtered_alike_alone_and_in_a_batch() -> None:
