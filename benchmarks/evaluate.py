@@ -19,7 +19,7 @@ from typing import get_args
 
 from benchmarks.sources import SHARED, SOURCES
 from featup_hub.evaluation.config import EvaluationConfig, Protocol
-from featup_hub.evaluation.report import table, write_csv, write_json
+from featup_hub.evaluation.report import table, write_results
 from featup_hub.evaluation.run import evaluate
 
 SETS = ("camvid", "nyu", "ccp", "bsds", "davis")
@@ -84,8 +84,7 @@ def main() -> None:
         scored += rows
         if chosen.out:
             chosen.out.mkdir(parents=True, exist_ok=True)
-            write_json(scored, config, chosen.out / "results.json")
-            write_csv(scored, chosen.out / "results.csv")
+            write_results(scored, config, chosen.out)
 
 
 if __name__ == "__main__":

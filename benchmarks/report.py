@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fit import summary
-from featup_hub.evaluation.figure import draw
 from featup_hub.evaluation.report import Row as Scored
+from featup_hub.evaluation.report import draw
 from featup_hub.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import featup_hub
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.layouts import open_data
-from featup_hub.evaluation.segmentation import confusion, mean_iou
+from featup_hub.evaluation.scores import confusion, mean_iou
 
 
 class Bilinear(nn.Module):

@@ -39,8 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    from featup_hub.evaluation.figure import draw
-    from featup_hub.evaluation.report import as_json, table, write_csv, write_json
+    from featup_hub.evaluation.report import as_json, draw, table, write_results
     from featup_hub.evaluation.run import evaluate
 
     start = time.monotonic()
@@ -59,8 +58,7 @@ def _run(args: argparse.Namespace) -> int:
             print(table(rows), end="\n\n", flush=True)
         scored += rows
         if args.out:  # after every table, so that a stopped run keeps its results
-            write_json(scored, config, args.out / "results.json")
-            write_csv(scored, args.out / "results.csv")
+            write_results(scored, config, args.out)
     if args.out:
         if any(row.versus for row in scored):
             draw(scored, args.out / "results.png")

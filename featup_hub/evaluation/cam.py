@@ -29,7 +29,7 @@ from featup_hub.backbones import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset
-from featup_hub.evaluation.statistics import Metric
+from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Measurement
 from featup_hub.image import list_images, preprocess, read_image
 from featup_hub.loading import find_card
@@ -42,17 +42,10 @@ MIN_TERM = 1e-6
 
 
 def measure_cam(
-    config: EvaluationConfig, classifier: Classifier, candidates: Sequence[Candidate]
+    photos: Dataset, name: str, classifier: Classifier, candidates: Sequence[Candidate]
 ) -> list[Measurement]:
-    """Measures every upsampler on the photographs of a folder.
-
-    Raises:
-        ValueError: If the folder has no photographs.
-    """
-    photos = open_photos(config)
-    found = Measurement(
-        protocol="class activation maps", data=photos.name, backbone=config.classifier
-    )
+    """Measures every upsampler on photographs; ``name`` is that of the classifier."""
+    found = Measurement(protocol="class activation maps", data=photos.name, backbone=name)
     for path in photos.images:
         image = preprocess(read_image(path), (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
         for each in candidates:
@@ -61,19 +54,13 @@ def measure_cam(
 
 
 def open_photos(config: EvaluationConfig) -> Dataset:
-    """Lists the photographs of the folder and ignores other files.
-
-    Raises:
-        ValueError: If the folder has no photographs.
-    """
+    """Lists the photographs of a folder; raises ValueError if it has none."""
     place = config.photos
     if place is None or not place.is_dir():
-        raise ValueError(f"class activation maps need photos, a folder of photographs; got {place}")
+        raise ValueError(f"photos must be given, a folder of photographs, for cam; got {place}")
     photos = tuple(list_images(place))
     if not photos:
-        raise ValueError(
-            f"class activation maps need photographs; {place} has none; name another folder"
-        )
+        raise ValueError(f"photos must hold photographs, for cam; {place} has none")
     return Dataset(name=place.name, images=photos).spread(config.photo_images)
 
 
@@ -96,26 +83,24 @@ class Classifier(NamedTuple):
 
 
 def open_classifier(name: str) -> Classifier:
-    """Loads a model with its classifier.
-
-    Args:
-        name: A name that :func:`featup_hub.load` takes, such as ``efficientnet_lite0``.
-
-    Returns:
-        The classifier.
+    """Loads a model that :func:`featup_hub.load` knows, with its classifier.
 
     Raises:
         ValueError: If the model does not classify by a linear layer of its averaged features.
     """
+    refusal = ValueError(
+        "class activation maps need a model that classifies by a linear layer of its averaged "
+        f"features, such as efficientnet_lite0; {name!r} does not; choose another"
+    )
     row = find_card(name)
     if row.backbone is None or row.kind != "timm":
-        raise _no_classifier(name)
+        raise refusal
     shipped = None if row.backbone_file is None else load(row.backbone_file)
     network = create(row.backbone, pretrained=True, weights=shipped)
     network.eval().requires_grad_(False)
     layer = network.get_classifier()
     if not isinstance(layer, nn.Linear):
-        raise _no_classifier(name)
+        raise refusal
     classifier = Classifier(network.forward_features, layer.weight, layer.bias)
     with torch.inference_mode():
         image = torch.linspace(-2, 2, 3 * 224 * 224).view(1, 3, 224, 224)
@@ -124,25 +109,13 @@ def open_classifier(name: str) -> Classifier:
         if not averaged or not torch.allclose(
             classifier.confidence(features), network(image).softmax(1), atol=1e-4
         ):
-            raise _no_classifier(name)
+            raise refusal
     return classifier
-
-
-def _no_classifier(name: str) -> ValueError:
-    return ValueError(
-        "class activation maps need a model that classifies by a linear layer of its averaged "
-        f"features, such as efficientnet_lite0; {name!r} does not; choose another"
-    )
 
 
 @torch.inference_mode()
 def cam_sums(image: Tensor, classifier: Classifier, upsampler: Candidate) -> dict[str, Tensor]:
-    """Measures one upsampler on one photograph.
-
-    Args:
-        image: Normalised RGB, (1, 3, H, W).
-        classifier: The classifier.
-        upsampler: The upsampler.
+    """Measures one upsampler on one photograph, normalised RGB, (1, 3, H, W).
 
     Returns:
         ``cam`` (6,): images, drop, increase, coherency, complexity, ADCC.
@@ -162,8 +135,8 @@ def cam_sums(image: Tensor, classifier: Classifier, upsampler: Candidate) -> dic
     complexity = shown.mean()
     terms = torch.stack([coherency, 1 - complexity, 1 - drop]).clamp(min=MIN_TERM)
     increase = (after > before[best]).float()
-    one = torch.ones(())
     adcc = 3 / (1 / terms).sum()
+    one = torch.ones(())
     return {"cam": torch.stack([one, drop, increase, coherency, complexity, adcc])}
 
 
@@ -182,14 +155,10 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(norm > MIN_TERM, a @ b / norm.clamp(min=MIN_TERM), 0.0)
 
 
-def _mean(index: int) -> Callable[[Tensor], Tensor]:
-    return lambda sums: sums[..., index] / sums[..., 0]
-
-
-CAM: Sequence[Metric] = (
-    Metric(name="Average Drop", sums="cam", value=_mean(1), higher_is_better=False),
-    Metric(name="Average Increase", sums="cam", value=_mean(2)),
-    Metric(name="Coherency", sums="cam", value=_mean(3)),
-    Metric(name="Complexity", sums="cam", value=_mean(4), higher_is_better=False),
-    Metric(name="ADCC", sums="cam", value=_mean(5)),
+CAM = (
+    ratio("Average Drop", "cam", 1, 0, higher_is_better=False),
+    ratio("Average Increase", "cam", 2, 0),
+    ratio("Coherency", "cam", 3, 0),
+    ratio("Complexity", "cam", 4, 0, higher_is_better=False),
+    ratio("ADCC", "cam", 5, 0),
 )

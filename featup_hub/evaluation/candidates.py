@@ -93,13 +93,7 @@ class Candidate:
 
 
 def candidate(spec: str) -> Candidate:
-    """Finds an upsampler.
-
-    Args:
-        spec: Name, file or plug-in, see the module's description.
-
-    Returns:
-        The upsampler.
+    """Finds an upsampler by its name, file or plug-in, see the module's description.
 
     Raises:
         UnknownUpsamplerError: If no upsampler has that name, or a plug-in cannot be imported.
@@ -115,14 +109,13 @@ def candidate(spec: str) -> Candidate:
     module, _, attribute = rest.partition(":")
     function: Callable[..., Tensor]
     head: Head = "before"
-    takes_looks = False
+    is_stack = False
     if rest in BASELINES:
         function, default, part = getattr(baselines, rest), rest, rest
         source = Path(baselines.__file__)
     elif (shipped_upsampler(file) or Path(file).is_file()) and option in ("", "unit"):
         source = resolve(JBU_UNIVERSAL, path=file)
-        function = _stack(source, unit_sum=option == "unit")
-        takes_looks = True
+        function, is_stack = _stack(source, unit_sum=option == "unit"), True
         stem = file if shipped_upsampler(file) else source.stem
         default, part = stem + (f"@{option}" if option else ""), option
     elif attribute and all(part.isidentifier() for part in module.split(".")):
@@ -134,25 +127,19 @@ def candidate(spec: str) -> Candidate:
     else:
         raise UnknownUpsamplerError(
             f"an upsampler is one of {', '.join((*BASELINES, *UPSAMPLERS))}, a weights file "
-            "(FILE or FILE@unit) "
-            f"or a plug-in module:callable; got {spec!r}"
+            f"(FILE or FILE@unit) or a plug-in module:callable; got {spec!r}"
         )
-    identity = f"{digest(source)} {part}" if source.is_file() else None
     return Candidate(
         name=name or default,
         function=function,
         head=head,
-        identity=identity,
-        takes_looks=takes_looks,
+        identity=f"{digest(source)} {part}" if source.is_file() else None,
+        takes_looks=is_stack,
     )
 
 
 def plug_in(spec: str) -> Any:
-    """Imports ``module:callable``.
-
-    Raises:
-        UnknownUpsamplerError: If the import fails.
-    """
+    """Imports ``module:callable``; raises UnknownUpsamplerError if that fails."""
     module, _, attribute = spec.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -180,9 +167,14 @@ def _check_call(function: Callable[..., Tensor], head: Head, spec: str) -> None:
 
 
 def _stack(path: Path, *, unit_sum: bool) -> Callable[..., Tensor]:
-    tensors = _stages(path)
+    """Reads stages without their closing convolution, which belongs to one backbone."""
+    tensors = convert_upstream(path).upsampler if path.suffix == ".ckpt" else read(path)
+    tensors = {key: value for key, value in tensors.items() if key.startswith(("up", "first."))}
     stack = JBUStack.fitting(tensors).eval().requires_grad_(False)
     load_into(stack, tensors, origin=path)
+
+    def unit(kernels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(kernel / kernel.sum(1, keepdim=True).clamp(min=MIN_SUM) for kernel in kernels)
 
     def upsample(
         source: Tensor, image: Tensor, size: tuple[int, int], looks_per_side: int = 1
@@ -191,20 +183,7 @@ def _stack(path: Path, *, unit_sum: bool) -> Callable[..., Tensor]:
         if not unit_sum:
             return stack(source, image, size=size)
         kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]), size=size)
-        stages = tuple(_unit_sum(kernel) for kernel in kernels.stages)
-        first = kernels.first
-        if first is not None:
-            first = first._replace(learned=tuple(_unit_sum(kernel) for kernel in first.learned))
-        return stack.upsample(source, replace(kernels, stages=stages, first=first))
+        first = kernels.first and kernels.first._replace(learned=unit(kernels.first.learned))
+        return stack.upsample(source, replace(kernels, stages=unit(kernels.stages), first=first))
 
     return upsample
-
-
-def _unit_sum(kernel: Tensor) -> Tensor:
-    return kernel / kernel.sum(1, keepdim=True).clamp(min=MIN_SUM)
-
-
-def _stages(path: Path) -> dict[str, Tensor]:
-    """Reads the stages without the closing convolution, which belongs to one backbone."""
-    tensors = convert_upstream(path).upsampler if path.suffix == ".ckpt" else read(path)
-    return {key: value for key, value in tensors.items() if key.startswith(("up", "first."))}

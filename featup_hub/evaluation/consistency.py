@@ -25,13 +25,16 @@ from torch import Tensor
 from featup_hub.backbones import Backbone
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench, with_looks
-from featup_hub.evaluation.statistics import Metric
+from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Measurement
 
 __all__ = ["CONSISTENCY", "measure_consistency"]
 
 SIDE = 224
 FIT_IMAGES = 30
+VIEWS = 3  # of each photograph
+DIRECTIONS = 16  # in which features are compared
+MAX_ZOOM = 2.0
 MAX_TAPS = 16
 RIDGE = 1e-4
 
@@ -39,16 +42,13 @@ RIDGE = 1e-4
 def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
     """Fits downsamplers on training images and scores the others, all cropped to about 224²."""
     found = bench.measurement("consistency")
-    train = bench.train.spread(FIT_IMAGES)
-    stride = bench.stride
-    side = max(round(SIDE / stride), 1) * stride
+    side = max(round(SIDE / bench.stride), 1) * bench.stride
     fit, test = (
-        [folder[index].square(side) for index in range(len(folder))]
-        for folder in (train, bench.val)
+        [images[index].square(side) for index in range(len(images))]
+        for images in (bench.train.spread(FIT_IMAGES), bench.val)
     )
-    for name, sums in consistency_sums(
-        fit, test, bench.source.backbone, candidates, seed=bench.config.seed
-    ):
+    backbone, seed = bench.source.backbone, bench.config.seed
+    for name, sums in consistency_sums(fit, test, backbone, candidates, seed=seed):
         found.add(name, sums)
     return [found]
 
@@ -67,9 +67,6 @@ def consistency_sums(
     backbone: Backbone,
     candidates: Sequence[Candidate],
     *,
-    views: int = 3,
-    directions: int = 16,
-    max_zoom: float = 2.0,
     seed: int = 0,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Measures every upsampler on photographs of one size.
@@ -79,34 +76,38 @@ def consistency_sums(
         test: Photographs to measure.
         backbone: Encodes images and views.
         candidates: Upsamplers.
-        views: Views of each photograph.
-        directions: Random directions K in which features are compared.
-        max_zoom: Largest magnification of a view.
         seed: Seed of directions and views.
 
     Yields:
         Upsampler's name, ``consistency`` (2,) of a photograph: squared error, squared variation.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = _directions([backbone(image) for image in fit], directions, generator)
-    plans = [[_View.draw(max_zoom, generator) for _ in range(views)] for _ in (*fit, *test)]
+    chosen = _directions([backbone(image) for image in fit], generator)
+    plans = [[_View.draw(generator) for _ in range(VIEWS)] for _ in (*fit, *test)]
+    encoders = {looks: with_looks(backbone, looks) for looks in {1, *(c.looks for c in candidates)}}
+
+    def examples(
+        image: Tensor, views: Sequence[_View]
+    ) -> Iterator[tuple[Candidate, Tensor, Tensor]]:
+        """Yields each upsampler, its downsampler's inputs, and its targets, (K·V·h·w,)."""
+        sources = {looks: encode(image) for looks, encode in encoders.items()}
+        encoded = encoders[1](torch.cat([view.apply(image) for view in views]))
+        targets = torch.einsum("kc,vchw->kvhw", chosen.weight, encoded).flatten()
+        for each in candidates:
+            source = sources[each.looks]
+            yield each, _cells(each, source, image, views, chosen, backbone.patch_size), targets
+
     grams = {each.name: torch.zeros(()) for each in candidates}
     moments = {each.name: torch.zeros(()) for each in candidates}
-    stride = backbone.patch_size
-    encoders = {looks: with_looks(backbone, looks) for looks in {1, *(c.looks for c in candidates)}}
-    for image, plan in zip(fit, plans[: len(fit)], strict=True):
-        sources, targets = _encode(image, plan, encoders, chosen)
-        for each in candidates:
-            inputs = _cells(each, sources[each.looks], image, plan, chosen, stride)
+    for image, views in zip(fit, plans[: len(fit)], strict=True):
+        for each, inputs, targets in examples(image, views):
             grams[each.name] = grams[each.name] + inputs.t() @ inputs
             moments[each.name] = moments[each.name] + inputs.t() @ targets
     kernels = {name: _solve(grams[name], moments[name]) for name in grams}
-    for image, plan in zip(test, plans[len(fit) :], strict=True):
-        sources, targets = _encode(image, plan, encoders, chosen)
-        variation = targets - chosen.mean.repeat_interleave(len(targets) // len(chosen.mean))
-        for each in candidates:
-            inputs = _cells(each, sources[each.looks], image, plan, chosen, stride)
+    for image, views in zip(test, plans[len(fit) :], strict=True):
+        for each, inputs, targets in examples(image, views):
             error = inputs @ kernels[each.name] - targets
+            variation = targets - chosen.mean.repeat_interleave(len(targets) // DIRECTIONS)
             sums = torch.stack([error.square().sum(), variation.square().sum()])
             yield each.name, {"consistency": sums.double()}
 
@@ -120,9 +121,9 @@ class _View(NamedTuple):
     mirrored: bool
 
     @classmethod
-    def draw(cls, max_zoom: float, generator: torch.Generator) -> _View:
+    def draw(cls, generator: torch.Generator) -> _View:
         zoom, top, left, coin = torch.rand(4, generator=generator).tolist()
-        return cls(1 + zoom * (max_zoom - 1), top, left, coin < 0.5)
+        return cls(1 + zoom * (MAX_ZOOM - 1), top, left, coin < 0.5)
 
     def apply(self, x: Tensor) -> Tensor:
         """Transforms an image, or features of its size, (B, C, H, W)."""
@@ -134,22 +135,13 @@ class _View(NamedTuple):
         return F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
 
 
-def _directions(features: Sequence[Tensor], count: int, generator: torch.Generator) -> Directions:
+def _directions(features: Sequence[Tensor], generator: torch.Generator) -> Directions:
     cells = torch.cat([each[0].flatten(1) for each in features], dim=1)
-    weight = torch.randn(count, cells.shape[0], generator=generator) / cells.shape[0] ** 0.5
+    weight = torch.randn(DIRECTIONS, cells.shape[0], generator=generator) / cells.shape[0] ** 0.5
     # A channel that is almost constant here, as after a ReLU, would dominate in other images.
     deviation = cells.std(1)
     weight = weight / deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12)
     return Directions(weight, weight @ cells.mean(1))
-
-
-def _encode(
-    image: Tensor, plan: Sequence[_View], encoders: dict[int, Backbone], chosen: Directions
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Returns the image's features by number of looks, and its projected views, (K·V·h·w,)."""
-    sources = {looks: encode(image) for looks, encode in encoders.items()}
-    views = encoders[1](torch.cat([view.apply(image) for view in plan]))
-    return sources, torch.einsum("kc,vchw->kvhw", chosen.weight, views).flatten()
 
 
 def _cells(
@@ -169,7 +161,7 @@ def _cells(
     views = F.avg_pool2d(views, pooled)
     windows = F.unfold(views.flatten(0, 1)[:, None], taps, stride=taps)  # (K·V, T, h·w)
     windows = windows.transpose(1, 2).flatten(0, 1)
-    mean = chosen.mean.repeat_interleave(len(windows) // len(chosen.mean))
+    mean = chosen.mean.repeat_interleave(len(windows) // DIRECTIONS)
     return torch.cat([windows, mean[:, None]], dim=1)
 
 
@@ -179,11 +171,4 @@ def _solve(gram: Tensor, moment: Tensor) -> Tensor:
     return torch.linalg.solve(gram, moment.double()).float()
 
 
-CONSISTENCY = (
-    Metric(
-        name="view error",
-        sums="consistency",
-        value=lambda s: s[..., 0] / s[..., 1],
-        higher_is_better=False,
-    ),
-)
+CONSISTENCY = (ratio("view error", "consistency", 0, 1, higher_is_better=False),)

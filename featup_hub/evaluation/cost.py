@@ -1,4 +1,8 @@
-"""Time and peak memory of upsampling all channels of one image."""
+"""Time and peak memory of upsampling all channels of one image.
+
+Peak memory includes the output but not the inputs. It is torch's allocated memory on a GPU, the
+growth of the process's resident memory on Linux, and NaN elsewhere. It is accurate to about a MiB.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench
-from featup_hub.evaluation.statistics import Metric
+from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Measurement
 
 __all__ = ["COST", "measure_cost"]
@@ -49,10 +53,6 @@ def cost_sums(
 ) -> dict[str, Tensor]:
     """Measures one upsampler on one image, without a head.
 
-    Peak memory includes the output but not the inputs. It is torch's allocated memory on a GPU, the
-    growth of the process's resident memory on Linux, and NaN elsewhere. It is accurate to about a
-    MiB.
-
     Args:
         source: Features, (1, C, h, w).
         image: Normalised RGB, (1, 3, H, W).
@@ -63,61 +63,40 @@ def cost_sums(
         ``cost`` (5,): images, seconds, CPU seconds summed over cores, MiB, and CPU seconds
         including the backbone's.
     """
-    size = (image.shape[-2], image.shape[-1])
     device = source.device
-    before = _start_peak(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    output = upsampler(source, image, size)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = (_peak(device) - before) / MIB
-    del output
-    return {"cost": torch.tensor([1.0, wall, cpu, peak, cpu + encoding], dtype=torch.float64)}
-
-
-def _start_peak(device: torch.device) -> float:
-    """Resets the peak; returns the memory in use, in bytes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if sys.platform != "linux":
-        return float("nan")
-    # Freed memory that the C library keeps would hide new allocations.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> float:
+        before: float = torch.cuda.memory_allocated(device)
+    else:
+        if sys.platform == "linux":
+            # Freed memory that the C library keeps would hide new allocations.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _resident("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
+    output = upsampler(source, image, (image.shape[-2], image.shape[-1]))
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") if sys.platform == "linux" else float("nan")
+        torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    on_cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if on_cuda else _resident("VmHWM")
+    del output
+    costs = [1.0, wall, cpu, (peak - before) / MIB, cpu + encoding]
+    return {"cost": torch.tensor(costs, dtype=torch.float64)}
 
 
-def _status(key: str) -> float:
-    """Reads a memory figure of this process from the kernel, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return float(line.split()[1]) * 1024
-    return float("nan")
+def _resident(key: str) -> float:
+    """Reads a memory figure of this process from Linux, in bytes; NaN elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if sys.platform == "linux" else []
+    return next((1024.0 * int(x.split()[1]) for x in lines if x.startswith(key)), float("nan"))
 
 
-def _mean(name: str, index: int) -> Metric:
-    return Metric(
-        name=name,
-        sums="cost",
-        value=lambda sums: sums[..., index] / sums[..., 0],
-        higher_is_better=False,
-        percent=False,
+COST = tuple(
+    ratio(name, "cost", index, 0, higher_is_better=False, percent=False)
+    for index, name in enumerate(
+        ("seconds", "CPU seconds", "peak MiB", "CPU seconds with backbone"), start=1
     )
-
-
-COST = (
-    _mean("seconds", 1),
-    _mean("CPU seconds", 2),
-    _mean("peak MiB", 3),
-    _mean("CPU seconds with backbone", 4),
 )

@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.evaluation.depth import depth_edges, depth_sums
-from featup_hub.evaluation.segmentation import boundary_band, segmentation_sums
+from featup_hub.evaluation.scores import (
+    boundary_band,
+    depth_edges,
+    depth_sums,
+    segmentation_sums,
+)
 from featup_hub.image import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
@@ -35,6 +39,11 @@ class Sample:
     labels: Tensor | None = None
     depth: Tensor | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.image.shape[-2], self.image.shape[-1])
+
     def crop(self, stride: int) -> Sample:
         """Crops the centre to the largest multiples of the stride.
 
@@ -43,16 +52,13 @@ class Sample:
         Raises:
             ValueError: If the image is smaller than the stride.
         """
-        height, width = self.image.shape[-2:]
+        height, width = self.size
         if height < stride or width < stride:
             raise ValueError(
                 f"an image must hold at least one {stride}×{stride} cell; "
                 f"{self.name!r} is {height}×{width}; choose a smaller stride"
             )
-        top, left = (height % stride) // 2, (width % stride) // 2
-        rows = slice(top, top + height - height % stride)
-        columns = slice(left, left + width - width % stride)
-        return self._changed(lambda x: x[..., rows, columns])
+        return self._centre(height - height % stride, width - width % stride)
 
     def mirror(self) -> Sample:
         """Mirrors image and truth left to right."""
@@ -60,33 +66,34 @@ class Sample:
 
     def square(self, side: int) -> Tensor:
         """Crops the centre square and resizes it, normalised, (1, 3, side, side)."""
-        edge = min(self.image.shape[-2:])
-        top, left = ((length - edge) // 2 for length in self.image.shape[-2:])
-        centre = self.image[:, top : top + edge, left : left + edge]
-        size = (side, side)
-        resized = F.interpolate(centre[None], size, mode="bilinear", antialias=True)[0]
-        return replace(self, image=resized, labels=None, depth=None).normalised()
+        edge = min(self.size)
+        return self._centre(edge, edge)._resized((side, side)).normalised()
 
     def shrink(self, max_side: int) -> Sample:
         """Resizes the image so that no side exceeds ``max_side``; 0 keeps every image as it is."""
-        height, width = self.image.shape[-2:]
-        scale = max_side / max(height, width)
+        scale = max_side / max(self.size)
         if max_side == 0 or scale >= 1:
             return self
-        size = (max(round(height * scale), 1), max(round(width * scale), 1))
-        image = F.interpolate(self.image[None], size, mode="bilinear", antialias=True)[0]
-        return replace(
-            self,
-            image=image,
-            labels=None if self.labels is None else _nearest(self.labels, size),
-            depth=None if self.depth is None else _nearest(self.depth, size),
-        )
+        height, width = (max(round(side * scale), 1) for side in self.size)
+        return self._resized((height, width))
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Sample:
-        """Applies a function of the last two dimensions to image and truth."""
+    def _centre(self, rows: int, columns: int) -> Sample:
+        top, left = (self.size[0] - rows) // 2, (self.size[1] - columns) // 2
+        return self._changed(lambda x: x[..., top : top + rows, left : left + columns])
+
+    def _resized(self, size: tuple[int, int]) -> Sample:
+        def nearest(truth: Tensor) -> Tensor:
+            resized = F.interpolate(truth[None, None].double(), size, mode="nearest-exact")
+            return resized[0, 0].to(truth.dtype)
+
+        image = F.interpolate(self.image[None], size, mode="bilinear", antialias=True)[0]
+        return replace(self._changed(nearest, image=False), image=image)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], *, image: bool = True) -> Sample:
+        """Applies a function of the last two dimensions to the truth, and to the image."""
         return replace(
             self,
-            image=change(self.image),
+            image=change(self.image) if image else self.image,
             labels=None if self.labels is None else change(self.labels),
             depth=None if self.depth is None else change(self.depth),
         )
@@ -107,12 +114,7 @@ class Sample:
         return None if self.depth is None else depth_edges(self.depth)
 
     def sums(self, labels: Tensor | None, depth: Tensor | None, classes: int) -> dict[str, Tensor]:
-        """Compares the given predictions with the sample's truth.
-
-        Args:
-            labels: Predicted classes, (H, W).
-            depth: Predicted depth in metres, (H, W).
-            classes: Number of classes.
+        """Compares predicted classes, (H, W), and depth, (H, W), with the truth, if there is any.
 
         Returns:
             Sums of segmentation, of depth, or of both.
@@ -164,19 +166,15 @@ class Dataset:
             depth=_read(self.depth[index]).float() / self.depth_scale if self.depth else None,
         )
         for kind, truth in (("labels", sample.labels), ("depth", sample.depth)):
-            if truth is not None and truth.shape != sample.image.shape[-2:]:
+            if truth is not None and truth.shape != sample.size:
                 raise ValueError(
-                    f"the {kind} of {path} must have the image's size, "
-                    f"{tuple(sample.image.shape[-2:])}; got {tuple(truth.shape)}"
+                    f"the {kind} of {path} must have the image's size, {sample.size}; "
+                    f"got {tuple(truth.shape)}"
                 )
         return sample.shrink(self.max_side)
 
     def check_truth(self) -> None:
-        """Checks that the data has labels or depth.
-
-        Raises:
-            ValueError: If it has neither.
-        """
+        """Raises ValueError if the data has neither labels nor depth."""
         if not self.labels and not self.depth:
             raise ValueError(
                 f"labels or depth are needed beside the images of {self.name}; it has neither; "
@@ -188,25 +186,23 @@ class Dataset:
         total = len(self)
         if not 0 < count < total:
             return self
-        return replace(
-            self.only(evenly(total, count)), block=max(round(self.block * count / total), 1)
-        )
+        block = max(round(self.block * count / total), 1)
+        return replace(self._only(evenly(total, count)), block=block)
 
-    def only(self, keep: Sequence[int]) -> Dataset:
+    def _only(self, keep: Sequence[int]) -> Dataset:
         """Keeps the images at these indices."""
-        return replace(
-            self,
-            images=tuple(self.images[i] for i in keep),
-            labels=tuple(self.labels[i] for i in keep) if self.labels else (),
-            depth=tuple(self.depth[i] for i in keep) if self.depth else (),
+        images, labels, depth = (
+            tuple(files[i] for i in keep) if files else ()
+            for files in (self.images, self.labels, self.depth)
         )
+        return replace(self, images=images, labels=labels, depth=depth)
 
     def videos(self) -> list[Dataset]:
         """Splits the images by folder; a folder holds the frames of one video."""
         folders: dict[Path, list[int]] = {}
         for index, image in enumerate(self.images):
             folders.setdefault(image.parent, []).append(index)
-        return [self.only(indices) for indices in folders.values()]
+        return [self._only(indices) for indices in folders.values()]
 
     def _labels(self, path: Path) -> Tensor:
         labels = _read(path).long()
@@ -221,11 +217,6 @@ def evenly(total: int, count: int) -> list[int]:
     if not 0 < count < total:
         return list(range(total))
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
-
-
-def _nearest(truth: Tensor, size: tuple[int, int]) -> Tensor:
-    resized = F.interpolate(truth[None, None].double(), size, mode="nearest-exact")
-    return resized[0, 0].to(truth.dtype)
 
 
 def _read(path: Path) -> Tensor:

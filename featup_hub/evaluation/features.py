@@ -19,9 +19,8 @@ from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.evaluation.sums import Measurement
 from featup_hub.loading import find_card, load_backbone, name_and_file
 from featup_hub.weights import digest, read, write
-from featup_hub.weights.files import existing
 
-__all__ = ["Bench", "Source", "check_source", "file_stamp", "open_source"]
+__all__ = ["Bench", "Source", "file_stamp", "open_source"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +130,10 @@ def open_source(spec: str) -> Source:
 
     Returns:
         The source.
+
+    Raises:
+        ValueError: If there is no such model, or it has no backbone.
+        FileNotFoundError: If there is no such file.
     """
     label, name, file = _parts(spec)
     backbone = plug_in(name)() if ":" in name else load_backbone(name, weights=file)
@@ -138,26 +141,6 @@ def open_source(spec: str) -> Source:
         file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     identity = f"{name} {digest(file) if file else 'pretrained'}"
     return Source(name=label, backbone=backbone.requires_grad_(False), identity=identity)
-
-
-def check_source(spec: str) -> None:
-    """Checks, without loading it, that :func:`open_source` can open a backbone.
-
-    Raises:
-        ValueError: If there is no such model or file, or the model has no backbone.
-    """
-    _, name, file = _parts(spec)
-    if ":" in name:
-        plug_in(name)
-    elif find_card(name).backbone is None:
-        raise ValueError(
-            f"a model with a backbone is needed; got {name!r}, an upsampler alone; name another"
-        )
-    if file is not None:
-        try:
-            existing(file)
-        except FileNotFoundError as error:
-            raise ValueError(str(error)) from error
 
 
 def _parts(spec: str) -> tuple[str, str, str | None]:

@@ -14,32 +14,28 @@ bootstrap draws them together. The other layouts are the rows of :data:`LAYOUTS`
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.image import list_images
 
-__all__ = ["LAYOUTS", "Layout", "layout_and_root", "open_data"]
-
-Split = Literal["train", "val"]
+__all__ = ["LAYOUTS", "Layout", "open_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where a data set keeps its files, and how to read their values.
 
-    Patterns contain ``{split}``, and ``{0}`` and ``{1}``, which pair a truth with its image. The
-    pattern ``FOLDER/{0}.*`` matches the images of a folder and its subfolders.
-
     Attributes:
-        images: Pattern of image files.
-        labels: Pattern of label files, if there are labels.
-        depth: Pattern of depth files, if there is depth.
-        index: Pattern of a text file that lists ``{0}`` of every image of a split; None takes all
-            files that match ``images``.
+        images: Folder of the images, searched with its subfolders; ``{split}`` is the split.
+        prefix: Beginning of the names of images; other files of the folder are ignored.
+        labels: How to make a label file's path of its image's: text to replace, each once. The
+            suffix becomes ``.png``. Empty if there are no labels.
+        depth: The same for depth files.
+        index: Text file that lists the stems of a split's images; empty takes all images.
         train: The data set's own name of the split ``train``.
         val: The data set's own name of the split ``val``.
         classes: Number of classes.
@@ -48,9 +44,10 @@ class Layout:
         block: Number of neighbouring images that are correlated.
     """
 
-    images: str = "{split}/images/{0}.*"
-    labels: str = "{split}/labels/{0}.png"
-    depth: str = "{split}/depth/{0}.png"
+    images: str = "{split}/images"
+    prefix: str = ""
+    labels: Mapping[str, str] = field(default_factory=lambda: {"/images/": "/labels/"})
+    depth: Mapping[str, str] = field(default_factory=lambda: {"/images/": "/depth/"})
     index: str = ""
     train: str = "train"
     val: str = "val"
@@ -70,52 +67,51 @@ LAYOUTS = {
     "camvid": Layout(classes=11, block=17),
     "ccp": Layout(classes=59),
     "nyu": Layout(classes=39, depth_scale=25.5),
-    "bsds": Layout(images="images/{0}.*", labels="segments/{0}.png", depth="", classes=50),
-    "davis": Layout(
-        images="images/{0}/{1}.jpg", labels="masks/{0}/{1}.png", depth="", classes=2, block=6
-    ),
+    "bsds": Layout(images="images", labels={"/images/": "/segments/"}, depth={}, classes=50),
+    "davis": Layout(images="images", labels={"/images/": "/masks/"}, depth={}, classes=2, block=6),
     "voc": Layout(  # VOCdevkit/VOC2012
-        images="JPEGImages/{0}.jpg",
-        labels="SegmentationClass/{0}.png",
-        depth="",
+        images="JPEGImages",
+        labels={"/JPEGImages/": "/SegmentationClass/"},
+        depth={},
         index="ImageSets/Segmentation/{split}.txt",
         classes=21,
     ),
     "ade20k": Layout(  # ADEChallengeData2016
-        images="images/{split}/{0}.*",
-        labels="annotations/{split}/{0}.png",
-        depth="",
+        images="images/{split}",
+        labels={"/images/": "/annotations/"},
+        depth={},
         train="training",
         val="validation",
         classes=150,
         label_map=(-1, *range(150)),
     ),
     "cityscapes": Layout(
-        images="leftImg8bit/{split}/{0}/{1}_leftImg8bit.png",
-        labels="gtFine/{split}/{0}/{1}_gtFine_labelIds.png",
-        depth="",
+        images="leftImg8bit/{split}",
+        labels={"/leftImg8bit/": "/gtFine/", "_leftImg8bit": "_gtFine_labelIds"},
+        depth={},
         classes=19,
         label_map=tuple(_CITYSCAPES.index(i) if i in _CITYSCAPES else -1 for i in range(34)),
     ),
     "coco-stuff": Layout(
-        images="images/{split}/{0}.*",
-        labels="annotations/{split}/{0}.png",
-        depth="",
+        images="images/{split}",
+        labels={"/images/": "/annotations/"},
+        depth={},
         train="train2017",
         val="val2017",
         classes=182,
     ),
     "nyuv2": Layout(  # scene folders with depth in millimetres
-        images="official_splits/{split}/{0}/rgb_{1}.jpg",
-        labels="",
-        depth="official_splits/{split}/{0}/sync_depth_{1}.png",
+        images="official_splits/{split}",
+        prefix="rgb_",
+        labels={},
+        depth={"/rgb_": "/sync_depth_"},
         val="test",
         depth_scale=1000,
     ),
 }
 
 
-def open_data(spec: str, split: Split, *, max_side: int = 0) -> Dataset:
+def open_data(spec: str, split: Literal["train", "val"], *, max_side: int = 0) -> Dataset:
     """Opens one split of a data set.
 
     Args:
@@ -130,20 +126,29 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Dataset:
         ValueError: If the layout is unknown, there are no images, the truth of some is missing,
             or ``dataset.json`` is wrong.
     """
-    name, root = layout_and_root(spec)
-    layout, folder = LAYOUTS[name], Path(root)
-    if name == "folder":
-        layout, name = _described(folder / "dataset.json"), folder.name
-    called = layout.train if split == "train" else layout.val
-    found = _images(layout, folder, called)
-    if not found:
+    name, _, folder = spec.partition(":")
+    if name not in LAYOUTS or not folder:
         raise ValueError(
-            f"{spec!r} must hold images of the split {split!r} at {layout.images!r}; found none"
+            f"data must be LAYOUT:FOLDER with one of the layouts {', '.join(LAYOUTS)}; got {spec!r}"
         )
-    labels, depth = (
-        _truth(spec, pattern, folder, called, list(found.values()))
-        for pattern in (layout.labels, layout.depth)
-    )
+    layout, root = LAYOUTS[name], Path(folder)
+    if name == "folder":
+        layout, name = _described(root / "dataset.json"), root.name
+    own_name = layout.train if split == "train" else layout.val
+    folder = layout.images.format(split=own_name)
+    if layout.index:
+        index = root / layout.index.format(split=own_name)
+        stems = index.read_text(encoding="utf-8").split() if index.is_file() else []
+        images = [root / folder / f"{stem}.jpg" for stem in stems]
+    else:
+        found = list_images(root / folder) if (root / folder).is_dir() else []
+        images = [path for path in found if path.name.startswith(layout.prefix)]
+    if not images:
+        raise ValueError(
+            f"{spec!r} must hold images of the split {split!r} in {folder}; found none"
+        )
+    labels = _truth(spec, layout.labels, root, folder, images)
+    depth = _truth(spec, layout.depth, root, folder, images)
     if labels and layout.classes < 1:
         raise ValueError(
             f"labels need a number of classes, at least 1; {spec!r} gives {layout.classes}; write "
@@ -151,7 +156,7 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Dataset:
         )
     return Dataset(
         name=f"{name}/{split}",
-        images=tuple(found),
+        images=tuple(images),
         labels=labels,
         depth=depth,
         classes=layout.classes,
@@ -162,47 +167,21 @@ def open_data(spec: str, split: Split, *, max_side: int = 0) -> Dataset:
     )
 
 
-def layout_and_root(spec: str) -> tuple[str, str]:
-    """Splits ``LAYOUT:FOLDER``.
-
-    Raises:
-        ValueError: If ``spec`` has another form, or the layout is unknown.
-    """
-    layout, _, root = spec.partition(":")
-    if layout not in LAYOUTS or not root:
-        raise ValueError(
-            f"data must be LAYOUT:FOLDER with one of the layouts {', '.join(LAYOUTS)}; got {spec!r}"
-        )
-    return layout, root
-
-
-def _images(layout: Layout, root: Path, split: str) -> dict[Path, tuple[str, ...]]:
-    """Lists the images of a split, in order, with the parts that pair them with their truth."""
-    pattern = layout.images.replace("{split}", split)
-    if layout.index:
-        index = root / layout.index.format(split=split)
-        names = index.read_text(encoding="utf-8").split() if index.is_file() else []
-        return {root / pattern.format(name): (name,) for name in names}
-    if pattern.endswith("/{0}.*"):
-        folder = root / pattern.removesuffix("/{0}.*")
-        paths = list_images(folder) if folder.is_dir() else []
-        return {path: (path.relative_to(folder).with_suffix("").as_posix(),) for path in paths}
-    parts = re.compile(re.sub(r"\\\{\d\\\}", "([^/]+)", re.escape(pattern)))
-    return {
-        path: match.groups()
-        for path in sorted(root.glob(re.sub(r"\{\d\}", "[!.]*", pattern)))
-        if (match := parts.fullmatch(path.relative_to(root).as_posix()))
-    }
-
-
 def _truth(
-    spec: str, pattern: str, root: Path, split: str, parts: list[tuple[str, ...]]
+    spec: str, changes: Mapping[str, str], root: Path, folder: str, images: list[Path]
 ) -> tuple[Path, ...]:
     """Lists the truth of every image; none if the data set has no folder for it."""
-    top = root / pattern.partition("{0}")[0].format(split=split)
-    if not pattern or not top.is_dir():
+
+    def paired(path: str) -> Path:
+        for old, new in changes.items():
+            path = path.replace(old, new, 1)
+        return root / path.removeprefix("/")
+
+    if not changes or not paired(f"/{folder}/").is_dir():
         return ()
-    files = tuple(root / pattern.format(*each, split=split) for each in parts)
+    files = tuple(
+        paired(f"/{path.relative_to(root).as_posix()}").with_suffix(".png") for path in images
+    )
     for path in files:
         if not path.is_file():
             raise ValueError(

@@ -9,7 +9,7 @@ so plain bicubic does well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,67 +28,34 @@ def measure_oracle(
     val: Dataset, candidates: Sequence[Candidate], *, stride: int, reductions: Sequence[Reduction]
 ) -> list[Measurement]:
     """Runs the label oracle at one stride: one measurement per way to downsample."""
-    found = {
-        reduction: Measurement(
-            protocol=f"{reduction} oracle",
-            data=val.name,
-            backbone=f"stride {stride}",
-            block=val.block,
+    every = [
+        Measurement(
+            protocol=f"{way} oracle", data=val.name, backbone=f"stride {stride}", block=val.block
         )
-        for reduction in reductions
-    }
+        for way in reductions
+    ]
     for index in range(len(val)):
-        measured = oracle_sums(
-            val[index], candidates, classes=val.classes, stride=stride, reductions=reductions
-        )
-        for name, reduction, sums in measured:
-            found[reduction].add(name, sums)
-    return list(found.values())
+        sample = val[index].crop(stride)
+        image = sample.normalised()
+        maps, present = _maps(sample)
+        coarse = [_reduced(maps, stride, way)[None] for way in reductions]
+        for each in candidates:
+            if each.head == "before":  # so that both ways share the kernels
+                fine = each(torch.cat(coarse, 1), image, sample.size).split(maps.shape[0], 1)
+            else:
+                fine = tuple(each(source, image, sample.size) for source in coarse)
+            for found, output in zip(every, fine, strict=True):
+                labels = present[output[0, : len(present)].argmax(0)] if len(present) else None
+                found.add(each.name, sample.sums(labels, output[0, -1], val.classes))
+    return every
 
 
-def reduce_map(values: Tensor, stride: int, reduction: Reduction) -> Tensor:
-    """Downsamples a map by a stride, (C, H, W) -> (C, H/stride, W/stride).
-
-    The centre of a cell of even side lies between pixels; ``point`` takes the next pixel.
-    """
-    if reduction == "area":
+def _reduced(values: Tensor, stride: int, way: Reduction) -> Tensor:
+    """Downsamples a map by a stride, (C, H, W) -> (C, H/stride, W/stride)."""
+    if way == "area":
         return F.avg_pool2d(values[None], stride)[0]
+    # The centre of a cell of even side lies between pixels; this is the next pixel.
     return values[:, stride // 2 :: stride, stride // 2 :: stride]
-
-
-def oracle_sums(
-    sample: Sample,
-    candidates: Sequence[Candidate],
-    *,
-    classes: int,
-    stride: int,
-    reductions: Sequence[Reduction],
-) -> Iterator[tuple[str, Reduction, dict[str, Tensor]]]:
-    """Measures every upsampler on one image.
-
-    Args:
-        sample: Image with labels, with depth, or both.
-        candidates: Upsamplers.
-        classes: Number of classes of the labels.
-        stride: Side of a cell in pixels.
-        reductions: Ways to downsample.
-
-    Yields:
-        The upsampler's name, the way to downsample, sums of the image.
-    """
-    sample = sample.crop(stride)
-    image = sample.normalised()
-    size = (image.shape[-2], image.shape[-1])
-    maps, present = _maps(sample)
-    for each in candidates:
-        coarse = [reduce_map(maps, stride, reduction)[None] for reduction in reductions]
-        if each.head == "before":  # so that both ways share the kernels
-            fine = each(torch.cat(coarse, 1), image, size).split(maps.shape[0], 1)
-        else:
-            fine = tuple(each(source, image, size) for source in coarse)
-        for reduction, output in zip(reductions, fine, strict=True):
-            labels = present[output[0, : len(present)].argmax(0)] if len(present) else None
-            yield each.name, reduction, sample.sums(labels, output[0, -1], classes)
 
 
 def _maps(sample: Sample) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.dataset import Sample, evenly
 from featup_hub.evaluation.features import Bench
-from featup_hub.evaluation.statistics import Metric
+from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Measurement
 
 __all__ = ["PROPAGATION", "measure_propagation", "propagate"]
@@ -42,7 +42,7 @@ def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[M
         labels = torch.zeros(0)
         for index, (sample, sources) in enumerate(bench.features(video, looks)):
             image = sample.normalised()
-            size = (image.shape[-2] // SHRINK, image.shape[-1] // SHRINK)
+            size = (sample.size[0] // SHRINK, sample.size[1] // SHRINK)
             for each in candidates:
                 features = F.normalize(each(sources[each.looks], image, size)[0], dim=0)
                 if index == 0:
@@ -50,7 +50,7 @@ def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[M
                     labels = _shares(sample, video.classes, size)
                 else:
                     mask = propagate(first[each.name], labels, features)
-                    found.add(each.name, propagation_sums(mask, sample, video.classes))
+                    found.add(each.name, _frame_sums(mask, sample, video.classes))
     return [found]
 
 
@@ -69,17 +69,20 @@ def propagate(first: Tensor, labels: Tensor, later: Tensor, *, radius: int = RAD
     """
     height, width = later.shape[-2:]
     result = torch.empty_like(labels)
+    near_rows, near_columns = (
+        (torch.arange(n)[:, None] - torch.arange(n)).abs() <= radius for n in (height, width)
+    )
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
             tile = later[:, top : top + TILE, left : left + TILE]
             rows = slice(max(top - radius, 0), top + TILE + radius)
             columns = slice(max(left - radius, 0), left + TILE + radius)
-            keys = first[:, rows, columns]
-            similar = tile.flatten(1).t() @ keys.flatten(1)
-            similar = similar.masked_fill(
-                ~_within(tile.shape[1:], keys.shape[1:], (top, left), (rows, columns), radius),
-                -torch.inf,
+            similar = tile.flatten(1).t() @ first[:, rows, columns].flatten(1)
+            near = (
+                near_rows[top : top + TILE, None, rows, None]
+                & near_columns[None, left : left + TILE, None, columns]
             )
+            similar = similar.masked_fill(~near.view(similar.shape), -torch.inf)
             best, index = similar.topk(min(NEIGHBOURS, similar.shape[1]))
             weights = (best / TEMPERATURE).softmax(1)
             carried = labels[:, rows, columns].flatten(1)[:, index]  # (K, N, 7)
@@ -89,42 +92,15 @@ def propagate(first: Tensor, labels: Tensor, later: Tensor, *, radius: int = RAD
     return result
 
 
-def _within(
-    tile: Sequence[int],
-    keys: Sequence[int],
-    corner: tuple[int, int],
-    window: tuple[slice, slice],
-    radius: int,
-) -> Tensor:
-    """Marks the keys in the window of each position of a tile, (positions, keys)."""
-    near = [
-        (
-            torch.arange(corner[axis], corner[axis] + tile[axis])[:, None]
-            - torch.arange(window[axis].start, window[axis].start + keys[axis])
-        ).abs()
-        <= radius
-        for axis in (0, 1)
-    ]
-    return (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(
-        tile[0] * tile[1], keys[0] * keys[1]
-    )
-
-
-def propagation_sums(shares: Tensor, sample: Sample, classes: int) -> dict[str, Tensor]:
-    """Scores one frame.
-
-    Args:
-        shares: Shares of classes, (K, h, w).
-        sample: The frame.
-        classes: Number of classes; class 0 is the background.
+def _frame_sums(shares: Tensor, sample: Sample, classes: int) -> dict[str, Tensor]:
+    """Scores one frame's shares of classes, (K, h, w); class 0 is the background.
 
     Returns:
         ``jaccard`` (2,): mean intersection over union of the objects, and 1; and the sums of the
         band along the true outline.
     """
-    size = (sample.image.shape[-2], sample.image.shape[-1])
-    guess = F.interpolate(shares[None], size, mode="bilinear", align_corners=False)[0].argmax(0)
-    sums = sample.sums(guess, None, classes)
+    shown = F.interpolate(shares[None], sample.size, mode="bilinear", align_corners=False)
+    sums = sample.sums(shown[0].argmax(0), None, classes)
     counts = sums["confusion"]
     hits = counts.diagonal()
     union = (counts.sum(0) + counts.sum(1) - hits)[1:]
@@ -143,4 +119,4 @@ def _shares(sample: Sample, classes: int, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(onehot, size)
 
 
-PROPAGATION = (Metric(name="J", sums="jaccard", value=lambda s: s[..., 0] / s[..., 1]),)
+PROPAGATION = (ratio("J", "jaccard", 0, 1),)

@@ -1,4 +1,4 @@
-"""Measurements as a table for the terminal, as JSON and as CSV rows."""
+"""Measurements as scores: a table for the terminal, JSON, CSV, and a picture."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from featup_hub import __version__
 from featup_hub.evaluation.cam import CAM
 from featup_hub.evaluation.consistency import CONSISTENCY
 from featup_hub.evaluation.cost import COST
-from featup_hub.evaluation.depth import DEPTH
 from featup_hub.evaluation.propagation import PROPAGATION
-from featup_hub.evaluation.segmentation import SEGMENTATION
-from featup_hub.evaluation.statistics import Estimate, Metric, compare, estimate
+from featup_hub.evaluation.scores import DEPTH, SEGMENTATION
+from featup_hub.evaluation.statistics import Estimate, Metric, estimate
 from featup_hub.evaluation.sums import Measurement
 from featup_hub.files import write_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["METRICS", "Row", "as_json", "rows", "scale_of", "table", "write_csv", "write_json"]
-
+__all__ = ["Row", "as_json", "draw", "rows", "table", "write_results"]
 
 METRICS = (*PROPAGATION, *SEGMENTATION, *DEPTH, *CAM, *CONSISTENCY, *COST)
 
@@ -38,7 +36,7 @@ class Row:
     """One score of one upsampler.
 
     Attributes:
-        protocol: Such as ``oracle point``.
+        protocol: Such as ``point oracle``.
         data: Such as ``camvid/val``.
         backbone: Backbone of the features, and the stride.
         images: How many images were scored.
@@ -61,12 +59,16 @@ class Row:
     score: Estimate
     versus: dict[str, Estimate]
 
+    @property
+    def scale(self) -> float:
+        """The factor by which a score is shown, 100 for percent."""
+        return 100.0 if self.percent else 1.0
+
 
 def rows(
     measurements: Iterable[Measurement],
     *,
     versus: Sequence[str] = ("bilinear", "bicubic"),
-    metrics: Sequence[Metric] = METRICS,
     resamples: int = 1000,
 ) -> list[Row]:
     """Scores measurements, with 95 % intervals over images.
@@ -74,7 +76,6 @@ def rows(
     Args:
         measurements: Results of the protocols.
         versus: References of the paired differences; only those measured are used.
-        metrics: Scores to compute, if their sums were measured.
         resamples: Bootstrap replicates.
 
     Returns:
@@ -83,7 +84,7 @@ def rows(
     return [
         _row(measurement, metric, upsampler, versus, resamples)
         for measurement in measurements
-        for metric in metrics
+        for metric in METRICS
         for upsampler, sums in measurement.sums.items()
         if metric.sums in sums
     ]
@@ -92,29 +93,25 @@ def rows(
 def _row(
     found: Measurement, metric: Metric, upsampler: str, versus: Sequence[str], resamples: int
 ) -> Row:
-    stacked = {
-        name: torch.stack(sums[metric.sums])
-        for name, sums in found.sums.items()
-        if name == upsampler or name in versus
-    }
-    differences = {
-        name: compare(
-            metric, stacked[upsampler], stacked[name], resamples=resamples, block=found.block
+    def against(reference: str | None = None) -> Estimate:
+        own, theirs = (
+            None if name is None else torch.stack(found.sums[name][metric.sums])
+            for name in (upsampler, reference)
         )
-        for name in versus
-        if name in stacked and name != upsampler
-    }
+        assert own is not None
+        return estimate(metric, own, theirs, resamples=resamples, block=found.block)
+
     return Row(
         protocol=found.protocol,
         data=found.data,
         backbone=found.backbone,
-        images=stacked[upsampler].shape[0],
+        images=len(found.sums[upsampler][metric.sums]),
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
         percent=metric.percent,
         upsampler=upsampler,
-        score=estimate(metric, stacked[upsampler], resamples=resamples, block=found.block),
-        versus=differences,
+        score=against(),
+        versus={name: against(name) for name in versus if name in found.sums and name != upsampler},
     )
 
 
@@ -134,75 +131,125 @@ def table(scored: Sequence[Row]) -> str:
             lines += ["", f"{row.protocol} · {row.data} · {row.backbone} · {row.images} images"]
         if (*block, row.metric) != previous:
             names = "".join(f"{f'against {name}':<27}" for name in references)
-            lines.append(f"  {f'{row.metric} {_arrow(row)}':<{width + 12}}{names}".rstrip())
+            arrow = "↑" if row.higher_is_better else "↓"
+            lines.append(f"  {f'{row.metric} {arrow}':<{width + 12}}{names}".rstrip())
         previous = (*block, row.metric)
-        cells = "".join(_cells(row, references))
-        lines.append(f"    {row.upsampler:<{width}}{cells}".rstrip())
+        lines.append(f"    {row.upsampler:<{width}}{''.join(_cells(row, references))}".rstrip())
     return "\n".join(lines).lstrip("\n")
 
 
-def scale_of(row: Row) -> tuple[float, int]:
-    """Returns the display factor of a score (100 for percent) and its digits."""
-    return (100.0, 2) if row.percent else (1.0, 3)
-
-
-def _arrow(row: Row) -> str:
-    return "↑" if row.higher_is_better else "↓"
-
-
 def _cells(row: Row, references: Sequence[str]) -> Iterator[str]:
-    scale, digits = scale_of(row)
+    scale, digits = row.scale, 2 if row.percent else 3
     yield f"{row.score.value * scale:8.{digits}f}  "
     for name in references:
-        if name not in row.versus:
-            yield " " * 27
-            continue
-        difference = row.versus[name]
-        value, low, high = (
-            f"{x * scale:+.{digits}f}" for x in (difference.value, difference.low, difference.high)
-        )
-        better = (difference.value > 0) == row.higher_is_better
-        mark = ("+" if better else "-") if difference.significant else "·"
-        yield f"{f'{mark} {value} [{low}, {high}]':<27}"
-
-
-def write_json(scored: Sequence[Row], config: DataclassInstance, path: Path) -> None:
-    """Writes :func:`as_json` to a file."""
-    with write_atomically(path) as temporary:
-        temporary.write_text(as_json(scored, config) + "\n", encoding="utf-8")
+        cell = ""
+        if difference := row.versus.get(name):
+            value, low, high = (f"{x * scale:+.{digits}f}" for x in vars(difference).values())
+            better = (difference.value > 0) == row.higher_is_better
+            mark = ("+" if better else "-") if difference.significant else "·"
+            cell = f"{mark} {value} [{low}, {high}]"
+        yield f"{cell:<27}"
 
 
 def as_json(scored: Sequence[Row], config: DataclassInstance) -> str:
     """Returns the rows, the configuration and versions; scores that are not finite are null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: known(each) for key, each in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
     content = {
         "config": asdict(config),
         "versions": {"featup_hub": __version__, "torch": torch.__version__},
-        "rows": [_numbers(asdict(row)) for row in scored],
+        "rows": [known(asdict(row)) for row in scored],
     }
     return json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """Replaces numbers that are not finite, which JSON cannot hold, by None."""
+def write_results(scored: Sequence[Row], config: DataclassInstance, folder: Path) -> None:
+    """Writes ``results.json`` and ``results.csv``.
 
-    def known(value: Any) -> Any:
-        if isinstance(value, dict):
-            return _numbers(value)
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: known(value) for key, value in row.items()}
-
-
-def write_csv(scored: Sequence[Row], path: Path) -> None:
-    """Writes one line per score; each reference has columns for its paired differences."""
+    The CSV file has one line per score; each reference has columns for its paired differences.
+    """
+    with write_atomically(folder / "results.json") as temporary:
+        temporary.write_text(as_json(scored, config) + "\n", encoding="utf-8")
     references = sorted({name for row in scored for name in row.versus})
     head = ["protocol", "data", "backbone", "images", "metric", "upsampler", "value", "low", "high"]
     head += [f"{part} against {name}" for name in references for part in ("value", "low", "high")]
-    with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        write_atomically(folder / "results.csv") as temporary,
+        temporary.open("w", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(head)
         for row in scored:
-            names = (row.protocol, row.data, row.backbone, row.images, row.metric, row.upsampler)
+            names = [getattr(row, name) for name in head[:6]]
             estimates = [row.score, *(row.versus.get(name) for name in references)]
-            numbers = [(e.value, e.low, e.high) if e else ("", "", "") for e in estimates]
+            numbers = [vars(each).values() if each else ("", "", "") for each in estimates]
             writer.writerow([*names, *chain.from_iterable(numbers)])
+
+
+def draw(scored: Sequence[Row], path: Path) -> None:
+    """Draws every upsampler's difference from the first reference, with its interval, as a PNG.
+
+    One panel per score; right is better. Rows without a paired difference are not drawn.
+
+    Raises:
+        ValueError: If no row has a paired difference.
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "the figure needs matplotlib, which is missing; pip install featup_hub[eval]"
+        ) from error
+
+    drawn = [row for row in scored if row.versus]
+    if not drawn:
+        raise ValueError(
+            "a figure needs paired differences; there are none; evaluate a reference "
+            "(such as bilinear) and another upsampler in one run"
+        )
+    reference = max((list(row.versus) for row in drawn), key=len)[0]
+    drawn = [row for row in drawn if reference in row.versus]
+    metrics = list(dict.fromkeys(row.metric for row in drawn))
+    upsamplers = list(dict.fromkeys(row.upsampler for row in drawn))
+    blocks = list(dict.fromkeys(_block(row) for row in drawn))
+    height = 1.5 + 0.16 * len(blocks) * (len(upsamplers) + 1)
+    figure = Figure(figsize=(3.4 * len(metrics) + 2.5, height), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for panel, metric in zip(panels, metrics, strict=True):
+        for number, upsampler in enumerate(upsamplers):
+            chosen = [row for row in drawn if (row.metric, row.upsampler) == (metric, upsampler)]
+            offset = 0.8 * (number + 0.5) / len(upsamplers) - 0.4
+            places = [blocks.index(_block(row)) + offset for row in chosen]
+            values, left, right = zip(*(_rightwards(row, reference) for row in chosen), strict=True)
+            style = {"fmt": "o", "markersize": 3, "linewidth": 1, "color": f"C{number}"}
+            panel.errorbar(values, places, xerr=[left, right], label=upsampler, **style)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_title(f"{metric}: better than {reference} →", fontsize=9)
+        panel.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(blocks)), blocks)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _rightwards(row: Row, reference: str) -> tuple[float, float, float]:
+    """Returns a difference, signed so that more is better, and its reach to either side.
+
+    A percentile interval may miss the value: replicates of mIoU may lack rare classes.
+    """
+    found, scale = row.versus[reference], row.scale
+    below, above = max(found.value - found.low, 0.0), max(found.high - found.value, 0.0)
+    if not row.higher_is_better:
+        return -scale * found.value, scale * above, scale * below
+    return scale * found.value, scale * below, scale * above
+
+
+def _block(row: Row) -> str:
+    return f"{row.protocol}\n{row.data} · {row.backbone}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "Metric", "compare", "estimate"]
+__all__ = ["Estimate", "Metric", "estimate", "ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +39,28 @@ class Metric:
     percent: bool = True
 
 
+def ratio(
+    name: str,
+    sums: str,
+    top: int,
+    bottom: int,
+    *,
+    higher_is_better: bool = True,
+    percent: bool = True,
+) -> Metric:
+    """Makes a score of two of the sums, ``sums[top] / sums[bottom]``."""
+    return Metric(
+        name=name,
+        sums=sums,
+        value=lambda s: s[..., top] / s[..., bottom],
+        higher_is_better=higher_is_better,
+        percent=percent,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number and its 95 % interval over images.
-
-    Attributes:
-        value: The score of all images together, or a difference of two.
-        low: 2.5th percentile over resamples.
-        high: 97.5th percentile over resamples.
-    """
+    """A score of all images together, or a difference of two, and its 95 % interval."""
 
     value: float
     low: float
@@ -60,59 +73,47 @@ class Estimate:
 
 
 def estimate(
-    metric: Metric, sums: Tensor, *, resamples: int = 1000, block: int = 1, seed: int = 0
-) -> Estimate:
-    """Scores all images together, with an interval.
-
-    Args:
-        metric: The score.
-        sums: Sums of every image, (N, *S), in order of neighbours.
-        resamples: Bootstrap replicates.
-        block: Neighbouring images that are drawn together; 1 if images are independent.
-        seed: Seed of the resampling.
-
-    Returns:
-        The score and its interval.
-    """
-    replicates = metric.value(_resample(sums, resamples, block, seed))
-    return _interval(metric.value(sums.double().sum(0)), replicates)
-
-
-def compare(
     metric: Metric,
     sums: Tensor,
-    baseline: Tensor,
+    baseline: Tensor | None = None,
     *,
     resamples: int = 1000,
     block: int = 1,
     seed: int = 0,
 ) -> Estimate:
-    """Scores the difference of two upsamplers on the same images, resampled together.
+    """Scores all images together, or the difference from a reference upsampler.
 
     Args:
         metric: The score.
         sums: Sums of every image, (N, *S), in order of neighbours.
-        baseline: Sums of the reference upsampler, (N, *S).
+        baseline: Sums of the reference on the same images, resampled together with ``sums``.
         resamples: Bootstrap replicates.
         block: Neighbouring images that are drawn together; 1 if images are independent.
         seed: Seed of the resampling.
 
     Returns:
-        The score minus the baseline's, with the interval of the difference.
+        The score, or the score minus the baseline's, and its interval.
 
     Raises:
         ValueError: If the two were not measured on the same number of images.
     """
-    if sums.shape != baseline.shape:
+    if baseline is not None and sums.shape != baseline.shape:
         raise ValueError(
             "a paired difference needs the same images on both sides, sums of equal shape; "
             f"got {tuple(sums.shape)} and {tuple(baseline.shape)}; measure both in one run"
         )
-    value = metric.value(sums.double().sum(0)) - metric.value(baseline.double().sum(0))
-    replicates = metric.value(_resample(sums, resamples, block, seed)) - metric.value(
-        _resample(baseline, resamples, block, seed)
-    )
-    return _interval(value, replicates)
+
+    def scores(sums: Tensor) -> Tensor:
+        """Returns the score of all images, then that of every replicate."""
+        total = sums.double().sum(0, keepdim=True)
+        return metric.value(torch.cat([total, _resample(sums, resamples, block, seed)]))
+
+    found = scores(sums) if baseline is None else scores(sums) - scores(baseline)
+    replicates = found[1:][found[1:].isfinite()]
+    low = high = float("nan")
+    if len(replicates):
+        low, high = replicates.quantile(replicates.new_tensor([0.025, 0.975])).tolist()
+    return Estimate(value=float(found[0]), low=low, high=high)
 
 
 def _resample(sums: Tensor, resamples: int, block: int, seed: int) -> Tensor:
@@ -124,13 +125,3 @@ def _resample(sums: Tensor, resamples: int, block: int, seed: int) -> Tensor:
     times = torch.zeros(resamples, count, dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(times))
     return (times @ sums.double().flatten(1)).reshape(resamples, *sums.shape[1:])
-
-
-def _interval(value: Tensor, replicates: Tensor) -> Estimate:
-    finite = replicates[replicates.isfinite()]
-    low, high = (
-        torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=finite.dtype)).tolist()
-        if finite.numel()
-        else (float("nan"), float("nan"))
-    )
-    return Estimate(value=float(value), low=low, high=high)

@@ -64,32 +64,28 @@ def measure_new(
     Returns:
         Measurements of all upsamplers, in the order given.
     """
-    places = {each.name: _place(cache, settings, each) for each in candidates}
-    known = {
-        name: _load(place, name) for name, place in places.items() if place and place.is_file()
-    }
+    places: dict[str, Path] = {}
+    if cache is not None and settings is not None:
+        for each in candidates:
+            if each.identity is not None:
+                content = json.dumps(
+                    [VERSION, settings, each.identity], sort_keys=True, default=str
+                )
+                name = hashlib.sha256(content.encode()).hexdigest()[:24]
+                places[each.name] = cache / "sums" / f"{name}.safetensors"
+    known = {name: _load(place, name) for name, place in places.items() if place.is_file()}
     new = [each for each in candidates if each.name not in known]
     fresh = run(new) if new else []
     for each in new:
-        known[each.name] = [
-            replace(found, sums={each.name: found.sums[each.name]}) for found in fresh
-        ]
-        if place := places[each.name]:
-            _save(known[each.name], place)
+        found = [replace(part, sums={each.name: part.sums[each.name]}) for part in fresh]
+        known[each.name] = found
+        if each.name in places:
+            _save(found, places[each.name])
     columns = zip(*(known[each.name] for each in candidates), strict=True)
     return [
         replace(parts[0], sums={name: sums for part in parts for name, sums in part.sums.items()})
         for parts in columns
     ]
-
-
-def _place(
-    cache: Path | None, settings: dict[str, object] | None, upsampler: Candidate
-) -> Path | None:
-    if cache is None or settings is None or upsampler.identity is None:
-        return None
-    content = json.dumps([VERSION, settings, upsampler.identity], sort_keys=True, default=str)
-    return cache / "sums" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.safetensors"
 
 
 def _save(found: Sequence[Measurement], place: Path) -> None:

@@ -6,7 +6,11 @@ import json
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from PIL import Image
+
+from featup_hub.backbones import Backbone
+from featup_hub.evaluation.layouts import open_data
 
 EDGE = 20
 """Column of the scenes' vertical edge: 4 px to the right of a border of 16-px cells."""
@@ -34,3 +38,21 @@ def scenes(tmp_path_factory):
     description = {"classes": 2, "depth_scale": 20}
     (root / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     return root
+
+
+@pytest.fixture
+def splits(scenes):
+    """The scenes' training and validation split."""
+    return open_data(f"folder:{scenes}", "train"), open_data(f"folder:{scenes}", "val")
+
+
+class MeanColour(Backbone):
+    """Features whose right answer is known: the mean colour of every cell, times a factor."""
+
+    def __init__(self, stride=16, factor=1.0):
+        super().__init__(feat_dim=3, patch_size=stride)
+        self.factor, self.calls = factor, 0
+
+    def features(self, image):
+        self.calls += 1
+        return F.avg_pool2d(image, self.patch_size) * self.factor

@@ -24,25 +24,23 @@ from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.image import preprocess, read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
-
-def scores(sums):
-    return {metric.name: float(metric.value(sums["cam"])) for metric in CAM}
-
-
-@pytest.fixture
-def classifier():
-    """Two classes, for and against red, averaged over 2×2 cells of 2×2 pixels."""
-    return Classifier(
-        features=lambda image: F.avg_pool2d(image[:, :1], 2),
-        weight=torch.tensor([[1.0], [-1.0]]),
-        bias=torch.zeros(2),
-    )
+RED = Classifier(  # two classes, for and against red, averaged over 2×2 cells of 2×2 pixels
+    features=lambda image: F.avg_pool2d(image[:, :1], 2),
+    weight=torch.tensor([[1.0], [-1.0]]),
+    bias=torch.zeros(2),
+)
 
 
-def test_a_map_that_keeps_all_evidence_drops_nothing(classifier):
+def scores(first, last):
+    """Scores of a grey image whose first and last quadrants have these colours."""
     image = torch.zeros(1, 3, 4, 4)
-    image[..., :2, :2] = 4  # the mean is 1; outside the quadrant there is nothing to lose
-    found = scores(cam_sums(image, classifier, candidate("nearest")))
+    image[..., :2, :2], image[..., 2:, 2:] = first, last
+    sums = cam_sums(image, RED, candidate("nearest"))["cam"]
+    return {metric.name: float(metric.value(sums)) for metric in CAM}
+
+
+def test_a_map_that_keeps_all_evidence_drops_nothing():
+    found = scores(4, 0)  # the mean is 1; outside the quadrant there is nothing to lose
     assert found["Average Drop"] == pytest.approx(0, abs=1e-6)
     assert found["Average Increase"] == 0
     assert found["Coherency"] == pytest.approx(1)
@@ -50,21 +48,15 @@ def test_a_map_that_keeps_all_evidence_drops_nothing(classifier):
     assert found["ADCC"] == pytest.approx(3 / (1 + 4 / 3 + 1))
 
 
-def test_masking_what_speaks_against_the_class_is_an_increase(classifier):
-    image = torch.zeros(1, 3, 4, 4)
-    image[..., :2, :2] = 4
-    image[..., 2:, 2:] = -3.9
-    found = scores(cam_sums(image, classifier, candidate("nearest")))
-    assert found["Average Increase"] == 1
-    assert found["Average Drop"] == 0
+def test_masking_what_speaks_against_the_class_is_an_increase():
+    found = scores(4, -3.9)
+    assert (found["Average Increase"], found["Average Drop"]) == (1, 0)
 
 
-def test_the_drop_is_relative_to_the_confidence_before(classifier):
-    image = torch.zeros(1, 3, 4, 4)
-    image[..., :2, :2], image[..., 2:, 2:] = 4, 2
+def test_the_drop_is_relative_to_the_confidence_before():
     # Scaled to [0, 1] the map is 1 and 1/2, so the mean falls from 3/2 to (4 + 1)/4.
     before, after = (1 / (1 + math.exp(-2 * mean)) for mean in (6 / 4, 5 / 4))
-    found = scores(cam_sums(image, classifier, candidate("nearest")))
+    found = scores(4, 2)
     assert found["Average Drop"] == pytest.approx((before - after) / before, rel=1e-4)
     assert found["Complexity"] == pytest.approx((1 + 0.5) / 4)
 
@@ -77,25 +69,18 @@ def test_the_shipped_classifier_knows_a_cat(root):
     assert best in range(281, 294)  # ImageNet's cats, domestic and wild
 
 
-def test_photographs_are_needed():
-    with pytest.raises(ValueError, match="need photos, a folder of photographs; got None"):
+def test_photographs_are_needed_and_other_files_may_lie_beside_them(tmp_path):
+    with pytest.raises(ValueError, match=r"photos must be given, a folder .* for cam; got None"):
         open_photos(EvaluationConfig())
-
-
-def test_a_folder_without_photographs_is_refused(tmp_path):
     (tmp_path / "README.txt").write_text("none yet", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"need photographs; .* has none; name another folder"):
-        open_photos(EvaluationConfig(photos=tmp_path))
-
-
-def test_other_files_may_lie_beside_photographs(classifier, tmp_path):
+    config = EvaluationConfig(photos=tmp_path)
+    with pytest.raises(ValueError, match=r"photos must hold photographs, .* has none"):
+        open_photos(config)
     for name in ("a.png", "b.JPG"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-    for name in ("README.txt", "._0.png", ".DS_Store"):
-        (tmp_path / name).write_bytes(b"no photograph")
-    config = EvaluationConfig(photos=tmp_path)
-    assert [path.name for path in open_photos(config).images] == ["a.png", "b.JPG"]
-    (found,) = measure_cam(config, classifier, [candidate("nearest")])
+    photos = open_photos(config)
+    assert [path.name for path in photos.images] == ["a.png", "b.JPG"]
+    (found,) = measure_cam(photos, "red", RED, [candidate("nearest")])
     assert len(found.sums["nearest"]["cam"]) == 2
 
 
@@ -112,5 +97,4 @@ def test_a_model_without_such_a_classifier_is_refused(name, monkeypatch):
 
 def test_any_network_that_averages_its_features_will_do(monkeypatch):
     monkeypatch.setattr(cam, "create", random_weights)
-    classifier = open_classifier("timm/resnet18")
-    assert classifier.weight.shape == (1000, 512)
+    assert open_classifier("timm/resnet18").weight.shape == (1000, 512)

@@ -22,9 +22,9 @@ def inputs():
     return torch.randn(1, 5, 4, 6), torch.randn(1, 3, *SIZE)
 
 
-@pytest.fixture
-def stack():
-    stack = JBUStack().eval()
+@pytest.fixture(params=[4, 5], ids="{} stages".format)
+def stack(request):
+    stack = JBUStack(num_stages=request.param).eval()
     for index in range(1, 5):  # kernels that shrink what they filter, as upstream's do
         getattr(stack, f"up{index}").fixup_proj[3].bias.data.fill_(-0.05)
     return stack.requires_grad_(False)
@@ -32,12 +32,24 @@ def stack():
 
 @pytest.fixture
 def file(stack, tmp_path):
-    closing = {
-        "fixup_proj.1.weight": torch.randn(9, 9, 1, 1),
-        "fixup_proj.1.bias": torch.randn(9),
-    }
+    closing = {"fixup_proj.1.weight": torch.randn(9, 9, 1, 1), "fixup_proj.1.bias": torch.randn(9)}
     write({**stack.state_dict(), **closing}, tmp_path / "mine.safetensors")
     return tmp_path / "mine.safetensors"
+
+
+@pytest.fixture
+def plug_in(monkeypatch):
+    """Makes a candidate of a function in somebody's module."""
+
+    def make(function, head="after", name="somebodys_upsampler:function"):
+        module = types.ModuleType("somebodys_upsampler")
+        module.function = function
+        if head != "after":
+            function.head = head
+        monkeypatch.setitem(sys.modules, "somebodys_upsampler", module)
+        return candidate(name)
+
+    return make
 
 
 @pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "joint_bilateral"])
@@ -61,36 +73,27 @@ def test_unit_divides_every_kernel_by_its_sum(file, inputs):
     assert unit.name == "mine@unit"
 
 
-def test_a_plug_in_is_imported_and_taken_as_it_is(monkeypatch, inputs):
-    module = types.ModuleType("somebodys_upsampler")
-    module.squared = lambda source, image, size: F.interpolate(source, size) ** 2
-    monkeypatch.setitem(sys.modules, "somebodys_upsampler", module)
-    found = candidate("theirs=somebodys_upsampler:squared")
+def test_a_plug_in_is_imported_and_taken_as_it_is(plug_in, inputs):
+    found = plug_in(
+        lambda source, image, size: F.interpolate(source, size) ** 2,
+        name="theirs=somebodys_upsampler:function",
+    )
     assert (found.name, found.head) == ("theirs", "after")
     weight = torch.randn(2, 5)
     expected = F.conv2d(found(*inputs, SIZE), weight[:, :, None, None])
     torch.testing.assert_close(found.project(*inputs, SIZE, weight), expected)
 
 
-def plug_in(monkeypatch, function, head="after"):
-    module = types.ModuleType("somebodys_upsampler")
-    module.function = function
-    if head != "after":
-        function.head = head
-    monkeypatch.setitem(sys.modules, "somebodys_upsampler", module)
-    return candidate("somebodys_upsampler:function")
-
-
-def test_a_plug_in_must_take_what_it_is_called_with(monkeypatch):
+def test_a_plug_in_must_take_what_it_is_called_with(plug_in):
     with pytest.raises(TypeError, match=r"of \(source, image, size\); .* takes \(x\).*; wrap it"):
-        plug_in(monkeypatch, lambda x: x)
+        plug_in(lambda x: x)
     with pytest.raises(TypeError, match=r"of \(source, image, size, head\); .* takes \(a, b, c\)"):
-        plug_in(monkeypatch, lambda a, b, c: a, head="inside")
+        plug_in(lambda a, b, c: a, head="inside")
     with pytest.raises(TypeError, match=r"of \(source, image, size\); .* is of type int"):
-        plug_in(monkeypatch, 3)
+        plug_in(3)
     for fits in (lambda *inputs: inputs[0], lambda a, b, c, d=0: a, min):
-        assert plug_in(monkeypatch, fits).function is fits
-    assert plug_in(monkeypatch, lambda a, b, c, head: a, head="inside").head == "inside"
+        assert plug_in(fits).function is fits
+    assert plug_in(lambda a, b, c, head: a, head="inside").head == "inside"
 
 
 def test_a_head_before_inside_and_after_are_one(file, inputs):
@@ -130,14 +133,6 @@ def test_upstream_s_checkpoint_is_read_and_shrinks_features_unless_unit(shared, 
     assert candidate(str(path))(ones, image, SIZE).mean() < 0.9
     unit = candidate(f"{path}@unit")(ones, image, SIZE)
     torch.testing.assert_close(unit, torch.ones_like(unit))
-
-
-def test_a_file_may_hold_any_number_of_stages(inputs, tmp_path):
-    stack = JBUStack(num_stages=5).eval()
-    write(stack.state_dict(), tmp_path / "five.safetensors")
-    with torch.no_grad():
-        found = candidate(str(tmp_path / "five.safetensors"))(*inputs, SIZE)
-        assert torch.equal(found, stack(*inputs))
 
 
 def test_a_stack_smooths_each_of_four_looks_by_itself() -> None:

@@ -1,23 +1,30 @@
-"""``featup-hub evaluate``: tables and result files."""
+"""``featup-hub evaluate``: tables and files; a run that cannot give results is refused at once."""
 
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from featup_hub.cli import main
+from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.run import evaluate
 
 
-def test_the_command_prints_tables_and_writes_files(scenes, tmp_path, capsys):
+@pytest.fixture
+def oracle(scenes):
+    """Runs the oracle with the given options and returns the exit code."""
+    line = f"evaluate --data folder:{scenes} --protocols oracle --strides 16 --resamples 20"
+    return lambda options: main([*line.split(), *options.split()])
+
+
+def test_the_command_prints_tables_and_writes_files(oracle, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "results"
-    code = main(
-        f"evaluate --data folder:{scenes} --protocols oracle --strides 16 --resamples 20 "
-        f"--upsamplers bilinear guided=joint_bilateral --out {out}".split()
-    )
+    assert oracle(f"--upsamplers bilinear guided=joint_bilateral --out {out}") == 0
     printed = capsys.readouterr()
-    assert code == 0
     assert "guided" in printed.out
     assert "100.00  + +50.00 [+50.00, +50.00]" in printed.out
     assert "oracle on" in printed.err
@@ -26,13 +33,18 @@ def test_the_command_prints_tables_and_writes_files(scenes, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"results.json", "results.csv", "results.png"}
 
 
-def test_a_lone_upsampler_needs_no_figure(scenes, tmp_path, capsys):
-    code = main(
-        f"evaluate --data folder:{scenes} --protocols oracle --strides 16 --resamples 5 "
-        f"--upsamplers bilinear --out {tmp_path}".split()
-    )
-    assert code == 0
+def test_a_lone_upsampler_needs_no_figure_and_the_oracle_no_backbone(oracle, tmp_path):
+    assert oracle(f"--upsamplers bilinear --backbones nope --out {tmp_path}") == 0
     assert not (tmp_path / "results.png").exists()
+
+
+def test_with_json_the_standard_output_is_json_alone(oracle, capsys):
+    assert oracle("--upsamplers nearest bilinear --json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["upsampler"] for row in rows} == {"nearest", "bilinear"}
+
+
+DATA = "--data folder:SCENES "
 
 
 @pytest.mark.parametrize(
@@ -44,17 +56,24 @@ def test_a_lone_upsampler_needs_no_figure(scenes, tmp_path, capsys):
         ("--upsamplers :x", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers .a:x", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers no_module:x", "--upsamplers: a plug-in module:callable must be importable"),
-        ("--data nyu:x --backbones nope", "--backbone: a model must be one of "),
-        ("--data nyu:x --backbones jbu", "--backbone: a model with a backbone is needed; got"),
-        ("--data nyu:x --backbones dinov2@no.file", "--backbone: no weights file no.file; check"),
-        ("--data nyu:x --backbone dinov2=no.file", "--backbone: no weights file no.file; check"),
-        ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got none"),
+        ("--upsamplers json:dumps", "--upsamplers: a plug-in must be a function of (source, image"),
+        ("--upsamplers x=math:pi", "--upsamplers: a plug-in must be a function of (source, image"),
+        (DATA + "--upsamplers nearest nearest", "--upsamplers must each have a name of its own; "),
+        (DATA + "--backbones nope", "--backbone: a model must be one of "),
+        (DATA + "--backbones jbu", "--backbone: a model with a backbone is needed; got"),
+        (DATA + "--backbones dinov2@no.file", "--backbone: no weights file no.file; check"),
+        (DATA + "--backbone dinov2=no.file", "--backbone: no weights file no.file; check"),
+        (
+            DATA + "--versus nope --upsamplers nearest bilinear",
+            "--versus must name upsamplers that take part, nearest, bilinear; got nope",
+        ),
+        ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got None"),
         ("--protocols cam --photos x --classifier no", "--classifier: a model must be one of "),
         ("--protocols cam --photos x --classifier jbu", "--classifier: class activation maps need"),
     ],
 )
-def test_what_was_typed_and_cannot_work_is_exit_code_2(typed, message, capsys):
-    assert main(["evaluate", *typed.split()]) == 2
+def test_what_was_typed_and_cannot_work_is_exit_code_2(typed, message, scenes, capsys):
+    assert main(["evaluate", *typed.replace("SCENES", str(scenes)).split()]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
@@ -68,13 +87,49 @@ def test_what_files_do_not_hold_is_one_line_and_exit_code_1(missing, tmp_path, c
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_backbones_are_no_matter_where_nothing_looks_through_them(scenes):
-    typed = "--protocols oracle --strides 16 --upsamplers nearest --resamples 2 --backbones nope"
-    assert main(["evaluate", "--data", f"folder:{scenes}", *typed.split()]) == 0
+REFUSED = [
+    ("strides", (16, 0), "must be at least 1 pixel each; got 16, 0"),
+    ("looks", (2,), "must be square numbers, 1, 4, 9 …; got 2"),
+    *((name, 0, "must be at least 1; got 0") for name in ("resamples", "pixels", "probe_steps")),
+    ("cost_images", 0, "must be at least 1; got 0"),
+    *(
+        (name, -5, "must be at least 0; got -5")
+        for name in ("max_side", "train_images", "transfer_images", "val_images", "photo_images")
+    ),
+]
 
 
-def test_with_json_the_standard_output_is_json_alone(scenes, capsys):
-    typed = "--protocols oracle --strides 16 --upsamplers nearest bilinear --resamples 2 --json"
-    assert main(["evaluate", "--data", f"folder:{scenes}", *typed.split()]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["upsampler"] for row in rows} == {"nearest", "bilinear"}
+@pytest.mark.parametrize(("field", "value", "message"), REFUSED)
+def test_a_value_out_of_range_is_refused_here_and_in_terms_of_the_flag(
+    field, value, message, capsys
+):
+    with pytest.raises(ValueError, match=re.escape(f"{field} {message}")):
+        EvaluationConfig(**{field: value})
+    flag = f"--{field.replace('_', '-')}"
+    typed = map(str, value if isinstance(value, tuple) else (value,))
+    assert main(["evaluate", flag, *typed]) == 2
+    assert capsys.readouterr().err == f"error: {flag} {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocols": ("oracel",)}, "protocols must be of oracle, preservation.*; got oracel"),
+        ({"protocols": ()}, "protocols must be of oracle.*; got none"),
+        ({"reductions": ("mean",)}, "reductions must be of point, area; got mean"),
+        ({"looks": ()}, "looks must be square numbers, .*; got none"),
+    ],
+)
+def test_an_unknown_choice_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**change)
+
+
+def test_default_references_may_be_missing_and_others_are_named_as_in_tables(scenes):
+    config = EvaluationConfig(
+        data=(f"folder:{scenes}",), upsamplers=("plain=bilinear",), protocols=("oracle",)
+    )
+    evaluate(config)
+    evaluate(replace(config, versus=("plain",)))
+    with pytest.raises(ValueError, match="take part, plain; got bilinear"):
+        evaluate(replace(config, versus=("bilinear",)))

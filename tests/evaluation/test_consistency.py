@@ -7,27 +7,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from featup_hub.backbones import Backbone
 from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.consistency import CONSISTENCY, consistency_sums, measure_consistency
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.features import Bench, Source
-
-
-class MeanColour(Backbone):
-    def __init__(self, stride=8):
-        super().__init__(feat_dim=3, patch_size=stride)
-
-    def features(self, image):
-        return F.avg_pool2d(image, self.patch_size)
+from tests.evaluation.conftest import MeanColour
 
 
 def measure(*candidates):
     coarse = torch.randn(6, 1, 3, 12, 12)
     photos = [F.interpolate(each, (64, 64), mode="bicubic") for each in coarse]
     found = {each.name: torch.zeros(2, dtype=torch.float64) for each in candidates}
-    for name, sums in consistency_sums(photos[:4], photos[4:], MeanColour(), candidates):
+    for name, sums in consistency_sums(photos[:4], photos[4:], MeanColour(8), candidates):
         found[name] += sums["consistency"]
     return {name: CONSISTENCY[0].value(sums).item() for name, sums in found.items()}
 
@@ -73,7 +65,7 @@ def test_a_channel_that_is_silent_in_the_first_photographs_does_not_decide():
             float(sums["consistency"][1])
             for _, sums in consistency_sums(dark, bright, net, [candidate("bilinear")])
         )
-        for net in (MeanColour(), Silent())
+        for net in (MeanColour(8), Silent(8))
     ]
     # It weighs as a channel of a hundredth of the others' deviation would, not as one of none.
     assert variation[1] < 1e5 * variation[0]

@@ -8,14 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
-from featup_hub.backbones import ModuleBackbone
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.cost import COST, cost_sums, measure_cost
 from featup_hub.evaluation.features import Bench, Source
-from featup_hub.evaluation.layouts import open_data
+from tests.evaluation.conftest import MeanColour
 
 
 def measure(function):
@@ -45,23 +43,22 @@ def test_waiting_costs_seconds_but_no_cpu_seconds():
     assert found["CPU seconds"] < 0.2
 
 
-def bench(scenes, images):
-    backbone = ModuleBackbone(nn.AvgPool2d(16), feat_dim=3, patch_size=16)
-    train, val = (open_data(f"folder:{scenes}", split) for split in ("train", "val"))
+def bench(splits, images):
+    train, val = splits
     val = replace(val, images=val.images[:images], labels=(), depth=())
-    source = Source(name="mean colour", backbone=backbone)
-    return Bench(source=source, train=train, val=val, config=EvaluationConfig(cost_images=5))
+    source = Source(name="mean colour", backbone=MeanColour())
+    return Bench(source=source, train=train, val=val, config=EvaluationConfig())
 
 
 @pytest.mark.parametrize(("images", "counted"), [(1, 1), (2, 1), (3, 2)])
-def test_the_first_image_warms_up_and_a_lone_one_is_taken_twice(scenes, images, counted):
+def test_the_first_image_warms_up_and_a_lone_one_is_taken_twice(splits, images, counted):
     calls = []
     recorder = Candidate(name="x", function=lambda source, image, size: calls.append(size))
-    (found,) = measure_cost(bench(scenes, images), [recorder])
+    (found,) = measure_cost(bench(splits, images), [recorder])
     assert len(calls) == counted + 1
     assert len(found.sums["x"]["cost"]) == counted
 
 
-def test_no_images_are_refused(scenes):
+def test_no_images_are_refused(splits):
     with pytest.raises(ValueError, match=r"need at least one image; scenes.*/val has none"):
-        measure_cost(bench(scenes, 0), [Candidate(name="x", function=lambda *_: None)])
+        measure_cost(bench(splits, 0), [Candidate(name="x", function=lambda *_: None)])

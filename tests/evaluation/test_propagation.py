@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from featup_hub.backbones import ModuleBackbone
 from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.features import Bench, Source
@@ -16,6 +15,7 @@ from featup_hub.evaluation.layouts import open_data
 from featup_hub.evaluation.propagation import measure_propagation, propagate
 from featup_hub.evaluation.report import rows
 from featup_hub.evaluation.run import measure
+from tests.evaluation.conftest import MeanColour
 
 
 def unit(height, width):
@@ -67,12 +67,7 @@ def video(tmp_path):
     return open_data(f"davis:{tmp_path}", "val")
 
 
-def measured(video, *candidates):
-    backbone = ModuleBackbone(torch.nn.AvgPool2d(16), feat_dim=3, patch_size=16)
-    source = Source(name="colour", backbone=backbone)
-    bench = Bench(source=source, train=video, val=video, config=EvaluationConfig())
-    found = rows(measure_propagation(bench, candidates), versus=(), resamples=20)
-    return {(row.upsampler, row.metric): row.score.value for row in found}
+SOURCE = Source(name="colour", backbone=MeanColour())
 
 
 def test_exact_features_carry_the_mask_and_coarse_ones_blur_it(video):
@@ -80,15 +75,18 @@ def test_exact_features_carry_the_mask_and_coarse_ones_blur_it(video):
         name="exact",
         function=lambda source, image, size: F.interpolate(image, size, mode="area"),
     )
-    found = measured(video, exact, candidate("bilinear"))
+    bench = Bench(source=SOURCE, train=video, val=video, config=EvaluationConfig())
+    measured = measure_propagation(bench, [exact, candidate("bilinear")])
+    found = {
+        (row.upsampler, row.metric): row.score.value
+        for row in rows(measured, versus=(), resamples=20)
+    }
     assert found["exact", "J"] > 0.95
     assert found["exact", "boundary accuracy"] > found["bilinear", "boundary accuracy"]
 
 
 def test_a_video_is_one_folder_and_its_first_frame_is_not_scored(video):
     assert (len(video), len(video.videos())) == (3, 1)
-    backbone = ModuleBackbone(torch.nn.AvgPool2d(16), feat_dim=3, patch_size=16)
     config = EvaluationConfig(protocols=("propagation",), val_images=1)
-    sources = [Source(name="colour", backbone=backbone)]
-    (found,) = measure([(video, video)], sources, [candidate("bilinear")], config)
+    (found,) = measure([(video, video)], [SOURCE], [candidate("bilinear")], config)
     assert len(found.sums["bilinear"]["jaccard"]) == 2

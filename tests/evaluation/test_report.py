@@ -1,15 +1,18 @@
-"""Tables, JSON and CSV agree, and mark the better direction."""
+"""Table, JSON, CSV and picture agree, and mark the better direction."""
 
 from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from PIL import Image
 
-from featup_hub.evaluation.report import rows, table, write_csv, write_json
+from featup_hub.evaluation.report import draw, rows, table, write_results
+from featup_hub.evaluation.statistics import Estimate
 from featup_hub.evaluation.sums import Measurement
 
 
@@ -18,19 +21,30 @@ class Config:
     seed: int = 3
 
 
+def measured(**sums):
+    """Sums of every image by upsampler."""
+    found = Measurement(protocol="frozen probe", data="rooms/val", backbone="net /16")
+    for name, images in sums.items():
+        for each in images:
+            found.add(name, {key: torch.tensor(value) for key, value in each.items()})
+    return [found]
+
+
 @pytest.fixture
 def scored():
-    found = Measurement(protocol="frozen probe", data="rooms/val", backbone="net /16")
-    for name, correct, error in (("bilinear", 60, 4.0), ("ours", 80, 1.0)):
-        for image in range(5):
-            found.add(
-                name,
-                {
-                    "band": torch.tensor([correct + image, 100]),
-                    "depth_edges": torch.tensor([10.0, error * 10]),
-                },
-            )
-    return rows([found], versus=("bilinear",), resamples=100)
+    return rows(
+        measured(
+            **{
+                name: [
+                    {"band": [correct + image, 100], "depth_edges": [10.0, error * 10]}
+                    for image in range(5)
+                ]
+                for name, correct, error in (("bilinear", 60, 4.0), ("ours", 80, 1.0))
+            }
+        ),
+        versus=("bilinear",),
+        resamples=100,
+    )
 
 
 def test_rows_hold_scores_and_paired_differences(scored):
@@ -40,69 +54,64 @@ def test_rows_hold_scores_and_paired_differences(scored):
         ("bilinear", "edge RMSE"),
         ("ours", "edge RMSE"),
     ]
-    ours = scored[1]
-    assert ours.score.value == pytest.approx(0.82)
-    assert ours.versus["bilinear"].value == pytest.approx(0.2)
-    assert ours.images == 5
-    assert scored[0].versus == {}
+    assert (scored[1].images, scored[0].versus) == (5, {})
+    assert scored[1].score.value == pytest.approx(0.82)
+    assert scored[1].versus["bilinear"].value == pytest.approx(0.2)
 
 
-def test_the_table_marks_improvements_in_either_direction(scored):
+def test_the_table_marks_improvements_in_either_direction_and_losses(scored):
     lines = table(scored).splitlines()
     assert lines[0] == "frozen probe · rooms/val · net /16 · 5 images"
-    assert "boundary accuracy ↑" in lines[1]
-    assert "against bilinear" in lines[1]
+    assert lines[1].split() == ["boundary", "accuracy", "↑", "against", "bilinear"]
     assert "82.00  + +20.00 [+20.00, +20.00]" in lines[3]
     assert "1.000  + -1.000 [-1.000, -1.000]" in lines[6]
-
-
-def test_a_loss_is_marked_as_one(scored):
-    turned = rows(
-        [
-            Measurement(
-                protocol="p",
-                data="d",
-                backbone="b",
-                sums={
-                    "bilinear": {"band": [torch.tensor([9, 10])] * 3},
-                    "worse": {"band": [torch.tensor([5, 10])] * 3},
-                    "same": {"band": [torch.tensor([9, 10])] * 3},
-                },
-            )
-        ],
-        versus=("bilinear",),
-        resamples=50,
-    )
-    shown = table(turned)
+    losing = {n: [{"band": [k, 10]}] * 3 for n, k in (("bilinear", 9), ("worse", 5), ("same", 9))}
+    shown = table(rows(measured(**losing), versus=("bilinear",), resamples=50))
     assert "50.00  - -40.00" in shown
     assert "90.00  · +0.00" in shown
 
 
-def test_json_has_null_where_there_is_no_score(tmp_path):
-    found = Measurement(protocol="frozen probe", data="rooms/val", backbone="net /16")
-    for name in ("bilinear", "ours"):
-        found.add(name, {"band": torch.tensor([0, 0])})
-    write_json(rows([found], resamples=5), Config(), tmp_path / "r.json")
-    text = (tmp_path / "r.json").read_text(encoding="utf-8")
-    assert "NaN" not in text
-    row = json.loads(text)["rows"][1]
-    nothing = {"value": None, "low": None, "high": None}
-    assert (row["score"], row["versus"]) == (nothing, {"bilinear": nothing})
-
-
 def test_json_holds_rows_configuration_and_versions(scored, tmp_path):
-    write_json(scored, Config(), tmp_path / "r.json")
-    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    write_results(scored, Config(), tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert content["config"] == {"seed": 3}
     assert content["versions"]["torch"] == torch.__version__
     assert content["rows"][1]["versus"]["bilinear"]["value"] == pytest.approx(0.2)
 
 
+def test_json_has_null_where_there_is_no_score(tmp_path):
+    nothing = {name: [{"band": [0, 0]}] for name in ("bilinear", "ours")}
+    write_results(rows(measured(**nothing), resamples=5), Config(), tmp_path)
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    row = json.loads(text)["rows"][1]
+    null = {"value": None, "low": None, "high": None}
+    assert (row["score"], row["versus"]) == (null, {"bilinear": null})
+
+
 def test_csv_has_one_line_per_score(scored, tmp_path):
-    write_csv(scored, tmp_path / "r.csv")
-    with (tmp_path / "r.csv").open(newline="") as file:
+    write_results(scored, Config(), tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 4
     assert lines[1]["upsampler"] == "ours"
     assert float(lines[1]["value against bilinear"]) == pytest.approx(0.2)
     assert lines[0]["value against bilinear"] == ""
+
+
+@pytest.mark.parametrize("interval", [None, Estimate(value=0.1, low=0.12, high=0.2)])
+def test_a_picture_is_drawn_also_of_an_interval_without_its_value(scored, tmp_path, interval):
+    pytest.importorskip("matplotlib")
+    if interval is not None:
+        scored = [replace(r, versus=dict.fromkeys(r.versus, interval)) for r in scored]
+    draw(scored, tmp_path / "f.png")
+    with Image.open(tmp_path / "f.png") as picture:
+        assert min(picture.size) > 100
+
+
+def test_without_a_reference_or_matplotlib_there_is_no_picture(scored, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="needs paired differences; there are none"):
+        draw(scored[:1], tmp_path / "f.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install featup_hub\[eval\]"):
+        draw(scored, tmp_path / "f.png")

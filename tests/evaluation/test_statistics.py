@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featup_hub.evaluation.statistics import Metric, compare, estimate
+from featup_hub.evaluation.statistics import Metric, estimate, ratio
 
-MEAN = Metric(name="mean", sums="x", value=lambda s: s[..., 0] / s[..., 1])
+MEAN = ratio("mean", "x", 0, 1)
 
 
 def sums(values):
@@ -46,7 +46,7 @@ def test_blocks_that_do_not_divide_the_images_still_draw_as_many():
 def test_a_small_difference_is_significant_because_images_are_paired():
     values = 10 * torch.randn(60)
     better = values + 0.1 + 0.02 * torch.randn(60)
-    difference = compare(MEAN, sums(better), sums(values))
+    difference = estimate(MEAN, sums(better), sums(values))
     assert difference.value == pytest.approx(0.1, abs=0.02)
     assert difference.significant
     assert difference.high - difference.low < 0.02
@@ -54,14 +54,14 @@ def test_a_small_difference_is_significant_because_images_are_paired():
 
 def test_no_difference_is_not_significant():
     same = sums(torch.randn(20))
-    difference = compare(MEAN, same, same)
+    difference = estimate(MEAN, same, same)
     assert (difference.value, difference.low, difference.high) == (0, 0, 0)
     assert not difference.significant
 
 
 def test_sums_of_different_images_are_refused():
     with pytest.raises(ValueError, match="same images on both sides"):
-        compare(MEAN, sums(torch.randn(3)), sums(torch.randn(4)))
+        estimate(MEAN, sums(torch.randn(3)), sums(torch.randn(4)))
 
 
 def test_the_same_seed_gives_the_same_interval_and_the_global_generator_is_untouched():
