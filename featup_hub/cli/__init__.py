@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any
 
 from featup_hub import __version__
@@ -33,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, TextIOWrapper):  # names of files need not be valid UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, _interrupt)
     try:
         parser = _parser()
         if not argv:
@@ -55,6 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(explain(error))
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C; during torch's import its C++ code would abort on a KeyboardInterrupt."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        complain("interrupted")
+        os._exit(130)
+    signal.default_int_handler(number, frame)
 
 
 def _goes_on(argv: Sequence[str]) -> bool:

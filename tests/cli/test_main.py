@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,25 @@ def test_an_interruption_promises_to_go_on_where_the_command_does(
     assert main(line.split()) == 130
     promise = "; the same command resumes" if goes_on else ""
     assert capsys.readouterr().err == f"error: interrupted; what is finished is kept{promise}\n"
+
+
+def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), 2)\n"
+        "    time.sleep(9)\n"
+        "except BaseException:\n"  # as torch's C++ code does if an exception passes through it
+        "    os.abort()\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-m", "featup_hub", "env"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
