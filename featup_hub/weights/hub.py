@@ -86,5 +86,6 @@ def explained(wanted: str) -> Iterator[None]:
             "with a connection (and HF_HUB_OFFLINE unset); copy the cache "
             f"{constants.HF_HUB_CACHE} from a machine that has the file, or delete the file there "
             "if it is damaged; fetch the file by other means and give its path, "
-            "on the command line by --model NAME=FILE"
+            "on the command line by --model NAME=FILE. HF_HUB_OFFLINE=1 spares the wait for a "
+            "connection"
         ) from None
