@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from featup_hub.backbones import (
     timm_card,
 )
 from featup_hub.model import UpsampledBackbone
-from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard, WeightFile, card
+from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard
 from featup_hub.upsamplers import JBUStack
 from featup_hub.weights import load as load_weights
 from featup_hub.weights import load_into, split_norm
@@ -32,14 +33,11 @@ __all__ = ["find_card", "list_models", "load", "load_backbone", "load_upsampler"
 
 def list_models() -> list[str]:
     """Returns the names of the table; :func:`load` also takes any model of timm."""
-    return [name for name, row in MODELS.items() if row.backbone is not None]
+    return [name for name, card in MODELS.items() if card.backbone]
 
 
 def name_and_file(spec: str) -> tuple[str, str | None]:
     """Splits ``NAME`` or ``NAME=FILE``, a backbone and a file of its weights.
-
-    Raises:
-        ValueError: If no file follows the ``=``.
 
     Example:
         >>> name_and_file("dinov2"), name_and_file("dinov2=mine.safetensors")
@@ -51,17 +49,22 @@ def name_and_file(spec: str) -> tuple[str, str | None]:
     return name, file or None
 
 
-def find_card(name: str) -> ModelCard:
+def find_card(name: str | ModelCard) -> ModelCard:
     """Returns the card of a model of the table or of timm.
 
-    Args:
-        name: A name of the table or of timm. The prefix ``timm/`` is optional; it selects timm's
-            model if both have the name.
+    The prefix ``timm/`` selects timm's model if both have the name. A card is returned as it is.
 
     Raises:
-        TypeError: If ``name`` is no string.
-        ValueError: If there is no such model.
+        TypeError: If ``name`` is neither a string nor a card.
+        ValueError: If there is no such model, or it has no backbone; the message suggests the
+            nearest names.
+
+    Example:
+        >>> find_card("dinov2").backbone
+        'vit_small_patch14_dinov2.lvd142m'
     """
+    if isinstance(name, ModelCard):
+        return name
     if not isinstance(name, str):
         raise TypeError(
             f"a model is named by a string; got {type(name).__name__}; wrap a module of your own: "
@@ -69,14 +72,27 @@ def find_card(name: str) -> ModelCard:
             "load_upsampler())"
         )
     name = ALIASES.get(name, name)
-    timm_name = name.removeprefix("timm/")
-    if timm_name != name or (name not in MODELS and is_timm_model(name)):
-        return timm_card(timm_name)
-    return card(name)
+    if name in MODELS:
+        if not MODELS[name].backbone:
+            raise ValueError(
+                f"a model with a backbone is needed; got {name!r}, an upsampler alone; "
+                "call load_upsampler(), or name another model"
+            )
+        return MODELS[name]
+    if name.startswith("timm/") or is_timm_model(name):
+        return timm_card(name.removeprefix("timm/"))
+    known = {each.lower(): each for each in (*MODELS, *ALIASES)}
+    near = [known[each] for each in get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is similar."
+    raise ValueError(
+        f"a model must be one of the names below; got {name!r}; {hint}\n"
+        f"  {', '.join(MODELS)}\n"
+        "  or any model of timm, such as 'convnext_tiny.fb_in1k'"
+    )
 
 
 def load(
-    name: str,
+    name: str | ModelCard,
     *,
     pretrained: bool = True,
     use_norm: bool = True,
@@ -110,9 +126,6 @@ def load(
             :class:`~featup_hub.ShiftAndStitch`.
         device: Where to put the model; default: the CPU.
 
-    Returns:
-        The model.
-
     Raises:
         ValueError: If the model is unknown, a file is damaged or does not fit, or ``looks`` is not
             a square number or does not fit the backbone's stride.
@@ -124,27 +137,26 @@ def load(
         >>> model(torch.randn(1, 3, 64, 96)).shape
         torch.Size([1, 112, 64, 96])
     """
-    row = _card_with_backbone(name)[0]
-    own = _one_of(upsampler, weights)
+    card = find_card(name)
     looks_per_side = math.isqrt(max(looks, 0))
     if looks < 1 or looks_per_side**2 != looks:
         raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks}")
+    own = _one_of(upsampler, weights)
     with _undisturbed(pretrained):
         # The small file first, so that its errors come before a large download.
-        stack, norm = _read_upsampler(row.upsampler_file, pretrained, own)
-        origin = own or row.upsampler_file.filename
+        stack, norm = _read_upsampler(own, pretrained)
         if norm is not None and not use_norm:
             raise ValueError(
-                f"{origin} was trained behind a channel norm, which it holds; got use_norm=False; "
+                f"{own} was trained behind a channel norm, which it holds; got use_norm=False; "
                 "leave it at True (leave --no-norm out)"
             )
         if norm is None and use_norm and stack.feat_dim is not None:
             raise ValueError(
-                f"{origin} was trained for one backbone without a channel norm; got "
+                f"{own} was trained for one backbone without a channel norm; got "
                 "use_norm=True; pass use_norm=False (give --no-norm)"
             )
         backbone = load_backbone(
-            name,
+            card,
             pretrained=pretrained,
             weights=backbone_weights,
             backbone_kwargs=backbone_kwargs,
@@ -157,59 +169,48 @@ def load(
             backbone,
             stack,
             norm=ChannelNorm(backbone.feat_dim) if use_norm else None,
-            image_size=max(round(row.image_size / stride), 1) * stride,
+            image_size=max(round(card.image_size / stride), 1) * stride,
         )
         if norm is not None and model.norm is not None:
-            load_into(model.norm, norm, origin=origin)
+            load_into(model.norm, norm, origin=str(own))
     return model.to(device or "cpu").eval()
 
 
 def load_backbone(
-    name: str,
+    name: str | ModelCard,
     *,
     pretrained: bool = True,
     weights: str | Path | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     layer: int | None = None,
 ) -> Backbone:
-    """Loads a model's backbone alone, see :func:`load`.
+    """Loads a model's backbone alone, on the CPU, in evaluation mode.
 
     Args:
-        name: One of :func:`list_models`, any name of timm's, ``hf-hub:owner/name``, or the name
-            that Meta gives one of its models.
+        name: As for :func:`load`.
         pretrained: Whether to load the weights that the model's card names.
         weights: A file of your own, read even if ``pretrained`` is False. Names and shapes may be
             timm's or the authors', with any number of classes, or none.
         backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
         layer: Layer of the features, see :class:`~featup_hub.TimmBackbone`; default: the card's.
-
-    Returns:
-        The backbone, on the CPU, in evaluation mode.
     """
-    row, architecture = _card_with_backbone(name)
-    if layer is not None and row.kind != "timm":
-        raise ValueError(f"{name} has features of one layer only; got {layer=}; leave it out")
+    card = find_card(name)
+    if layer is not None and card.kind != "timm":
+        raise ValueError(f"{card.name} has features of one layer only; got {layer=}; leave it out")
     with _undisturbed(pretrained):
-        shipped = row.backbone_file
         own: Mapping[str, Tensor] | str | Path | None = weights
-        if own is None and pretrained and shipped is not None:
-            own = load_weights(shipped)
-        backbone: Backbone
-        if row.kind == "timm":
-            backbone = TimmBackbone(
-                architecture,
-                pretrained=pretrained,
-                weights=own,
-                layer=layer,
-                stride=row.patch_size if layer is None else None,
-                backbone_kwargs=backbone_kwargs,
-            )
-        else:
-            kind = ClipBackbone if row.kind == "clip" else MaskClipBackbone
-            backbone = kind(
-                architecture, pretrained=pretrained, weights=own, backbone_kwargs=backbone_kwargs
-            )
-    return backbone.eval()
+        if own is None and pretrained and card.file is not None:
+            own = load_weights(card.file)
+        options: dict[str, Any] = {
+            "pretrained": pretrained,
+            "weights": own,
+            "backbone_kwargs": backbone_kwargs,
+        }
+        if card.kind != "timm":
+            clip = ClipBackbone if card.kind == "clip" else MaskClipBackbone
+            return clip(card.backbone, **options).eval()
+        stride = card.patch_size if layer is None else None
+        return TimmBackbone(card.backbone, layer=layer, stride=stride, **options).eval()
 
 
 def load_upsampler(
@@ -219,7 +220,9 @@ def load_upsampler(
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> JBUStack:
-    """Loads the upsampler alone, for features of your own.
+    """Loads the upsampler alone, for features of your own, in evaluation mode.
+
+    Its guidance is an image normalised as ImageNet's.
 
     Args:
         upsampler: A shipped upsampler or a file of your own, see :func:`load`.
@@ -227,10 +230,6 @@ def load_upsampler(
             of channels.
         weights: Former name of ``upsampler``.
         device: Where to put it; default: the CPU.
-
-    Returns:
-        The upsampler ``(source, guidance) -> features``, in evaluation mode. Its
-        guidance is an image normalised as ImageNet's.
 
     Raises:
         ValueError: If the file is damaged, does not fit, or also contains a channel norm.
@@ -243,7 +242,7 @@ def load_upsampler(
     """
     own = _one_of(upsampler, weights)
     with _undisturbed(pretrained):
-        stack, norm = _read_upsampler(JBU_UNIVERSAL, pretrained, own)
+        stack, norm = _read_upsampler(own, pretrained)
     if norm is not None:
         raise ValueError(
             f"{own} holds a channel norm, which belongs behind its backbone; "
@@ -262,26 +261,15 @@ def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | P
     return weights if upsampler is None else upsampler
 
 
-def _card_with_backbone(name: str) -> tuple[ModelCard, str]:
-    """Returns a card, and the timm name of its backbone."""
-    row = find_card(name)
-    if row.backbone is None:
-        raise ValueError(
-            f"a model with a backbone is needed; got {name!r}, an upsampler alone; "
-            "call load_upsampler(), or name another model"
-        )
-    return row, row.backbone
-
-
 def _read_upsampler(
-    file: WeightFile, pretrained: bool, path: str | Path | None
+    own: str | Path | None, pretrained: bool
 ) -> tuple[JBUStack, dict[str, Tensor] | None]:
     """Builds an upsampler; returns it with the tensors of its norm."""
-    if not pretrained and path is None:
+    if own is None and not pretrained:
         return JBUStack(joint_first=True, unit_sum=True), None
-    tensors, norm = split_norm(load_weights(file, path=path))
+    tensors, norm = split_norm(load_weights(own or JBU_UNIVERSAL))
     upsampler = JBUStack.fitting(tensors)
-    load_into(upsampler, tensors, origin=path or file.filename)
+    load_into(upsampler, tensors, origin=own or JBU_UNIVERSAL.filename)
     return upsampler, norm
 
 

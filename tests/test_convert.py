@@ -86,19 +86,19 @@ def test_the_file_tells_where_it_comes_from(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.0.blocks.0.weight": torch.ones(1)}, r"no place in it: model.0.blocks.0.weight"),
-        ({"upsampler.up5.range_temp": torch.ones(())}, r"no place .*upsampler.up5.range_temp"),
-        ({"upsampler.up2.range_temp": None}, r"a file without upsampler.up2.range_temp"),
-        ({"upsampler.fixup_proj.1.bias": None}, r"a file without upsampler.fixup_proj.1.bias"),
-        ({"model.1.norm.bias": None}, r"a file without model.1.norm.bias"),
-        ({"model.1.norm.bias": torch.ones(5)}, r"model.1.norm.bias of shape \(5,\)"),
+        ({"model.0.blocks.0.weight": torch.ones(1)}, r"not known here: model.0.blocks.0.weight"),
+        ({"upsampler.up5.range_temp": torch.ones(())}, r"not known here: upsampler.up5.range_temp"),
+        ({"upsampler.up2.range_temp": None}, r"missing: upsampler.up2.range_temp"),
+        ({"upsampler.fixup_proj.1.bias": None}, r"missing: upsampler.fixup_proj.1.bias"),
+        ({"model.1.norm.bias": None}, r"missing: model.1.norm.bias"),
+        ({"model.1.norm.bias": torch.ones(5)}, r"model.1.norm.bias \(5,\), needed \(4,\)"),
         (
             {"upsampler.up1.fixup_proj.3.bias": torch.ones(25)},
-            r"upsampler.up1.fixup_proj.3.bias of shape \(25,\) .*needed \(49,\)",
+            r"upsampler.up1.fixup_proj.3.bias \(25,\), needed \(49,\)",
         ),
         (
             {"upsampler.up1.range_temp": torch.tensor(1)},
-            r"range_temp of shape \(\) and torch.int64, needed \(\), floating point",
+            r"range_temp \(\) torch.int64, needed \(\)",
         ),
         ({"upsampler.up1.range_temp": 1.0}, r"got float under the name 'upsampler.up1.range_temp'"),
         ({7: torch.ones(1)}, r"got Tensor under the name 7"),

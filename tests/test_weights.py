@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from pathlib import Path
 
@@ -198,20 +197,6 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         weights.read(tmp_path)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = written(tmp_path)
-    before = path.read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        weights.write({"other": torch.ones(3)}, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_link_is_replaced_and_its_target_left(tmp_path):
     target = written(tmp_path)
     before = target.read_bytes()
@@ -257,7 +242,7 @@ def test_a_long_list_of_problems_is_cut():
 
 
 def row(filename: str, sha256: str = "") -> WeightFile:
-    return WeightFile(name="a test", filename=filename, sha256=sha256, licence="MIT", data="none")
+    return WeightFile(filename=filename, sha256=sha256, licence="MIT", data="none")
 
 
 def test_shipped_weights_are_the_ones_the_registry_pins():
@@ -298,14 +283,14 @@ def test_a_damaged_shipped_file_is_not_loaded(tmp_path, monkeypatch):
         weights.load(pinned)
 
 
-def test_an_explicit_path_comes_first_and_is_not_held_to_the_registry(tmp_path):
+def test_a_file_of_the_users_is_not_held_to_the_registry(tmp_path):
     own = written(tmp_path)
-    assert weights.resolve(EFFICIENTNET_LITE0, path=own) == own
-    assert equal(weights.load(EFFICIENTNET_LITE0, path=own), some())
+    assert weights.resolve(own) == own
+    assert equal(weights.load(own), some())
     with pytest.raises(FileNotFoundError, match=r"no weights file .*mine.safetensors; check"):
-        weights.resolve(EFFICIENTNET_LITE0, path=tmp_path / "mine.safetensors")
+        weights.resolve(tmp_path / "mine.safetensors")
 
 
 def test_a_shipped_file_that_is_missing_says_where_it_was_looked_for():
-    with pytest.raises(RuntimeError, match=r"needed x.safetensors \(a test\); it is not in the sh"):
+    with pytest.raises(RuntimeError, match=r"needed x.safetensors; it is not in the sh"):
         weights.resolve(row("x.safetensors"))

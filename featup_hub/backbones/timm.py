@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from featup_hub.backbones.contract import Backbone
 from featup_hub.backbones.timm_network import build, create, find_config
-from featup_hub.registry import JBU_UNIVERSAL, ModelCard
+from featup_hub.registry import ModelCard
 
 __all__ = ["TimmBackbone", "timm_card"]
 
@@ -118,14 +118,13 @@ def timm_card(name: str) -> ModelCard:
     """
     config = find_config(name)
     return ModelCard(
-        name=f"timm/{name}",
-        backbone=name,
-        feat_dim=None,
-        patch_size=None,
+        f"timm/{name}",
+        name,
+        None,
+        None,
         image_size=config.input_size[-1],
         licence=config.license or "not stated by timm",
         data="see its page on the Hugging Face Hub",
-        upsampler_file=JBU_UNIVERSAL,
     )
 
 

@@ -1,8 +1,8 @@
 """The command line: ``featup-hub COMMAND``, one module per command.
 
-A command is a module with ``add_parser(commands)``, which adds its flags and names the function
-to run. Parsing does not import torch, so that help and errors in flags appear at once. Exit codes:
-0 success, 1 failure, 2 wrong arguments, 130 interrupted.
+A command is a module: its docstring is the help, ``add_arguments(parser)`` adds the flags, and
+``run(args)`` does the work. Parsing does not import torch, so that help and errors in flags appear
+at once. Exit codes: 0 success, 1 failure, 2 wrong arguments, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from featup_hub import __version__
-from featup_hub.cli.terminal import Parser, UsageError, complain, explain
+from featup_hub.cli.errors import UsageError, complain, explain
 
 __all__ = ["main"]
 
+_COMMANDS = ("models", "upsample", "demo", "fit", "train", "convert", "export", "evaluate", "env")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Runs a command and returns its exit code.
 
-    Args:
-        argv: Arguments; default: those of the process.
-
-    Returns:
-        The exit code. A user's mistake gives one line on stderr; with ``--debug`` it is raised.
+    A user's mistake gives one line on stderr; with ``--debug`` it is raised.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, TextIOWrapper):  # names of files need not be valid UTF-8
@@ -78,10 +77,18 @@ def _goes_on(argv: Sequence[str]) -> bool:
     return cached or not {"upsample", "fit", "train"}.isdisjoint(argv[:1])
 
 
-def _parser() -> argparse.ArgumentParser:
-    from featup_hub.cli import convert, demo, env, evaluate, export, fit, models, train, upsample
+class _Parser(argparse.ArgumentParser):
+    """Raises errors; refuses abbreviated flags, so that a new flag does not break scripts."""
 
-    parser = Parser(
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="featup-hub",
         description="High-resolution features from any vision backbone.",
         epilog="featup-hub COMMAND --help explains a command.",
@@ -94,10 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         help="print a script that completes commands and flags in this shell",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (models, upsample, demo, fit, train, convert, export, evaluate, env):
-        command.add_parser(commands)
-    for choice in commands.choices.values():
-        choice.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    for name in _COMMANDS:
+        module = import_module(f"{__name__}.{name}")
+        text = module.__doc__ or ""
+        command = commands.add_parser(name, help=text.partition(".\n")[0], description=text)
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        command.set_defaults(run=module.run)
     return parser
 
 

@@ -1,85 +1,57 @@
-"""Arguments of several commands: model, size, device. Its import does not import torch."""
+"""Arguments of several commands: model, size, device, outputs. Its import does not import torch."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import os
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from featup_hub.cli.terminal import UsageError, explain
+from featup_hub.cli.errors import UsageError, explain, usage_errors
 
 if TYPE_CHECKING:
     import torch
 
-    from featup_hub.model import UpsampledBackbone
+    from featup_hub.registry import ModelCard
 
-__all__ = ["ChosenModel", "add_model", "choose_model", "open_device", "parse_size"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChosenModel:
-    """The model that the flags name; its files exist.
-
-    Attributes:
-        name: The backbone's name.
-        backbone_weights: A file for the backbone; None for its own.
-        upsampler: The file of the upsampler.
-        use_norm: Whether features are normalised before upsampling.
-        layer: Block of the backbone that gives the features; None for the card's.
-        looks: Passes of the backbone over shifted images.
-        image_size: Short side given by the model's card, in pixels.
-        stride: Stride of the source in pixels; None if unknown before loading.
-    """
-
-    name: str
-    backbone_weights: Path | None
-    upsampler: Path
-    use_norm: bool
-    layer: int | None
-    looks: int
-    image_size: int
-    stride: int | None
-
-    def load(self, device: torch.device | None = None) -> UpsampledBackbone:
-        """Loads the model."""
-        from featup_hub.loading import load
-
-        return load(
-            self.name,
-            use_norm=self.use_norm,
-            upsampler=self.upsampler,
-            backbone_weights=self.backbone_weights,
-            layer=self.layer,
-            looks=self.looks,
-            device=device,
-        )
-
-    def settings(self) -> dict[str, str]:
-        """Returns the settings that identify the model in the metadata of its outputs."""
-        from featup_hub.files import sha256_of_file
-
-        own = self.backbone_weights
-        return {
-            "model": self.name,
-            "normalised": "yes" if self.use_norm else "no",
-            "upsampler": sha256_of_file(self.upsampler)[:16],
-            "backbone": sha256_of_file(own)[:16] if own else "its own",
-            "layer": "default" if self.layer is None else str(self.layer),
-            "looks": str(self.looks),
-        }
+__all__ = [
+    "add_backbone",
+    "add_model",
+    "check_output",
+    "choose_backbone",
+    "choose_model",
+    "make_folder",
+    "open_device",
+    "parse_size",
+]
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a model, and old spellings of them."""
-    add = parser.add_argument
-    add(
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that names a backbone."""
+    parser.add_argument(
         "--model",
         default="efficientnet_lite0",
         metavar="NAME[=FILE]",
         help="the backbone, and a file with its weights if they are your own "
         "(default: %(default)s)",
     )
+
+
+def choose_backbone(spec: str) -> tuple[ModelCard, Path | None]:
+    """Returns the card and the file of ``NAME[=FILE]``, both known to exist."""
+    from featup_hub.loading import find_card, name_and_file
+    from featup_hub.weights.files import existing
+
+    with usage_errors():
+        name, file = name_and_file(spec)
+        return find_card(name), existing(file) if file else None
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name a model, and old spellings of them."""
+    add_backbone(parser)
+    add = parser.add_argument
     add("--backbone-weights", metavar="FILE", help=argparse.SUPPRESS)
     add("--upsampler", metavar="NAME|FILE", help="jbu_denoise (default), jbu_faithful, or a file")
     add("--weights", dest="upsampler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -95,44 +67,29 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choose_model(args: argparse.Namespace) -> ChosenModel:
-    """Finds the model and the files that the flags of :func:`add_model` name.
+def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
+    """Returns the card of the model that the flags name, and the options of ``load``.
 
     Raises:
         UsageError: If there is no such model or file.
     """
-    from featup_hub.loading import find_card, name_and_file
     from featup_hub.weights import resolve
-    from featup_hub.weights.files import existing
 
-    try:
-        name, file = name_and_file(args.model)
-        file = file or args.backbone_weights
-        card = find_card(name)
-        if card.backbone is None:
-            raise ValueError(
-                f"a model with a backbone is needed; {name} upsamples features of your own, in "
-                "Python"
-            )
-        return ChosenModel(
-            name=card.name,
-            backbone_weights=existing(file) if file else None,
-            upsampler=resolve(card.upsampler_file, path=args.upsampler),
-            use_norm=not args.no_norm,
-            layer=args.layer,
-            looks=args.looks,
-            image_size=card.image_size,
-            stride=card.patch_size if args.layer is None and args.looks == 1 else None,
-        )
-    except (FileNotFoundError, ValueError) as error:
-        raise UsageError(explain(error)) from error
+    spec = f"{args.model}={args.backbone_weights}" if args.backbone_weights else args.model
+    card, file = choose_backbone(spec)
+    with usage_errors():
+        upsampler = resolve(args.upsampler or "jbu_denoise")
+    return card, {
+        "backbone_weights": file,
+        "upsampler": upsampler,
+        "use_norm": not args.no_norm,
+        "layer": args.layer,
+        "looks": args.looks,
+    }
 
 
 def parse_size(text: str, flag: str = "--size") -> int | tuple[int, int]:
     """Reads a size: 448 is the short side, 448x640 is height and width.
-
-    Raises:
-        UsageError: If the text has another form.
 
     Example:
         >>> parse_size("448"), parse_size("448x640")
@@ -145,14 +102,7 @@ def parse_size(text: str, flag: str = "--size") -> int | tuple[int, int]:
 
 
 def open_device(name: str | None) -> torch.device:
-    """Returns a device after testing it.
-
-    Args:
-        name: Its name in PyTorch; default: cuda if there is one, else cpu.
-
-    Raises:
-        UsageError: If the device does not exist or cannot be used.
-    """
+    """Returns a device after testing it; by default cuda if there is one, else cpu."""
     import torch
 
     try:
@@ -164,3 +114,34 @@ def open_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # the rest is a list of backends
         raise UsageError(f"--device {device} cannot be used here: {reason}") from error
+
+
+def check_output(path: Path, suffix: str | None = None) -> None:
+    """Checks, before the work, that a file can be written, and its suffix if one is given."""
+    try:  # permissions are not enough: root has all, and some file systems are read-only
+        if path.is_dir():
+            raise UsageError(f"a file to write is needed; {path} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"the file to write needs a folder that exists; got {path}; make the folder "
+                f"{path.parent}"
+            )
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".featup-hub-"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"the file to write needs a folder that takes new files; got {path} "
+            f"({error.strerror}); name another"
+        ) from error
+    if suffix and path.suffix != suffix:
+        raise UsageError(f"the file to write must be named *{suffix}; got {path}")
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder of outputs, or raises UsageError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out must be a folder; {explain(error)}") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise UsageError(f"--out must be a folder that can be written to; {out} cannot")

@@ -1,4 +1,9 @@
-"""``featup-hub evaluate``: upsamplers side by side on labelled data."""
+"""Score upsamplers side by side on labelled data.
+
+All see the same images and features. Scores have 95 % intervals over images, and paired
+differences. Example: featup-hub evaluate --data camvid:DATA/camvid nyu:DATA/nyu --upsamplers
+bilinear bicubic mine.safetensors --protocols oracle --val-images 12
+"""
 
 from __future__ import annotations
 
@@ -8,37 +13,29 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featup_hub.cli.arguments import make_folder
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
-from featup_hub.cli.outputs import make_folder
 from featup_hub.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from featup_hub.evaluation.report import Row
 
-__all__ = ["add_parser"]
+__all__ = ["add_arguments", "run"]
 
 _FLAGS = {"backbones": "--backbone"}
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="score upsamplers side by side on labelled data",
-        description="Scores upsamplers side by side on the same images and features, with 95 % "
-        "intervals over images and paired differences.",
-        epilog="Example: featup-hub evaluate --data camvid:DATA/camvid nyu:DATA/nyu "
-        "--upsamplers bilinear bicubic mine.safetensors --protocols oracle --val-images 12",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     parser.add_argument(
         "--out", type=Path, help="folder for results.json, results.csv and results.png"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_flags(parser, EvaluationConfig, flags=_FLAGS)
-    parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
     from featup_hub.evaluation.report import as_json, draw, table, write_results
     from featup_hub.evaluation.run import evaluate
 

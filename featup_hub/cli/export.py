@@ -1,4 +1,8 @@
-"""``featup-hub export``: a model as a file that runs without this package."""
+"""Write a model as ONNX or as a PyTorch program.
+
+It computes features at image resolution, for any batch size and any sides that are multiples of the
+model's stride. Images must be normalised with ImageNet's mean and deviation, (B, 3, H, W).
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from featup_hub.cli.arguments import add_model, choose_model, parse_size
-from featup_hub.cli.outputs import check_output
-from featup_hub.cli.terminal import UsageError
+from featup_hub.cli.arguments import add_model, check_output, choose_model, parse_size
+from featup_hub.cli.errors import UsageError
 
-__all__ = ["add_parser"]
+__all__ = ["add_arguments", "run"]
 
 _FORMATS = ("onnx", "pt2")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = commands.add_parser(
-        "export",
-        help="write a model as ONNX or as a PyTorch program",
-        description=(
-            "Writes a model that computes features at image resolution, for any batch size and any "
-            "sides that are multiples of the model's stride. Images must be normalised with "
-            "ImageNet's mean and deviation, (B, 3, H, W)."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="file to write")
     add("--format", choices=_FORMATS, help="default: by the suffix of OUT")
     add_model(parser)
     add("--static", metavar="HxW", help="only one image of this size, such as 224x224")
-    parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
     chosen = args.format or args.out.suffix[1:]
     if chosen not in _FORMATS:
         raise UsageError(f"the file to write must be named *.onnx or *.pt2; got {args.out}")
@@ -42,25 +36,21 @@ def _run(args: argparse.Namespace) -> int:
     size = parse_size(args.static, "--static") if args.static else None
     if size is not None and (not isinstance(size, tuple) or 0 in size):
         raise UsageError(f"--static must be HxW, such as 224x224; got {args.static!r}")
-    choice = choose_model(args)
+    card, options = choose_model(args)
 
     import torch
 
     from featup_hub.export import check_onnx, trace, write_onnx, write_pt2
+    from featup_hub.loading import load
 
     if chosen == "onnx":
         check_onnx()
-    model = choice.load()
+    model = load(card, **options)
     height, width = size or (2 * model.patch_size, 3 * model.patch_size)
-    image = torch.zeros(1, 3, height, width)
-    _tell(f"[1/2] tracing {args.model}")
-    program = trace(model, image, dynamic=size is None)
-    _tell(f"[2/2] writing {args.out}")
+    print(f"[1/2] tracing {args.model}", file=sys.stderr, flush=True)
+    program = trace(model, torch.zeros(1, 3, height, width), dynamic=size is None)
+    print(f"[2/2] writing {args.out}", file=sys.stderr, flush=True)
     (write_onnx if chosen == "onnx" else write_pt2)(program, args.out)
     sizes = f"{height} x {width}" if size else f"sides in multiples of {model.patch_size}"
     print(f"wrote {args.out}: images with {sizes} in, {model.feat_dim} channels out")
     return 0
-
-
-def _tell(step: str) -> None:
-    print(step, file=sys.stderr, flush=True)

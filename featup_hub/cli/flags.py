@@ -7,12 +7,12 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from featup_hub.cli.terminal import UsageError
+from featup_hub.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -83,37 +83,18 @@ def add_flags(
             )
 
 
-def from_flags(config: type[T], args: argparse.Namespace) -> T:
-    """Makes a configuration from the given flags; other fields keep their defaults.
-
-    Args:
-        config: The dataclass whose flags were added.
-        args: The parser's result.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: If the configuration refuses a value.
-    """
+def from_flags(config: type[T], args: argparse.Namespace, preset: T | None = None) -> T:
+    """Makes a configuration from the given flags; other fields are the preset's, or defaults."""
     given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return config(**values)
+    return config(**values) if preset is None else replace(preset, **values)
 
 
 @contextmanager
 def in_terms_of_flags(
     config: type, *, flags: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[None]:
-    """Turns an error that begins with a field's name into an error that begins with its flag.
-
-    Args:
-        config: The dataclass of the fields.
-        flags: As :func:`add_flags` was given.
-
-    Raises:
-        UsageError: In place of such a ValueError.
-    """
+    """Turns a ValueError that begins with a field's name into a UsageError that names its flag."""
     try:
         yield
     except ValueError as error:

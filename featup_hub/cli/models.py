@@ -1,18 +1,17 @@
-"""``featup-hub models``: lists the models, and where their weights are."""
+"""List the models, and where their weights are."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from featup_hub.cli.env import implementation_lines
+from featup_hub.cli.env import print_implementations
 
 if TYPE_CHECKING:
     from featup_hub.registry import ModelCard
 
-__all__ = ["add_parser"]
+__all__ = ["add_arguments", "run"]
 
 _PLACES = {
     "shipped": "part of this package",
@@ -21,22 +20,20 @@ _PLACES = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = commands.add_parser(
-        "models", help="list the models", description="Lists the models and their weights."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print JSON, with all details")
     # `featup-hub env` tells this now.
     parser.add_argument("--impl", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
     from featup_hub.registry import MODELS, UPSAMPLERS
 
     if args.impl:
-        return _tell_implementations(as_json=args.json)
+        print_implementations(as_json=args.json)
+        return 0
     rows = [_row(card) for card in MODELS.values()]
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -56,35 +53,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_implementations(*, as_json: bool) -> int:
-    from featup_hub.ops import implementations
-
-    statuses = implementations()
-    if as_json:
-        print(json.dumps([asdict(status) for status in statuses], indent=2, default=str))
-        return 0
-    print(*map(implementation_lines, statuses), sep="\n")
-    return 0
-
-
 def _row(card: ModelCard) -> dict[str, Any]:
+    from featup_hub.backbones import cached_file
+
+    shipped = not card.backbone or card.file is not None
     return {
         "name": card.name,
-        "backbone": card.backbone,
+        "backbone": card.backbone or None,
         "channels": card.feat_dim,
         "stride": card.patch_size,
         "image_size": card.image_size,
-        "weights": _place(card),
+        "weights": "shipped" if shipped else "cached" if cached_file(card.backbone) else "Hub",
         "licence": card.licence,
         "data": card.data,
         "note": card.note,
     }
-
-
-def _place(card: ModelCard) -> str:
-    """Returns where a model's weights are, without loading them."""
-    from featup_hub.backbones import cached_file
-
-    if card.backbone is None or card.backbone_file is not None:
-        return "shipped"
-    return "cached" if cached_file(card.backbone) else "Hub"

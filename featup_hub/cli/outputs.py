@@ -1,4 +1,4 @@
-"""Output files of commands, checked before the work; and the outputs of ``upsample``.
+"""The outputs of ``upsample``: planned, found finished, written.
 
 A file under its final name is complete, so a stopped run resumes with the missing files. A picture
 is written after its features, so a picture without features is not an output.
@@ -6,20 +6,19 @@ is written after its features, so a picture without features is not an output.
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from featup_hub import __version__
-from featup_hub.cli.terminal import UsageError, explain
+from featup_hub.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMATS", "Job", "check_output", "is_finished", "make_folder", "plan", "write_features"]
+__all__ = ["FORMATS", "Job", "is_finished", "plan", "write_features"]
 
 FORMATS = ("safetensors", "npy")
 """Formats of features, by the suffix of the file."""
@@ -34,15 +33,8 @@ _FORMERLY = {
 """Values of settings that older files do not store."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One image to work on.
-
-    Attributes:
-        image: The file to read.
-        features: The file to make.
-        picture: The picture to make next to it; None for no picture.
-    """
+class Job(NamedTuple):
+    """An image, the file of features to make, and the picture beside it, if any."""
 
     image: Path
     features: Path
@@ -53,12 +45,6 @@ def plan(inputs: list[Path], out: Path, suffix: str, *, picture: bool) -> list[J
     """Lists the images and their output files.
 
     An image in a folder keeps its path relative to that folder.
-
-    Args:
-        inputs: Images, and folders to search with their subfolders.
-        out: Folder of the outputs; images in it are left out of the search.
-        suffix: Format of the features, one of ``FORMATS``.
-        picture: Whether to plan pictures.
 
     Raises:
         UsageError: If a folder has no image, or two outputs would have the same name.
@@ -71,21 +57,18 @@ def plan(inputs: list[Path], out: Path, suffix: str, *, picture: bool) -> list[J
                 "choose another --out, or --no-picture"
             )
         for image in _images(top, out):
-            place = Path(image.name) if image == top else image.relative_to(top)
-            job = Job(
-                image=image,
-                features=out / place.with_suffix(f".{suffix}"),
-                picture=out / place.with_suffix(".png") if picture else None,
-            )
+            place = out / (image.name if image == top else image.relative_to(top))
+            drawn = place.with_suffix(".png") if picture else None
+            job = Job(image, place.with_suffix(f".{suffix}"), drawn)
             other = jobs.setdefault(job.features, job).image
             if other.resolve() != image.resolve():
                 raise UsageError(
                     f"every image needs an output of its own; {other} and {image} would both be "
                     f"{job.features}; rename one, or give each an --out of its own"
                 )
-            if job.picture is not None and job.picture.resolve() == image.resolve():
+            if drawn is not None and drawn.resolve() == image.resolve():
                 raise UsageError(
-                    f"the picture {job.picture} would replace the image; choose another --out"
+                    f"the picture {drawn} would replace the image; choose another --out"
                 )
     return list(jobs.values())
 
@@ -106,62 +89,23 @@ def _images(path: Path, out: Path) -> list[Path]:
     return found
 
 
-def check_output(path: Path) -> None:
-    """Checks, before the work, that a file can be written.
-
-    Args:
-        path: The file to make or replace.
-
-    Raises:
-        UsageError: If it is a folder, or its folder does not exist or is not writable.
-    """
-    try:  # permissions are not enough: root has all, and some file systems are read-only
-        if path.is_dir():
-            raise UsageError(f"a file to write is needed; {path} is a folder; name a file in it")
-        if not path.parent.is_dir():
-            raise UsageError(
-                f"the file to write needs a folder that exists; got {path}; make the folder "
-                f"{path.parent}"
-            )
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".featup-hub-"):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"the file to write needs a folder that takes new files; got {path} "
-            f"({error.strerror}); name another"
-        ) from error
-
-
-def make_folder(out: Path) -> None:
-    """Makes the folder of outputs.
-
-    Raises:
-        UsageError: If it cannot be made or written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out must be a folder; {explain(error)}") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise UsageError(f"--out must be a folder that can be written to; {out} cannot")
-
-
 def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
     """Returns whether the outputs exist.
 
     Only safetensors files store their settings; an existing npy file counts as finished.
 
-    Args:
-        job: The outputs.
-        settings: Settings of the features, as :func:`write_features` stores them.
-
     Raises:
         FileNotFoundError: If neither output nor image exists.
         ValueError: If the outputs have other settings, or are other files.
     """
+    from featup_hub.weights import metadata
+
     remedy = "--overwrite replaces it, another --out keeps both"
     if job.features.exists():
-        notes = settings if job.features.suffix == ".npy" else _notes(job.features, remedy)
+        try:
+            notes = settings if job.features.suffix == ".npy" else metadata(job.features)
+        except ValueError as error:
+            raise ValueError(f"{job.features} is not a safetensors file; {remedy}") from error
         for key, wanted in settings.items():
             if (found := notes.get(key, _FORMERLY.get(key, "unknown"))) != wanted:
                 raise ValueError(
@@ -179,23 +123,10 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
     return False
 
 
-def _notes(features: Path, remedy: str) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(features, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{features} is not a safetensors file; {remedy}") from error
-
-
 def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> None:
-    """Writes features atomically, in the format of the file's suffix.
+    """Writes features, (C, H, W), in the format of the file's suffix.
 
-    Args:
-        features: (C, H, W), on any device.
-        job: The output files.
-        settings: Settings to store in a safetensors file; "dtype" is the type of the file.
+    A safetensors file stores the settings; "dtype" among them is the type of the file.
 
     Raises:
         OSError: If the file cannot be written, such as to a full disk.
@@ -204,29 +135,23 @@ def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> N
     import torch
 
     from featup_hub.files import write_atomically
+    from featup_hub.weights import write
 
-    whole = features.to("cpu", getattr(torch, settings["dtype"])).contiguous()
+    whole = features.to("cpu", getattr(torch, settings["dtype"]))
     if whole.dtype == torch.float16 and whole.isinf().any() and not features.isinf().any():
         raise ValueError(
             f"float16 holds values up to 65504; features reach {features.abs().max():.6g}; leave "
             "--dtype out"
         )
-    with write_atomically(job.features) as partial:
-        if job.features.suffix == ".npy":
-            import numpy as np
+    job.features.parent.mkdir(parents=True, exist_ok=True)
+    if job.features.suffix == ".npy":
+        import numpy as np
 
-            with partial.open("wb") as file:
-                np.save(file, whole.numpy())
-            return
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        name = os.fsencode(job.image.name).decode(errors="replace")
-        partial.touch()
-        usual = partial.stat().st_mode
-        try:
-            notes = {**settings, "image": name, "featup_hub": __version__}
-            save_file({"features": whole}, partial, metadata=notes)
-        except SafetensorError as error:  # the library's error for a full disk, too
-            raise OSError(f"cannot write {job.features}: {error}") from error
-        partial.chmod(usual)  # the library makes files that other users cannot read
+        content = io.BytesIO()  # written to a file, NumPy does not tell why a write fails
+        np.save(content, whole.numpy())
+        with write_atomically(job.features) as partial:
+            partial.write_bytes(content.getbuffer())
+        return
+    name = os.fsencode(job.image.name).decode(errors="replace")
+    notes = {**settings, "image": name, "featup_hub": __version__}
+    write({"features": whole}, job.features, metadata=notes)

@@ -1,26 +1,23 @@
-"""``featup-hub train``: trains stages on photographs."""
+"""Train an upsampler on photographs.
+
+The photographs need no labels: training uses multi-view consistency. The same command resumes a
+stopped run.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import open_device
+from featup_hub.cli.arguments import make_folder, open_device
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
-from featup_hub.cli.outputs import make_folder
 from featup_hub.training.config import JBUTrainingConfig
 
-__all__ = ["add_parser"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = commands.add_parser(
-        "train",
-        help="train an upsampler on photographs",
-        description="Trains an upsampler on photographs without labels, by multi-view consistency.",
-        epilog="The same command resumes a stopped run.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photographs")
     parser.add_argument(
         "--out",
@@ -29,10 +26,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="folder for jbu.safetensors, metrics.csv and checkpoint.pt",
     )
     add_flags(parser, JBUTrainingConfig, flags={"backbones": "--model"})
-    parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
     from featup_hub.training.jbu import train
 
     with in_terms_of_flags(JBUTrainingConfig):

@@ -1,47 +1,47 @@
-"""``featup-hub upsample``: computes features at image resolution, and pictures of them."""
+"""Compute high-resolution features of images.
+
+For each IMAGE, OUT gets a file of features, (C, H, W), and a picture. It shows the image, the
+backbone's features, and the features upsampled bilinearly and by the model, all in one PCA basis.
+`featup-hub models` lists the models. Finished outputs are kept, so the same command resumes after
+an interruption. A bad image is reported and skipped; the exit code is then 1. Files of --format npy
+do not store settings, so existing ones always count as finished.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from featup_hub.cli.arguments import add_model, choose_model, open_device, parse_size
-from featup_hub.cli.outputs import FORMATS, Job, is_finished, make_folder, plan, write_features
-from featup_hub.cli.terminal import Progress, UsageError, explain
+from featup_hub.cli.arguments import (
+    add_model,
+    choose_model,
+    make_folder,
+    open_device,
+    parse_size,
+)
+from featup_hub.cli.errors import UsageError, complain, explain, usage_errors
+from featup_hub.cli.outputs import FORMATS, Job, is_finished, plan, write_features
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from featup_hub.model import UpsampledBackbone
+    from featup_hub.registry import ModelCard
 
-__all__ = ["add_parser"]
+__all__ = ["add_arguments", "run"]
 
 _IMPLEMENTATIONS = ("auto", "cuda", "torch", "reference")
 _AHEAD = 2  # images read ahead
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = commands.add_parser(
-        "upsample",
-        help="compute high-resolution features of images",
-        description=(
-            "Computes features at the resolution of the image. For each IMAGE, OUT gets a file of "
-            "features, (C, H, W), and a picture. It shows the image, the backbone's features, and "
-            "the features upsampled bilinearly and by the model, all in one PCA basis. "
-            "`featup-hub models` lists the models."
-        ),
-        epilog=(
-            "Finished outputs are kept, so the same command resumes after an interruption. A bad "
-            "image is reported and skipped; the exit code is then 1. Files of --format npy do not "
-            "store settings, so existing ones always count as finished."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="an image, or a folder of images")
     add_model(parser)
@@ -85,16 +85,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="auto",
         help="how to compute the upsampling (default: %(default)s)",
     )
-    parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
     from featup_hub.image import read_image, resize
+    from featup_hub.loading import load
 
-    choice = choose_model(args)
-    size = parse_size(args.size or str(choice.image_size))
+    card, options = choose_model(args)
+    stride = card.patch_size if args.layer is None and args.looks == 1 else None
+    size = parse_size(args.size or str(card.image_size))
     if args.size:
-        _check_size(size, choice.stride or 1, choice.name)
+        _check_size(size, stride or 1, card.name)
     bands = _bands(args.bands)
     device = open_device(args.device)
     if args.impl == "cuda" and device.type != "cuda":
@@ -102,22 +104,15 @@ def _run(args: argparse.Namespace) -> int:
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
     model = None
-    if not args.size and choice.stride is None:  # only the loaded model tells a size that fits
-        model = choice.load(device)
+    if not args.size and stride is None:  # only the loaded model tells a size that fits
+        model = load(card, **options, device=device)
         size = model.image_size or size
-    settings = {
-        **choice.settings(),
-        "size": "x".join(map(str, size)) if isinstance(size, tuple) else str(size),
-        "dtype": args.dtype,
-        "bands": args.bands or "all",
-        "value_range": " ".join(map(str, args.value_range or ["full"])),
-    }
-
-    progress = Progress(len(jobs))
+    settings = _settings(args, card, options, size)
+    progress = _Progress(len(jobs))
     todo = jobs if args.overwrite else _unfinished(jobs, settings, progress)
     if todo and model is None:
-        model = choice.load(device)
-        _check_size(size, model.patch_size, choice.name)
+        model = load(card, **options, device=device)
+        _check_size(size, model.patch_size, card.name)
 
     def read(job: Job) -> Image.Image:
         image = read_image(job.image, bands=bands, value_range=args.value_range)
@@ -127,17 +122,82 @@ def _run(args: argparse.Namespace) -> int:
         progress.begin(str(job.image))
         try:
             assert model is not None
-            progress.end(_upsample(job, reading.result(), model, args.impl, settings))
+            progress.end("written", _upsample(job, reading.result(), model, args.impl, settings))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             if args.debug:
                 raise
             reason = explain(error)
             progress.fail(reason if str(job.image) in reason else f"{job.image}: {reason}")
-    progress.finish(f"in {args.out}")
-    return 1 if progress.failed else 0
+    progress.finish(args.out)
+    return 1 if progress.counts["failed"] else 0
 
 
-def _unfinished(jobs: Sequence[Job], settings: Mapping[str, str], progress: Progress) -> list[Job]:
+def _settings(
+    args: argparse.Namespace,
+    card: ModelCard,
+    options: Mapping[str, Any],
+    size: int | tuple[int, int],
+) -> dict[str, str]:
+    """Returns the settings of the features, which their file stores."""
+    from featup_hub.files import sha256_of_file
+
+    own = options["backbone_weights"]
+    return {
+        "model": card.name,
+        "normalised": "no" if args.no_norm else "yes",
+        "upsampler": sha256_of_file(options["upsampler"])[:16],
+        "backbone": sha256_of_file(own)[:16] if own else "its own",
+        "layer": "default" if args.layer is None else str(args.layer),
+        "looks": str(args.looks),
+        "size": "x".join(map(str, size)) if isinstance(size, tuple) else str(size),
+        "dtype": args.dtype,
+        "bands": args.bands or "all",
+        "value_range": " ".join(map(str, args.value_range or ["full"])),
+    }
+
+
+class _Progress:
+    """Counts images and shows progress: a bar on a terminal, else a line per image."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self.counts = {"written": 0, "kept": 0, "failed": 0}
+        self.total, self.start = total, time.monotonic()
+        self.live = total > 1 and sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="image", disable=not self.live, leave=False)
+
+    def begin(self, item: str) -> None:
+        """Shows the image about to be worked on, on a terminal."""
+        self.bar.set_description(item)
+
+    def end(self, outcome: str, report: str, count: int = 1) -> None:
+        """Counts images as written or kept; of a written one, the bar is the report."""
+        self.counts[outcome] += count
+        self.bar.update(count)
+        if outcome == "kept":
+            print(report, flush=True)
+        elif not self.live:
+            number = f"[{sum(self.counts.values())}/{self.total}] " if self.total > 1 else ""
+            print(f"{number}{report}", flush=True)
+
+    def fail(self, problem: str) -> None:
+        """Counts an image as failed and prints the reason."""
+        self.counts["failed"] += 1
+        self.bar.update()
+        with self.bar.external_write_mode():
+            complain(problem)
+
+    def finish(self, out: Path) -> None:
+        """Prints the counts if there was more than one image."""
+        self.bar.close()
+        if self.total > 1:
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.items())
+            minutes, seconds = divmod(round(time.monotonic() - self.start), 60)
+            print(f"{counts} in {out}, {minutes}:{seconds:02} min", flush=True)
+
+
+def _unfinished(jobs: Sequence[Job], settings: Mapping[str, str], progress: _Progress) -> list[Job]:
     """Returns the unfinished jobs, and reports the others."""
     kept: list[Job] = []
     todo: list[Job] = []
@@ -148,7 +208,7 @@ def _unfinished(jobs: Sequence[Job], settings: Mapping[str, str], progress: Prog
             progress.fail(explain(error))
     if kept:
         what = str(kept[0].features) if len(kept) == 1 else f"{len(kept)} finished outputs"
-        progress.skip(len(kept), f"kept {what}; --overwrite replaces")
+        progress.end("kept", f"kept {what}; --overwrite replaces", len(kept))
     return todo
 
 
@@ -188,7 +248,6 @@ def _upsample(
     with torch.inference_mode():
         source = model.source(image)
         features = model.upsampler(source, image, impl=impl)
-        job.features.parent.mkdir(parents=True, exist_ok=True)
         write_features(features[0], job, settings)
         made = str(job.features)
         # Written last: a picture without features is then known not to be an output.
@@ -212,7 +271,5 @@ def _bands(text: str | None) -> tuple[int, ...] | None:
 def _check_size(size: int | tuple[int, int], stride: int, name: str) -> None:
     from featup_hub.image import check_size
 
-    try:
+    with usage_errors("--", f"; {stride} is the stride of {name}"):
         check_size(size, multiple_of=stride)
-    except ValueError as error:
-        raise UsageError(f"--{error}; {stride} is the stride of {name}") from error

@@ -93,9 +93,9 @@ def open_classifier(name: str) -> Classifier:
         f"features, such as efficientnet_lite0; {name!r} does not; choose another"
     )
     row = find_card(name)
-    if row.backbone is None or row.kind != "timm":
+    if row.kind != "timm":
         raise refusal
-    shipped = None if row.backbone_file is None else load(row.backbone_file)
+    shipped = None if row.file is None else load(row.file)
     network = create(row.backbone, pretrained=True, weights=shipped)
     network.eval().requires_grad_(False)
     layer = network.get_classifier()

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.registry import JBU_UNIVERSAL, UPSAMPLERS, shipped_upsampler
+from featup_hub.registry import UPSAMPLERS, shipped_upsampler
 from featup_hub.upsamplers import JBUStack, baselines
 from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
@@ -114,7 +114,7 @@ def candidate(spec: str) -> Candidate:
         function, default, part = getattr(baselines, rest), rest, rest
         source = Path(baselines.__file__)
     elif (shipped_upsampler(file) or Path(file).is_file()) and option in ("", "unit"):
-        source = resolve(JBU_UNIVERSAL, path=file)
+        source = resolve(file)
         function, is_stack = _stack(source, unit_sum=option == "unit"), True
         stem = file if shipped_upsampler(file) else source.stem
         default, part = stem + (f"@{option}" if option else ""), option

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
-from featup_hub.registry import JBU_UNIVERSAL
 from featup_hub.training.checkpoints import (
     Metrics,
     load_checkpoint,
@@ -148,7 +147,7 @@ class _Run:
         # Modules draw initial weights from the global generator; its state is restored.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            start = load_weights(JBU_UNIVERSAL, path=config.start) if config.start else {}
+            start = load_weights(config.start) if config.start else {}
             joint = any(name.startswith("first.") for name in start)
             self.stack = JBUStack(dropout=config.dropout, joint_first=joint)
             self.sources = nn.ModuleDict()

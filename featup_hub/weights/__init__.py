@@ -35,62 +35,42 @@ __all__ = [
 ]
 
 
-def load(file: WeightFile, *, path: str | Path | None = None) -> dict[str, Tensor]:
-    """Reads a shipped file and checks its digest, or reads a file of the user instead.
+def load(source: WeightFile | str | Path) -> dict[str, Tensor]:
+    """Reads a shipped file and checks its digest, or reads a safetensors file of the user.
 
     Args:
-        file: Row of the registry.
-        path: A safetensors file to read instead, without the row's digest; or the name of a shipped
-            upsampler.
-
-    Returns:
-        Tensors by name.
+        source: A row of the registry, the name of a shipped upsampler, or a file.
 
     Raises:
-        FileNotFoundError: If ``path`` does not exist.
+        FileNotFoundError: If the user's file does not exist.
         ValueError: If the file is damaged or has another digest.
         RuntimeError: If the shipped file is missing.
     """
-    file, path = _named(file, path)
-    return read(resolve(file, path=path), sha256=None if path is not None else file.sha256)
+    shipped = _shipped(source)
+    return read(resolve(source), sha256=None if shipped is None else shipped.sha256)
 
 
-def resolve(file: WeightFile, *, path: str | Path | None = None) -> Path:
-    """Finds a shipped file, or the user's file instead.
-
-    Args:
-        file: Row of the registry.
-        path: A file to take instead, or the name of a shipped upsampler.
-
-    Returns:
-        An existing file.
-
-    Raises:
-        FileNotFoundError: If ``path`` does not exist.
-        ValueError: If ``path`` is a folder.
-        RuntimeError: If the shipped file is missing.
-    """
-    file, path = _named(file, path)
-    if path is not None:
-        if file in UPSAMPLERS.values() and not Path(path).suffix and not Path(path).exists():
-            raise FileNotFoundError(
-                f"no weights file {path}; check the name; shipped are {', '.join(UPSAMPLERS)}"
+def resolve(source: WeightFile | str | Path) -> Path:
+    """Returns the existing file that :func:`load` reads; raises its errors."""
+    if (shipped := _shipped(source)) is not None:
+        path = shipped_folder() / shipped.filename
+        if not path.is_file():
+            raise RuntimeError(
+                f"needed {shipped.filename}; it is not in the shipped folder {path.parent}; "
+                "install the package again, or give a file of your own, on the command line by "
+                "--model NAME=FILE"
             )
-        return existing(path)
-    shipped = shipped_folder() / file.filename
-    if not shipped.is_file():
-        raise RuntimeError(
-            f"needed {file.filename} ({file.name}); it is not in the shipped folder "
-            f"{shipped.parent}; install the package again, or give a file of your own, "
-            "on the command line by --model NAME=FILE"
+        return path
+    path = Path(str(source)).expanduser()
+    if not path.suffix and not path.exists():
+        raise FileNotFoundError(
+            f"no weights file {path}; check the name; shipped are {', '.join(UPSAMPLERS)}"
         )
-    return shipped
+    return existing(path)
 
 
-def _named(file: WeightFile, path: str | Path | None) -> tuple[WeightFile, str | Path | None]:
-    """Returns the row and the path to take; ``path`` may be a name of the registry."""
-    shipped = shipped_upsampler(str(path))
-    return (file, path) if shipped is None else (shipped, None)
+def _shipped(source: WeightFile | str | Path) -> WeightFile | None:
+    return source if isinstance(source, WeightFile) else shipped_upsampler(str(source))
 
 
 def shipped_folder() -> Path:

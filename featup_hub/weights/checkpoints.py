@@ -43,10 +43,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if file.read(9)[8:] == b"{":
             return read(path)
     loaded, damage = unpickle(path)
-    while isinstance(loaded, dict) and (inside := [k for k in _KEYS if _is_dict(loaded.get(k))]):
-        loaded = loaded[inside[0]]
-    tensors = loaded if isinstance(loaded, dict) else {}
-    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    content = loaded if isinstance(loaded, dict) else {}
+    while inside := [content[key] for key in _KEYS if isinstance(content.get(key), dict)]:
+        content = inside[0]
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     for prefix in _PREFIXES:
         if inner := {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}:
             tensors = inner
@@ -60,14 +60,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def unpickle(path: Path) -> tuple[object, str | None]:
-    """Unpickles a file with PyTorch's loader, which accepts only tensors and plain containers.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        The file's content and None, or None and why it cannot be read.
-    """
+    """Returns the content of a pickle and None, or None and why it cannot be read."""
     # timm's and DINO's trainers store their arguments in a Namespace, a plain container.
     allowed = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5 and later
     with path.open("rb") as file:
@@ -94,7 +87,3 @@ def _damage(path: Path) -> str | None:
             return "a zip file with compressed entries"
         damaged = archive.testzip()
     return f"a damaged file: {damaged} fails its checksum" if damaged else None
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)

@@ -7,9 +7,10 @@ without a pinned digest. The same tensors and metadata always give the same byte
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,8 +20,25 @@ from featup_hub.files import sha256_of_tensors, write_atomically
 __all__ = ["digest", "load_into", "metadata", "read", "write"]
 
 _CONTENT = "content_sha256"
-_PICTURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF"}
-_SHOWN = 6  # names of tensors that an error lists; it counts the rest
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer in place of the file (run: git lfs pull)",
+    **dict.fromkeys(
+        (b"<!doctype", b"<html", b"<?xml", b"<head"),
+        "a web page (an error or a login page was saved under this name)",
+    ),
+    **dict.fromkeys((b'{"error', b'{"message'), "a server's error message"),
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89png\r\n\x1a\n": "a PNG picture",
+    b"gif8": "a GIF picture",
+    b"pk": "a zip file, perhaps a PyTorch pickle",
+    **{
+        bytes(
+            [0x80, protocol]
+        ): "a Python pickle, which can run code and is never opened as weights"
+        for protocol in range(2, 6)
+    },
+}
+"""How files that are not weights begin, in lower case."""
 
 
 def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
@@ -41,33 +59,25 @@ def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     path = existing(path)
     if sha256 is not None and (found := digest(path)) != sha256.lower():
         raise _damaged(path, f"a file with sha256 {sha256}", kind(path) or f"sha256 {found}")
-    tensors, notes = _open(path)
-    if sha256 is None and notes.get(_CONTENT, found := sha256_of_tensors(tensors)) != found:
-        raise _damaged(path, f"tensors with sha256 {notes[_CONTENT]}", f"sha256 {found}")
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        stored = (file.metadata() or {}).get(_CONTENT)
+    if sha256 is None and stored and (found := sha256_of_tensors(tensors)) != stored:
+        raise _damaged(path, f"tensors with sha256 {stored}", f"sha256 {found}")
     return tensors
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """Returns the metadata of a file of :func:`write`.
-
-    Args:
-        path: A safetensors file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a complete safetensors file.
-    """
-    notes = _open(existing(path))[1]
+    """Returns the metadata of a file of :func:`write`; raises as :func:`read`."""
+    with _opened(existing(path)) as file:
+        notes = file.metadata() or {}
     return {key: note for key, note in sorted(notes.items()) if key not in {_CONTENT, "format"}}
 
 
 def write(
     tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file atomically.
-
-    After a failure or a kill the old file is unchanged. A link at ``path`` is replaced, not
-    followed.
+    """Writes a safetensors file atomically, see :func:`featup_hub.files.write_atomically`.
 
     Args:
         tensors: Tensors by name, from any device.
@@ -98,8 +108,6 @@ def write(
     with write_atomically(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.write(data[end:])
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str | Path) -> None:
@@ -115,24 +123,10 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str |
             floating point. The module is then unchanged.
     """
     own = module.state_dict()
-    differing = [
-        f"{name} {_form(tensors[name])}, needed {_form(tensor)}"
-        for name, tensor in own.items()
-        if name in tensors and _form(tensors[name]) != _form(tensor)
-    ]
-    problems = [
-        f"{label}: {listed(names)}"
-        for label, names in (
-            ("missing", [name for name in own if name not in tensors]),
-            ("not known here", [name for name in tensors if name not in own]),
-            ("of another shape or kind", differing),
-        )
-        if names
-    ]
-    if problems:
+    if problems := differences(tensors, {name: _form(tensor) for name, tensor in own.items()}):
         raise ValueError(
             f"{origin} does not fit {type(module).__name__}, which needs exactly its own "
-            f"{len(own)} tensors; {'; '.join(problems)}; "
+            f"{len(own)} tensors; {problems}; "
             "check that file and model (name, feat_dim) belong together"
         )
     # A module on the meta device has no memory to copy to, so it gets the tensors: cloned, because
@@ -142,13 +136,40 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str |
     module.load_state_dict(tensors, assign=meta)
 
 
-def existing(path: str | Path) -> Path:
-    """Returns the path with ``~`` expanded, if the file exists.
+def differences(tensors: Mapping[str, Tensor], needed: Mapping[str, str]) -> str:
+    """Describes how tensors differ from the names and shapes needed; "" if they do not."""
+    return listed_problems(
+        {
+            "missing": [name for name in needed if name not in tensors],
+            "not known here": [name for name in tensors if name not in needed],
+            "of another shape or kind": [
+                f"{name} {_form(tensors[name])}, needed {form}"
+                for name, form in needed.items()
+                if name in tensors and _form(tensors[name]) != form
+            ],
+        }
+    )
 
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If it is a folder.
-    """
+
+def listed_problems(problems: Mapping[str, Sequence[str]]) -> str:
+    """Joins kinds of problems with their counts and the first few names of each."""
+    return "; ".join(
+        f"{len(names)} {label}: {listed(names)}" for label, names in problems.items() if names
+    )
+
+
+def listed(names: Sequence[str], shown: int = 6) -> str:
+    """Joins names with commas; of many, lists the first few and counts the others."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'}"
+
+
+def existing(path: str | Path) -> Path:
+    """Returns the path with ``~`` expanded, if it is a file; raises if it is not."""
     path = Path(path).expanduser()
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))
@@ -161,16 +182,15 @@ def existing(path: str | Path) -> Path:
     return path
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            notes = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118
+            yield file
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        needed = "a whole safetensors file"
-        raise _damaged(path, needed, kind(path) or f"{error}") from None
+        raise _damaged(path, "a whole safetensors file", kind(path) or f"{error}") from None
 
 
 def _damaged(path: Path, needed: str, got: str) -> ValueError:
@@ -185,33 +205,12 @@ def kind(path: Path) -> str | None:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
-    start = head.lstrip().lower()
     if not head:
         return "an empty file"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer in place of the file it points to (run: git lfs pull)"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "a web page (an error or a login page was saved under this name)"
-    if start.startswith((b'{"error', b'{"message')):
-        return "a server's error message"
-    for magic, name in _PICTURES.items():
-        if head.startswith(magic):
-            return f"a {name} picture"
-    if head.startswith(b"PK"):
-        return "a zip file, perhaps a PyTorch pickle"
-    if head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05":
-        return "a Python pickle, which can run code and is never opened as weights"
     length = int.from_bytes(head[:8], "little")
+    for beginning, name in _BEGINNINGS.items():
+        if head.lstrip().lower().startswith(beginning):
+            return name
     if size < 8 or (head[8:9] == b"{" and size < 8 + length):
         return f"a file cut off after {size} bytes"
     return None
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'}"
-
-
-def listed(names: list[str]) -> str:
-    """Joins names with commas; of many, lists the first few and counts the others."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

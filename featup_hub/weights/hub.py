@@ -21,17 +21,9 @@ def download(
     token: str | bool | None = None,
     force_download: bool = False,
 ) -> Path:
-    """Finds a file of a Hub repository in the cache, or downloads it there.
+    """Returns a file of a Hub repository from the cache, after downloading it there if needed.
 
-    Args:
-        repo_id: Repository, ``owner/name``.
-        filename: File in the repository.
-        revision: Commit, tag or branch; default: the main branch.
-        token: Access token; default: the one the Hub's library finds.
-        force_download: Download the file even if it is cached.
-
-    Returns:
-        The file in the cache.
+    The arguments are those of ``huggingface_hub.hf_hub_download``.
 
     Raises:
         ValueError: If ``repo_id`` is not a repository's name.
@@ -60,14 +52,7 @@ def download(
 
 @contextmanager
 def explained(wanted: str) -> Iterator[None]:
-    """Turns a failed download into one error that says what to do.
-
-    Args:
-        wanted: Name of the download.
-
-    Raises:
-        RuntimeError: If the Hub's library fails inside the block, or the file is damaged.
-    """
+    """Turns a failed download of the named thing into one RuntimeError that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
     from safetensors import SafetensorError

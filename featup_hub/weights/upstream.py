@@ -15,11 +15,12 @@ from pathlib import Path
 from torch import Tensor
 
 from featup_hub.weights.checkpoints import unpickle
-from featup_hub.weights.files import digest, listed, write
+from featup_hub.weights.files import differences, digest, write
 
 __all__ = ["ConvertedCheckpoint", "convert", "convert_upstream", "split_norm"]
 
 FORMAT = "1"  # format of converted files: the upsampler's tensors, and the norm's under "norm."
+_UPSAMPLER = "upsampler."
 _EXTRAS = ("downsampler.", "scale_net.")
 _NORM = {"model.1.norm.weight": "weight", "model.1.norm.bias": "bias"}
 _STAGE: dict[str, tuple[int, ...]] = {
@@ -54,13 +55,7 @@ class ConvertedCheckpoint:
 
 
 def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
-    """Reads a checkpoint of upstream without running code from it.
-
-    Args:
-        path: A ``.ckpt`` file of upstream.
-
-    Returns:
-        Its tensors, with names and shapes checked.
+    """Reads a checkpoint of upstream, a ``.ckpt`` file, without running code from it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -68,28 +63,28 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
             names or wrong shapes.
     """
     path = Path(path).expanduser()
-    upsampler: dict[str, Tensor] = {}
-    norm: dict[str, Tensor] = {}
-    extras: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in _state(path).items():
-        if name.startswith("upsampler."):
-            upsampler[name.removeprefix("upsampler.")] = tensor
-        elif name in _NORM:
-            norm[_NORM[name]] = tensor
-        elif name.startswith(_EXTRAS):
-            extras[name] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise _refused(path, f"names that have no place in it: {listed(unknown)}")
-    closing = upsampler.get("fixup_proj.1.bias")
+    state = _state(path)
+    extras = {name: state.pop(name) for name in list(state) if name.startswith(_EXTRAS)}
+    closing = state.get(f"{_UPSAMPLER}fixup_proj.1.bias")
     feat_dim = 0 if closing is None else closing.numel()
-    _check(path, upsampler, _expected(feat_dim), "upsampler.")
-    if norm:
-        _check(path, norm, {"weight": (feat_dim,), "bias": (feat_dim,)}, "model.1.norm.")
+    shapes = {
+        **{
+            f"{_UPSAMPLER}up{i}.{name}": shape
+            for i in range(1, 5)
+            for name, shape in _STAGE.items()
+        },
+        f"{_UPSAMPLER}fixup_proj.1.weight": (feat_dim, feat_dim, 1, 1),
+        f"{_UPSAMPLER}fixup_proj.1.bias": (feat_dim,),
+    }
+    if not state.keys().isdisjoint(_NORM):
+        shapes |= dict.fromkeys(_NORM, (feat_dim,))
+    if problems := differences(state, {name: str(shape) for name, shape in shapes.items()}):
+        raise _refused(path, problems)
     return ConvertedCheckpoint(
-        feat_dim=feat_dim, upsampler=upsampler, norm=norm or None, extras=extras
+        feat_dim=feat_dim,
+        upsampler={n.removeprefix(_UPSAMPLER): t for n, t in state.items() if n not in _NORM},
+        norm={_NORM[name]: state[name] for name in _NORM if name in state} or None,
+        extras=extras,
     )
 
 
@@ -98,13 +93,6 @@ def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
 
     The file has the upsampler and, under ``norm.``, the channel norm. Tensors that only training
     needs are left out. The metadata are the format, ``feat_dim``, and the source with its digest.
-
-    Args:
-        source: A ``.ckpt`` file of upstream.
-        target: The file to write.
-
-    Returns:
-        The content of the checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -125,14 +113,7 @@ def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
 
 
 def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Splits a converted file's tensors into the upsampler's and the channel norm's.
-
-    Args:
-        tensors: Tensors of a file of :func:`convert`, or of an upsampler alone.
-
-    Returns:
-        The upsampler's tensors, and the norm's weight and bias or None.
-    """
+    """Splits the tensors of a file of :func:`convert` into the upsampler's and the norm's."""
     norm = {n.removeprefix("norm."): t for n, t in tensors.items() if n.startswith("norm.")}
     return {n: t for n, t in tensors.items() if not n.startswith("norm.")}, norm or None
 
@@ -151,34 +132,6 @@ def _state(path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise _refused(path, f"{type(tensor).__name__} under the name {name!r}")
     return state
-
-
-def _expected(feat_dim: int) -> dict[str, tuple[int, ...]]:
-    stages = {f"up{i}.{name}": shape for i in range(1, 5) for name, shape in _STAGE.items()}
-    closing = {
-        "fixup_proj.1.weight": (feat_dim, feat_dim, 1, 1),
-        "fixup_proj.1.bias": (feat_dim,),
-    }
-    return {**stages, **closing}
-
-
-def _check(
-    path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], prefix: str
-) -> None:
-    missing = [prefix + name for name in expected if name not in tensors]
-    if missing:
-        raise _refused(path, f"a file without {listed(missing)}")
-    unknown = [prefix + name for name in tensors if name not in expected]
-    if unknown:
-        raise _refused(path, f"names that have no place in it: {listed(unknown)}")
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise _refused(
-                path,
-                f"{prefix}{name} of shape {tuple(tensor.shape)} and {tensor.dtype}, "
-                f"needed {shape}, floating point",
-            )
 
 
 def _refused(path: Path, got: str) -> ValueError:

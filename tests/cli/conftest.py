@@ -12,6 +12,7 @@ from torch import Tensor
 
 from featup_hub import Backbone, JBUStack, UpsampledBackbone, load_upsampler
 from featup_hub.cli import main
+from featup_hub.registry import ModelCard
 from featup_hub.weights import write
 
 
@@ -30,8 +31,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces models by a tiny one; lists the loads."""
     names: list[str] = []
 
-    def load_tiny(name: str, *, upsampler: Path, **_: object) -> UpsampledBackbone:
-        names.append(name)
+    def load_tiny(card: ModelCard, *, upsampler: Path, **_: object) -> UpsampledBackbone:
+        names.append(card.name)
         return tiny(upsampler)
 
     monkeypatch.setattr("featup_hub.loading.load", load_tiny)

@@ -11,14 +11,14 @@ import pytest
 
 from featup_hub import __version__
 from featup_hub.cli import main
-from featup_hub.cli.terminal import UsageError
+from featup_hub.cli.errors import UsageError
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["upsample", "x", "--model", "dinov"], "did you mean 'dinov2'"),
-        (["upsample", "x", "--model", "jbu"], "a model with a backbone is needed; jbu"),
+        (["upsample", "x", "--model", "jbu"], "a model with a backbone is needed; got 'jbu'"),
         (["upsample", "x", "--size", "225"], "--size must be a positive multiple of 16; got 225"),
         (["upsample", "x", "--size", "224x100"], "got 100; try 96 or 112; 16 is the stride"),
         (["upsample", "x", "--size", "0"], "got 0; try 16 or 32"),
@@ -116,7 +116,7 @@ def test_an_interruption_promises_to_go_on_where_the_command_does(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("featup_hub.cli.terminal.Parser.parse_args", interrupt)
+    monkeypatch.setattr("featup_hub.cli._Parser.parse_args", interrupt)
     assert main(line.split()) == 130
     promise = "; the same command resumes" if goes_on else ""
     assert capsys.readouterr().err == f"error: interrupted; what is finished is kept{promise}\n"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from featup_hub import JBUStack
-from featup_hub.cli.outputs import check_output
-from featup_hub.cli.terminal import UsageError
+from featup_hub.cli.arguments import check_output
+from featup_hub.cli.errors import UsageError
 from featup_hub.weights import write
 
 
@@ -81,12 +81,11 @@ def test_an_interruption_keeps_what_is_finished_and_leaves_nothing_half_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def save(tensors: object, path: Path, metadata: object) -> None:
-        path.write_text("half")
+    def save(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     upsample(photos / "a.jpg")
-    monkeypatch.setattr("safetensors.torch.save_file", save)
+    monkeypatch.setattr("featup_hub.weights.write", save)
     assert upsample(photos) == 130
     assert "error: interrupted; what is finished is kept" in capsys.readouterr().err
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.safetensors", "a.png"}

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from featup_hub import JBUStack, __version__, load
@@ -266,26 +266,33 @@ def test_long_names_and_names_in_another_encoding_are_worked_on(
 
 @pytest.mark.parametrize("form", ["safetensors", "npy"])
 def test_a_full_disk_is_named_with_the_file_and_nothing_is_left_half_written(
-    form: str,
+    form: str, upsample: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, usual[1]))  # bytes a file may have
+    try:
+        assert upsample(photos / "a.jpg", "--format", form) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert f"out/a.{form}: File too large" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_on_a_terminal_progress_is_one_line(
     upsample: Any,
     photos: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full_npy(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    def full_safetensors(*_: object, **__: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
-
-    monkeypatch.setattr("numpy.save", full_npy)
-    monkeypatch.setattr("safetensors.torch.save_file", full_safetensors)
-    assert upsample(photos / "a.jpg", "--format", form) == 1
-    err = capsys.readouterr().err
-    assert f"out/a.{form}: " in err
-    assert "No space left on device" in err
-    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    (photos / "c.jpg").write_text("no image")
+    assert upsample(photos) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("3 written, 0 kept, 1 failed in ")
+    assert f"{photos / 'b.png'}:" in err
+    assert f"\rerror: an image file is needed; {photos / 'c.jpg'}" in err
+    assert err.count("\n") == 1
 
 
 def test_links_to_folders_are_followed(

@@ -69,7 +69,7 @@ DATA = "--data folder:SCENES "
         ),
         ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got None"),
         ("--protocols cam --photos x --classifier no", "--classifier: a model must be one of "),
-        ("--protocols cam --photos x --classifier jbu", "--classifier: class activation maps need"),
+        ("--protocols cam --photos x --classifier jbu", "--classifier: a model with a backbone"),
     ],
 )
 def test_what_was_typed_and_cannot_work_is_exit_code_2(typed, message, scenes, capsys):
