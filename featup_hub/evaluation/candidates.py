@@ -70,7 +70,7 @@ class Candidate:
         function, identity = self.function, self.identity
         if self.takes_looks:
             function = partial(function, looks_per_side=isqrt(looks))
-            identity = identity and f"{identity}, each look smoothed by itself"
+        identity = identity and f"{identity} ×{looks}"
         name = f"{self.name} ×{looks}"
         return replace(self, name=name, looks=looks, function=function, identity=identity)
 
