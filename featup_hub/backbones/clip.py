@@ -29,10 +29,6 @@ class ClipBackbone(Backbone):
         pretrained: Whether timm loads the weights of that name; otherwise they are random.
         weights: Weights of your own instead: a file, or tensors by name.
         backbone_kwargs: Arguments for ``timm.create_model``.
-
-    Raises:
-        ValueError: If timm has no such network, it has no projection, or the weights do not fit.
-        RuntimeError: If timm has no weights of that name, or they cannot be downloaded.
     """
 
     def __init__(
@@ -46,8 +42,10 @@ class ClipBackbone(Backbone):
         model = create(
             name, pretrained=pretrained, weights=weights, backbone_kwargs=backbone_kwargs
         )
+        attention = getattr(getattr(model, "blocks", [None])[-1], "attn", None)
+        values = getattr(attention, "qkv", None) is not None or hasattr(attention, "v_proj")
         pooled = getattr(model, "attn_pool", None) is not None  # its tokens are not projected
-        if not isinstance(getattr(model, "head", None), nn.Linear) or pooled or not _values(model):
+        if not isinstance(getattr(model, "head", None), nn.Linear) or pooled or not values:
             raise ValueError(
                 f"a CLIP image tower must have transformer blocks and a projection; timm's {name} "
                 "lacks one; use TimmBackbone"
@@ -72,16 +70,10 @@ class ClipBackbone(Backbone):
 
 
 class MaskClipBackbone(ClipBackbone):
-    """CLIP's patch tokens through only the values of the last block.
+    """CLIP's patch tokens through only the values of the last block; arguments as for CLIP.
 
     The last attention mixes patches for the class token. This class leaves out its queries and
     keys, the block's second half and the residual, so every token still describes its own patch.
-
-    Args:
-        name: A CLIP image tower of timm's, see :class:`ClipBackbone`.
-        pretrained: See there.
-        weights: See there.
-        backbone_kwargs: See there.
     """
 
     def features(self, image: Tensor) -> Tensor:
@@ -99,10 +91,3 @@ class MaskClipBackbone(ClipBackbone):
             values = F.linear(tokens, joint.weight.chunk(3)[2], bias)
         inner = getattr(attention, "norm", None) or nn.Identity()
         return self._project(attention.proj(inner(values)))
-
-
-def _values(model: nn.Module) -> bool:
-    """Returns whether the last block of a network has an attention with values."""
-    blocks = getattr(model, "blocks", None)
-    attention = getattr(blocks[-1], "attn", None) if blocks else None
-    return getattr(attention, "qkv", None) is not None or hasattr(attention, "v_proj")

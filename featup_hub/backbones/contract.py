@@ -73,16 +73,19 @@ class Backbone(nn.Module):
         Returns:
             Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size; a fixed size if
             ``fixed_size`` is set.
-
-        Raises:
-            ValueError: If ``image`` has another shape.
-            TypeError: If its values are integers.
         """
         if image.dim() != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
             needed = "be RGB" if self.in_chans == 3 else f"have {self.in_chans} bands"
+            hint = ""
+            if image.dim() == 3:
+                hint = "; add a batch dimension: image[None]"
+            elif image.dim() == 4 and image.shape[-1] == self.in_chans:
+                hint = "; move the channels: image.movedim(-1, 1)"
+            elif image.dim() == 4 and image.shape[1] == 1 and self.in_chans == 3:
+                hint = "; repeat a grey channel: image.expand(-1, 3, -1, -1)"
             raise ValueError(
-                f"an image must {needed}, (B, {self.in_chans}, H, W); got {tuple(image.shape)}"
-                f"{self._shape_hint(image)}"
+                f"an image must {needed}, (B, {self.in_chans}, H, W); got "
+                f"{tuple(image.shape)}{hint}"
             )
         if not image.is_floating_point():
             raise TypeError(
@@ -99,25 +102,11 @@ class Backbone(nn.Module):
             )
         return self.features(self._to_native(image))
 
-    def _shape_hint(self, image: Tensor) -> str:
-        """Returns the mend of the usual mistakes in an image's shape."""
-        if image.dim() == 3:
-            return "; add a batch dimension: image[None]"
-        if image.dim() == 4 and image.shape[-1] == self.in_chans:
-            return "; move the channels: image.movedim(-1, 1)"
-        if image.dim() == 4 and image.shape[1] == 1 and self.in_chans == 3:
-            return "; repeat a grey channel: image.expand(-1, 3, -1, -1)"
-        return ""
-
     def features(self, image: Tensor) -> Tensor:
-        """Computes the features of an image of a size that the network takes.
+        """Computes the features of an image, (B, C, H/p, W/p).
 
-        Args:
-            image: Image with the network's own normalisation; its sides are multiples of
-                ``patch_size``, or ``fixed_size``.
-
-        Returns:
-            Features, (B, C, H/p, W/p).
+        The image has the network's own normalisation; its sides are multiples of ``patch_size``, or
+        ``fixed_size``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define features(image)")
 
@@ -132,11 +121,7 @@ class Backbone(nn.Module):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Normalises every position's vector, (B, C, h, w): a LayerNorm over the channels.
-
-    Args:
-        feat_dim: Channels of the features.
-    """
+    """Normalises every position's vector, (B, C, h, w): a LayerNorm over the channels."""
 
     def __init__(self, feat_dim: int) -> None:
         super().__init__(feat_dim, eps=1e-5)

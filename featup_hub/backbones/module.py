@@ -13,6 +13,7 @@ from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["ModuleBackbone"]
 
+Layout = Literal["nchw", "nhwc"]
 # Keys of the spatial features in the dictionaries of DINOv2, Hugging Face Transformers and
 # torchvision.
 _NAMES = ("x_norm_patchtokens", "feature_maps", "last_hidden_state", "out")
@@ -34,16 +35,11 @@ class ModuleBackbone(Backbone):
         layout: Where the channels of a map are: ``"nchw"``, (B, C, h, w), or ``"nhwc"``,
             (B, h, w, C). By default its shape decides. An ambiguous map, such as 96×96 cells with
             96 channels, is decided by a test with a smaller image.
-        mean: Normalisation of the network's training; images with ImageNet's normalisation are
-            converted to it.
-        std: Divisor of the same normalisation.
-        in_chans: Bands of the images; 3 are RGB.
-        fixed_size: Fixed height and width of the network's images; images are resized to it.
+        mean: As for :class:`Backbone`, like the next three.
+        std: See there.
+        in_chans: See there.
+        fixed_size: See there.
         call: How to call the network, in place of ``module(image)``.
-
-    Raises:
-        ValueError: If the features do not have the given channels and stride.
-        TypeError: If the network's output has no features that can be recognised.
 
     Example:
         >>> import torch
@@ -66,7 +62,7 @@ class ModuleBackbone(Backbone):
         feat_dim: int,
         patch_size: int,
         prefix_tokens: int = 0,
-        layout: Literal["nchw", "nhwc"] | None = None,
+        layout: Layout | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         in_chans: int = 3,
@@ -92,7 +88,13 @@ class ModuleBackbone(Backbone):
         """Calls the network and converts its output to (B, C, h, w)."""
         features, grid = self._call(image), self._grid(image)
         if features.dim() == 3:
-            features = self._from_tokens(features, grid)
+            if features.shape[1] - self.prefix_tokens != grid[0] * grid[1]:
+                raise ValueError(
+                    f"needed {grid[0]}×{grid[1]} tokens after {self.prefix_tokens} others; got "
+                    f"{features.shape[1]} in all; set prefix_tokens to the number of class and "
+                    "register tokens, or correct patch_size"
+                )
+            features = features[:, self.prefix_tokens :].unflatten(1, grid).movedim(-1, 1)
         elif features.dim() == 4:
             layouts = [self.layout] if self.layout else self._layouts(features, grid)
             if len(layouts) == 2:
@@ -115,19 +117,19 @@ class ModuleBackbone(Backbone):
     def _grid(self, image: Tensor) -> tuple[int, int]:
         return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
 
-    def _layouts(self, features: Tensor, grid: tuple[int, int]) -> list[Literal["nchw", "nhwc"]]:
+    def _layouts(self, features: Tensor, grid: tuple[int, int]) -> list[Layout]:
         """Lists the layouts that a map's shape allows."""
-        shape, channels = tuple(features.shape[1:]), self.feat_dim
-        shapes: dict[Literal["nchw", "nhwc"], tuple[int, ...]] = {
-            "nchw": (channels, *grid),
-            "nhwc": (*grid, channels),
+        shape = tuple(features.shape[1:])
+        shapes: dict[Layout, tuple[int, ...]] = {
+            "nchw": (self.feat_dim, *grid),
+            "nhwc": (*grid, self.feat_dim),
         }
         return [layout for layout, due in shapes.items() if shape == due]
 
     @torch.no_grad()
-    def _decided(self, image: Tensor) -> Literal["nchw", "nhwc"]:
+    def _decided(self, image: Tensor) -> Layout:
         """Decides an ambiguous layout by a test with one row of patches less."""
-        found: list[Literal["nchw", "nhwc"]] = []
+        found: list[Layout] = []
         if self.fixed_size is None and image.shape[-2] > self.patch_size:
             smaller = image[:1, :, : -self.patch_size]
             found = self._layouts(self._call(smaller), self._grid(smaller))
@@ -137,16 +139,6 @@ class ModuleBackbone(Backbone):
                 "w) or (B, h, w, C); say which: layout='nchw' or layout='nhwc'"
             )
         return found[0]
-
-    def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Converts tokens, (B, N, C), to a map of the grid's size."""
-        if tokens.shape[1] - self.prefix_tokens != grid[0] * grid[1]:
-            raise ValueError(
-                f"needed {grid[0]}×{grid[1]} tokens after {self.prefix_tokens} others; got "
-                f"{tokens.shape[1]} in all; set prefix_tokens to the number of class and "
-                "register tokens, or correct patch_size"
-            )
-        return tokens[:, self.prefix_tokens :].unflatten(1, grid).movedim(-1, 1)
 
 
 def _tensor(output: object) -> Tensor:

@@ -36,13 +36,6 @@ class ShiftAndStitch(Backbone):
         looks_at_once: Number of looks in one batch. More need more memory; on a GPU they are
             faster.
 
-    Attributes:
-        looks_per_side: k.
-
-    Raises:
-        ValueError: If the stride is not a multiple of ``looks_per_side``, or the backbone takes
-            images of one size only.
-
     Example:
         >>> import torch
         >>> from torch import nn
@@ -57,10 +50,11 @@ class ShiftAndStitch(Backbone):
         self, backbone: Backbone, looks_per_side: int = 2, *, looks_at_once: int = 1
     ) -> None:
         if looks_per_side < 1 or backbone.patch_size % looks_per_side:
+            stride = backbone.patch_size
+            divisors = ", ".join(str(k) for k in range(1, stride + 1) if stride % k == 0)
             raise ValueError(
-                f"looks_per_side must divide the backbone's stride of {backbone.patch_size} "
-                f"pixels; got {looks_per_side}; take one of "
-                f"{', '.join(map(str, _divisors(backbone.patch_size)))}"
+                f"looks_per_side must divide the backbone's stride of {stride} pixels; got "
+                f"{looks_per_side}; take one of {divisors}"
             )
         if looks_at_once < 1:
             raise ValueError(f"looks_at_once must be at least 1; got {looks_at_once}")
@@ -84,10 +78,12 @@ class ShiftAndStitch(Backbone):
         height, width = image.shape[-2] // fine, image.shape[-1] // fine
         # A look covers whole strides; cells beyond the image are cropped below.
         size = [-(-cells // count) * self.backbone.patch_size for cells in (height, width)]
+        first = (fine - self.backbone.patch_size) / 2
+        shifts = [first + index * fine for index in range(count)]
         looks = [
             _moved(_moved(image, 2, down, size[0]), 3, across, size[1])
-            for down in self._shifts()
-            for across in self._shifts()
+            for down in shifts
+            for across in shifts
         ]
         groups = [
             self.backbone(torch.cat(looks[first : first + self.looks_at_once]))
@@ -96,11 +92,6 @@ class ShiftAndStitch(Backbone):
         maps = torch.cat(groups).unflatten(0, (len(looks), -1))  # (k², B, C, h, w)
         stitched = F.pixel_shuffle(maps.movedim(0, 2).flatten(1, 2), count)
         return stitched[:, :, :height, :width]
-
-    def _shifts(self) -> list[float]:
-        """Returns the shifts of the looks on one axis, in pixels."""
-        first = (self.patch_size - self.backbone.patch_size) / 2
-        return [first + index * self.patch_size for index in range(self.looks_per_side)]
 
 
 def _moved(image: Tensor, axis: int, shift: float, length: int) -> Tensor:
@@ -118,7 +109,3 @@ def _moved(image: Tensor, axis: int, shift: float, length: int) -> Tensor:
         return shown(first)
     inner, outer = shown(first) + shown(first + 1), shown(first - 1) + shown(first + 2)
     return _INNER * inner + _OUTER * outer
-
-
-def _divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]

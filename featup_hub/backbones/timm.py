@@ -47,11 +47,6 @@ class TimmBackbone(Backbone):
         >>> backbone = TimmBackbone("tf_efficientnet_lite0", stride=16).eval()
         >>> backbone(torch.randn(1, 3, 64, 90)).shape
         torch.Size([1, 112, 4, 6])
-
-    Raises:
-        ValueError: If timm has no such network, or the network no such layer or stride, or the
-            weights do not fit.
-        RuntimeError: If timm has no weights of that name, or they cannot be downloaded.
     """
 
     def __init__(
@@ -70,31 +65,29 @@ class TimmBackbone(Backbone):
         index, feat_dim, patch_size = _choose(name, model, layer, stride)
         # Some networks without a closing norm refuse the argument.
         norm = norm and any("norm" in child for child, _ in model.named_children())
-        options = {"indices": [index], "norm": norm, "stop_early": True, "intermediates_only": True}
-        layout = _layout(name, model, kwargs, feat_dim, patch_size, options)
+        self._options = {"norm": norm, "stop_early": True, "intermediates_only": True}
+        in_chans = int(kwargs.get("in_chans") or model.pretrained_cfg["input_size"][0])
+        geometry = _geometry(name, model, kwargs, patch_size, in_chans, [index], self._options)
         super().__init__(
-            feat_dim=layout.feat_dim,
+            feat_dim=geometry.feat_dim or feat_dim,
             patch_size=patch_size,
             mean=model.pretrained_cfg["mean"],
             std=model.pretrained_cfg["std"],
-            in_chans=_in_chans(model, kwargs),
-            fixed_size=layout.fixed_size,
+            in_chans=in_chans,
+            fixed_size=geometry.fixed_size,
         )
         model.prune_intermediate_layers([index], prune_norm=not norm)
         self.name = name
         self.model = model
         self.layer = index
-        self.norm = norm
-        self._padding = layout.padding
+        self._padding = geometry.padding
 
     def features(self, image: Tensor) -> Tensor:
         """Computes the chosen intermediate features."""
         if self._padding:
             before, after = self._padding // 2, self._padding - self._padding // 2
             image = F.pad(image, (before, after, before, after), mode="replicate")
-        (features,) = self.model.forward_intermediates(
-            image, indices=[self.layer], norm=self.norm, stop_early=True, intermediates_only=True
-        )
+        (features,) = self.model.forward_intermediates(image, indices=[self.layer], **self._options)
         if features.shape[1] != self.feat_dim:  # old versions of timm count some layers differently
             raise RuntimeError(
                 f"timm announces {self.feat_dim} channels in layer {self.layer} of {self.name}; "
@@ -104,18 +97,7 @@ class TimmBackbone(Backbone):
 
 
 def timm_card(name: str) -> ModelCard:
-    """Makes a card for any network of timm, from timm's config.
-
-    Args:
-        name: A timm name; without a tag, timm's default weights.
-
-    Returns:
-        A card with the deepest features.
-
-    Raises:
-        ValueError: If timm has no such network.
-        RuntimeError: If the config of a Hub repository cannot be downloaded.
-    """
+    """Makes a card for any network of timm, from timm's config; raises as :func:`find_config`."""
     config = find_config(name)
     return ModelCard(
         f"timm/{name}",
@@ -128,32 +110,29 @@ def timm_card(name: str) -> ModelCard:
     )
 
 
-def _in_chans(model: Any, kwargs: Mapping[str, Any]) -> int:
-    return int(kwargs.get("in_chans") or model.pretrained_cfg["input_size"][0])
-
-
-class _Layout(NamedTuple):
-    """Geometry of a network's features on its image.
+class _Geometry(NamedTuple):
+    """How a network's features lie on its image.
 
     Attributes:
-        feat_dim: Channels of the features.
+        feat_dim: Channels of the features; None if they are those that timm announces.
         fixed_size: The network's fixed size of image; None if it takes any.
         padding: Pixels to add to each axis, in total, so that the features cover the image.
     """
 
-    feat_dim: int
+    feat_dim: int | None = None
     fixed_size: tuple[int, int] | None = None
     padding: int = 0
 
 
-def _layout(
+def _geometry(
     name: str,
     model: Any,
     kwargs: Mapping[str, Any],
-    feat_dim: int,
     patch: int,
+    in_chans: int,
+    indices: list[int],
     options: Mapping[str, Any],
-) -> _Layout:
+) -> _Geometry:
     """Finds the geometry of the features with a copy of the network on the meta device."""
     config = model.pretrained_cfg
     dynamic = getattr(model, "dynamic_img_size", False) and not hasattr(model, "neck")
@@ -162,9 +141,7 @@ def _layout(
         or config.get("min_input_size")
         or any(map(_loses_edges, model.modules()))
     ):
-        return _Layout(feat_dim)
-    in_chans, native = _in_chans(model, kwargs), kwargs.get("img_size", config["input_size"][1:])
-    native = (native, native) if isinstance(native, int) else (int(native[0]), int(native[1]))
+        return _Geometry()
     with torch.device("meta"):
         twin = build(name, kwargs).eval()
 
@@ -173,7 +150,8 @@ def _layout(
         try:
             with torch.device("meta"), torch.no_grad():
                 image = torch.empty(1, in_chans, height, width)
-                return tuple(twin.forward_intermediates(image, **options)[0].shape[1:])
+                features = twin.forward_intermediates(image, indices=indices, **options)[0]
+                return tuple(features.shape[1:])
         except (AssertionError, RuntimeError, ValueError):
             return None
 
@@ -181,7 +159,7 @@ def _layout(
     fixed = type(model).__name__ == "MultiScaleVit"
     probe = None if fixed else shape(5 * patch, 7 * patch)
     if probe and probe[1:] == (5, 7):
-        return _Layout(probe[0])
+        return _Geometry(probe[0])
     if probe and probe[1] < 5 and probe[2] < 7:
         # Convolutions without padding: the least padding that completes the grid also centres it.
         padding = bisect_left(
@@ -190,9 +168,11 @@ def _layout(
             key=lambda more: (shape(5 * patch + more, 7 * patch + more) or (0, 0, 0))[1] >= 5,
         )
         if (shape(9 * patch + padding, 6 * patch + padding) or ())[1:] == (9, 6):
-            return _Layout(probe[0], padding=padding)
+            return _Geometry(probe[0], padding=padding)
+    native = kwargs.get("img_size", config["input_size"][1:])
+    native = (native, native) if isinstance(native, int) else (int(native[0]), int(native[1]))
     own = shape(*native)
-    return _Layout(own[0], fixed_size=native) if own else _Layout(feat_dim)
+    return _Geometry(own[0], fixed_size=native) if own else _Geometry()
 
 
 def _loses_edges(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from featup_hub.weights import explained, read_state
-from featup_hub.weights.files import listed
+from featup_hub.weights.files import listed_problems
 
 __all__ = ["build", "cached_file", "create", "find_config", "is_timm_model"]
 
@@ -30,16 +30,7 @@ def create(
     """Builds a network of timm and loads weights strictly, if any.
 
     timm loads the weights, so its conversions apply: it resamples position embeddings and reads the
-    authors' files.
-
-    Args:
-        name: See :class:`TimmBackbone`, also for the other arguments.
-        pretrained: See there.
-        weights: See there.
-        backbone_kwargs: See there.
-
-    Returns:
-        The network, with its classifier.
+    authors' files. The arguments are those of :class:`TimmBackbone`.
     """
     config = find_config(name)
     kwargs = dict(backbone_kwargs or {})
@@ -48,7 +39,7 @@ def create(
             raise RuntimeError(
                 f"timm has no weights for {name!r}; give a file of your own, or pretrained=False"
             )
-        if pretrained and (cached := cached_file(name)):
+        if pretrained and (cached := _cached(config)):
             kwargs["pretrained_cfg_overlay"] = {"file": cached}
         with explained(f"the weights of timm's {name}") if pretrained else nullcontext():
             return build(name, {**kwargs, "pretrained": pretrained})
@@ -78,9 +69,12 @@ def create(
 
 def cached_file(name: str) -> str | None:
     """Returns timm's weights of a name if they are in the Hub's cache; sends no request."""
+    return _cached(find_config(name))
+
+
+def _cached(config: Any) -> str | None:
     import huggingface_hub as hub
 
-    config = find_config(name)
     if config.source == "hf-hub" or not config.hf_hub_id:
         return None
     file = config.hf_hub_filename or "model.safetensors"
@@ -141,8 +135,7 @@ def _problems(error: Exception) -> str:
     shapes = r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)"
     differing = [f"{key} ({got}), needed ({due})" for key, got, due in re.findall(shapes, text)]
     problems = {"missing": missing, "not known here": unknown, "of another shape": differing}
-    told = (f"{len(names)} {label}: {listed(names)}" for label, names in problems.items() if names)
-    return "; ".join(told) or text
+    return listed_problems(problems) or text
 
 
 def find_config(name: str) -> Any:
