@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.image import preprocess, resize
-from featup_hub.loading import load, name_and_file
+from featup_hub.loading import list_models, load, name_and_file
 from featup_hub.model import UpsampledBackbone
-from featup_hub.visualize import fit_pca, pca_rgb
+from featup_hub.registry import UPSAMPLERS
+from featup_hub.visualize import fit_pca, pca_rgb, picture
 
 try:
     import gradio as gr
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["PhotoFeatures", "build", "compute", "draw_colours", "draw_similarity", "similarity"]
 
 VIEWS = ("similarity", "colours (PCA)")
-UPSAMPLERS = ("jbu_denoise", "jbu_faithful")
 _KEPT = 6  # photographs whose features stay in memory: about 100 MB each at 448×448
 _SHADES = ("#10104a", "#fff080", "#e02040")  # unlike, alike, between
 
@@ -47,8 +46,7 @@ class Point(NamedTuple):
     y: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhotoFeatures:
+class PhotoFeatures(NamedTuple):
     """A photograph and its features, scaled to length one.
 
     Attributes:
@@ -64,16 +62,7 @@ class PhotoFeatures:
 
 @torch.inference_mode()
 def compute(model: UpsampledBackbone, photo: Image.Image, size: int) -> PhotoFeatures:
-    """Computes the features of a photograph.
-
-    Args:
-        model: A backbone with its upsampler.
-        photo: The photograph, RGB.
-        size: Short side of the backbone's input, in pixels, rounded to whole patches.
-
-    Returns:
-        The features.
-    """
+    """Computes the features of a photograph whose short side becomes about ``size`` pixels."""
     stride = model.patch_size
     size = max(round(size / stride), 1) * stride
     shown = resize(photo, size, multiple_of=stride)
@@ -81,7 +70,7 @@ def compute(model: UpsampledBackbone, photo: Image.Image, size: int) -> PhotoFea
     source = model.source(image)
     maps = (source, model.upsampler(source, image))
     patches, pixels = (F.normalize(m[0].permute(1, 2, 0).contiguous(), dim=-1) for m in maps)
-    return PhotoFeatures(image=shown, patches=patches, pixels=pixels)
+    return PhotoFeatures(shown, patches, pixels)
 
 
 def similarity(
@@ -110,17 +99,7 @@ def similarity(
 def draw_similarity(
     similarities: Tensor, low: float, image: Image.Image, strength: float
 ) -> Image.Image:
-    """Draws similarities over a photograph.
-
-    Args:
-        similarities: Cosine similarities, (h, w).
-        low: The similarity of the darkest colour; 1 has the brightest.
-        image: The photograph.
-        strength: Opacity of the colours, from 0 to 1.
-
-    Returns:
-        An RGB image of the photograph's size.
-    """
+    """Draws similarities, (h, w), over a photograph: dark at ``low``, bright at 1."""
     from PIL import Image, ImageOps
 
     levels = ((similarities - low) / max(1 - low, 1e-6)).clamp(0, 1)
@@ -131,23 +110,16 @@ def draw_similarity(
 def draw_colours(photos: Sequence[PhotoFeatures], strength: float) -> list[Image.Image]:
     """Draws the three main directions of the features as red, green and blue.
 
-    Args:
-        photos: Photographs. All share one basis, so equal colours mean similar features.
-        strength: Opacity of the colours, from 0 to 1.
-
-    Returns:
-        Two RGB images for each photograph: of its patches and of its pixels.
+    All photographs share one basis, so equal colours mean similar features. Returns two pictures of
+    each: of its patches and of its pixels.
     """
-    from PIL import Image
-
     maps = [[m.permute(2, 0, 1)[None] for m in (p.patches, p.pixels)] for p in photos]
     basis = fit_pca(*(patches for patches, _ in maps))
     pictures = []
     for photo, pair in zip(photos, maps, strict=True):
         for features in pair:
-            colours = pca_rgb(features, basis)[0].permute(1, 2, 0)
-            picture = Image.fromarray((colours * 255).round().byte().numpy())
-            pictures.append(_overlay(picture, photo.image, strength))
+            colours = picture(pca_rgb(features, basis))
+            pictures.append(_overlay(colours, photo.image, strength))
     return pictures
 
 
@@ -166,28 +138,24 @@ def _draw(
     from PIL import ImageDraw
 
     present = [photo for photo in photos if photo is not None]
-    pictures: list[Image.Image | None] = []
-    if view == VIEWS[1]:
-        colours = iter(draw_colours(present, strength) if present else [])
-        for photo in photos:
-            pictures += [None, None] if photo is None else [next(colours), next(colours)]
-        return pictures
     query = None if point is None else photos[point.photo]
-    if query is None or point is None:
-        return [None if p is None else p.image for p in photos for _ in range(2)]
-    # The photograph's mean similarity is drawn darkest, so that both cells are comparable.
-    lows = [float(m.mean()) for m in similarity(query, point[1:], query)]
-    for photo in photos:
-        if photo is None:
-            pictures += [None, None]
-            continue
-        for similarities, low in zip(similarity(query, point[1:], photo), lows, strict=True):
-            picture = draw_similarity(similarities, low, photo.image, strength)
-            if photo is query:
-                x, y = point.x * picture.width, point.y * picture.height
-                ImageDraw.Draw(picture).circle((x, y), 6, outline="white", width=2)
-            pictures.append(picture)
-    return pictures
+    drawn: list[Image.Image] = []
+    if view == VIEWS[1]:
+        drawn = draw_colours(present, strength) if present else []
+    elif query is None or point is None:
+        drawn = [photo.image for photo in present for _ in range(2)]
+    else:
+        # The photograph's mean similarity is drawn darkest, so that both cells are comparable.
+        lows = [float(m.mean()) for m in similarity(query, point[1:], query)]
+        for photo in present:
+            for similarities, low in zip(similarity(query, point[1:], photo), lows, strict=True):
+                shown = draw_similarity(similarities, low, photo.image, strength)
+                if photo is query:
+                    x, y = point.x * shown.width, point.y * shown.height
+                    ImageDraw.Draw(shown).circle((x, y), 6, outline="white", width=2)
+                drawn.append(shown)
+    pictures = iter(drawn)
+    return [None if photo is None else next(pictures) for photo in photos for _ in range(2)]
 
 
 def build(
@@ -195,7 +163,6 @@ def build(
     *,
     model: str,
     upsampler: str,
-    models: Sequence[str],
     size: int = 448,
 ) -> gr.Blocks:
     """Builds the page.
@@ -204,14 +171,10 @@ def build(
         photos: The photographs that it shows first, at most two.
         model: The model that it uses first, ``NAME`` or ``NAME=FILE``.
         upsampler: The name of the upsampler that it uses first.
-        models: The names to choose from; others can be typed.
         size: Short side of the backbone's input, in pixels.
 
     Returns:
         The page. Its method ``launch()`` serves it.
-
-    Raises:
-        ValueError: If there are more than two photographs.
     """
     if len(photos) > 2:
         raise ValueError(f"the page shows at most two photographs; got {len(photos)}")
@@ -253,7 +216,7 @@ def build(
             "bright: patch by patch, as the backbone sees them, and pixel by pixel, upsampled."
         )
         with gr.Row():
-            name = gr.Dropdown(list(models), value=model, label="model", allow_custom_value=True)
+            name = gr.Dropdown(list_models(), value=model, label="model", allow_custom_value=True)
             stages = gr.Dropdown(list(UPSAMPLERS), value=upsampler, label="upsampler")
             view = gr.Radio(list(VIEWS), value=VIEWS[0], label="view")
             strength = gr.Slider(0, 1, 0.7, step=0.05, label="overlay strength")

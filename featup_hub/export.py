@@ -42,9 +42,6 @@ def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedPr
     Returns:
         The program; ``program.module()(*inputs)`` runs it.
 
-    Raises:
-        ValueError: If the model is in training mode, or a dynamic side is 1 in the example.
-
     Example:
         >>> from featup_hub import JBUStack
         >>> upsampler = JBUStack(num_stages=1, radius=1, key_dim=2).eval()
@@ -69,22 +66,13 @@ def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedPr
 
 
 def write_pt2(program: ExportedProgram, path: str | Path) -> None:
-    """Writes a program for ``torch.export.load``, which needs only PyTorch.
-
-    Args:
-        program: Result of :func:`trace`.
-        path: A file named ``*.pt2``.
-    """
+    """Writes a result of :func:`trace` as ``*.pt2`` for ``torch.export.load``."""
     with write_atomically(path) as partial, partial.open("wb") as file:
         torch.export.save(program, file)
 
 
 def check_onnx() -> None:
-    """Checks for ONNX's packages before tracing, which takes a minute.
-
-    Raises:
-        ImportError: If ONNX's packages are missing.
-    """
+    """Raises ImportError if ONNX's packages are missing, before tracing, which takes a minute."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -93,16 +81,9 @@ def check_onnx() -> None:
 
 
 def write_onnx(program: ExportedProgram, path: str | Path) -> None:
-    """Writes a program as an ONNX graph with an output named ``features``.
+    """Writes a result of :func:`trace` as an ONNX graph with an output named ``features``.
 
     Weights of more than 1.5 GiB go to a second file, ``*.onnx.data``. Keep both in one folder.
-
-    Args:
-        program: Result of :func:`trace`.
-        path: A file named ``*.onnx``.
-
-    Raises:
-        ImportError: If ONNX's packages are missing.
     """
     check_onnx()
     with warnings.catch_warnings():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import socket
@@ -15,26 +14,20 @@ from torch import Tensor
 
 __all__ = ["sha256_of_file", "sha256_of_tensors", "write_atomically"]
 
-_LONGEST_PREFIX = 32  # characters; file systems allow 255 bytes, and a character has up to four
-
 
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to ``path`` if no error is raised.
 
     A file named ``path`` is therefore always complete, even if the process is killed. Temporary
-    files of the same target that killed processes of this machine left behind are removed.
-
-    Args:
-        path: The file to make or replace. A link is replaced, not followed.
-
-    Yields:
-        A path in the same folder. It is removed if an exception is raised.
+    files of the same target that killed processes of this machine left behind are removed. A link
+    is replaced, not followed.
     """
     path = Path(path)
-    own = f".{_prefix(path.name)}.{socket.gethostname()}."
+    short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # names may be 255 bytes long
+    own = f".{short}.{socket.gethostname()}."
     partial = path.with_name(f"{own}{os.getpid()}.partial")
-    for left in path.parent.glob(f"{glob.escape(own)}*.partial"):
+    for left in path.parent.glob(f"{own}*.partial"):
         if not _is_running(left.name.removeprefix(own).removesuffix(".partial")):
             left.unlink(missing_ok=True)
     try:
@@ -73,21 +66,12 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _prefix(name: str) -> str:
-    """Shortens a name that would be too long with its suffix."""
-    if len(name) <= _LONGEST_PREFIX:
-        return name
-    return f"{name[:_LONGEST_PREFIX]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
-
-
 def _is_running(pid: str) -> bool:
     """Returns whether a process runs; True if that cannot be known."""
     if os.name != "posix" or not pid.isdecimal():
         return True
     try:
         os.kill(int(pid), 0)  # signal 0 only checks that the process exists
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -53,9 +53,6 @@ def read_image(
             are clipped. Default: the full range of 8 or 16 bits. Needed for floating-point and
             signed pixels.
 
-    Returns:
-        An upright PIL image of mode RGB.
-
     Raises:
         OSError: If there is no such file, or it is a folder or may not be read.
         ValueError: If the file is not an image, is damaged, or has too many pixels; or if ``bands``
@@ -106,9 +103,6 @@ def resize(
             multiple. (H, W) is exact: the image is scaled to cover it and centre-cropped.
         multiple_of: The patch size, in pixels. A rounded side is at least this long.
 
-    Returns:
-        The resized image.
-
     Raises:
         ValueError: If ``size`` is not positive or not a multiple, or the result would have more
             pixels than Pillow's limit.
@@ -131,7 +125,9 @@ def resize(
         new_height, new_width = size
     else:
         scale = 1.0 if size is None else size / min(width, height)
-        new_height, new_width = (_nearest(side * scale, multiple_of) for side in (height, width))
+        new_height, new_width = (
+            max(int(side * scale / multiple_of + 0.5), 1) * multiple_of for side in (height, width)
+        )
     if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"at most {2 * Image.MAX_IMAGE_PIXELS} pixels; {height}×{width} would become "
@@ -157,7 +153,9 @@ def preprocess(
     std: Sequence[float],
     multiple_of: int = 1,
 ) -> Tensor:
-    """Converts an image to a backbone's input.
+    """Converts an image to a backbone's input, normalised, (1, 3, H, W), float32.
+
+    Raises as :func:`read_image` and :func:`resize`.
 
     Args:
         image: A file, a PIL image or an array; see :func:`read_image`.
@@ -165,14 +163,6 @@ def preprocess(
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
         multiple_of: The backbone's patch size, in pixels.
-
-    Returns:
-        The normalised image, (1, 3, H, W), float32.
-
-    Raises:
-        OSError: As :func:`read_image`.
-        ValueError: As :func:`read_image` and :func:`resize`.
-        TypeError: If ``image`` or ``size`` is something else.
 
     Example:
         >>> from PIL import Image
@@ -186,23 +176,16 @@ def preprocess(
     image = read_image(image)
     pixels = torch.from_numpy(np.array(resize(image, size, multiple_of=multiple_of)))
     values = pixels.permute(2, 0, 1).contiguous().float() / 255
-    return ((values - _per_channel(mean)) / _per_channel(std))[None]
+    mean_, std_ = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
+    return ((values - mean_) / std_)[None]
 
 
 def list_images(folder: str | Path) -> list[Path]:
     """Lists the images in a folder and its subfolders, sorted by path.
 
-    Links to folders are followed, without endless loops. Hidden files (``.name``) are left out. A
-    warning tells of photographs in formats that cannot be read, such as HEIC.
-
-    Args:
-        folder: Where to look.
-
-    Returns:
-        Files whose suffix is one of ``IMAGE_SUFFIXES``, in upper or lower case.
-
-    Raises:
-        OSError: If the folder does not exist or cannot be read.
+    Images have a suffix in ``IMAGE_SUFFIXES``, in upper or lower case. Links to folders are
+    followed, without endless loops. Hidden files (``.name``) are left out. A warning tells of
+    photographs in formats that cannot be read, such as HEIC.
     """
     found = sorted(_walk(Path(folder), ()))
     images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -238,11 +221,3 @@ def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
             and path.is_file()  # no broken link
         ):
             yield path
-
-
-def _nearest(side: float, multiple_of: int) -> int:
-    return max(int(side / multiple_of + 0.5), 1) * multiple_of
-
-
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)[:, None, None]

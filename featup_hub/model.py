@@ -41,10 +41,6 @@ class UpsampledBackbone(nn.Module):
         patch_size: Stride of the source in pixels.
         feat_dim: Channels of the features.
 
-    Raises:
-        TypeError: If ``backbone`` is not a :class:`~featup_hub.backbones.Backbone`.
-        ValueError: If the upsampler was made for another number of channels.
-
     Example:
         >>> from featup_hub import ModuleBackbone
         >>> cnn = ModuleBackbone(nn.Conv2d(3, 8, 16, stride=16), feat_dim=8, patch_size=16)
@@ -102,12 +98,6 @@ class UpsampledBackbone(nn.Module):
         Returns:
             The normalised image, (1, 3, H, W), on the model's device and in its precision.
 
-        Raises:
-            OSError: If there is no such file, or it may not be read.
-            ValueError: If the file is not an image, or ``size`` is not a multiple of
-                ``patch_size``.
-            TypeError: If ``photo`` is something else.
-
         Example:
             >>> import numpy as np
             >>> from featup_hub import load
@@ -121,17 +111,9 @@ class UpsampledBackbone(nn.Module):
         return image.to(like.device, like.dtype)
 
     def source(self, image: Tensor) -> Tensor:
-        """Returns the features before upsampling.
+        """Returns the features before upsampling, (B, C, ceil(H/p), ceil(W/p)), p the patch size.
 
-        Args:
-            image: RGB normalised by ``mean`` and ``std``, any size, (B, 3, H, W).
-
-        Returns:
-            Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size.
-
-        Raises:
-            ValueError: If ``image`` is not (B, 3, H, W).
-            TypeError: If it is not a tensor, or its precision is not the model's.
+        The image is the one of :meth:`forward`.
         """
         if not isinstance(image, Tensor):
             raise TypeError(
@@ -202,10 +184,6 @@ class UpsampledBackbone(nn.Module):
         Returns:
             A model that returns (B, K, H, W) and shares its parameters with this one and the
             head.
-
-        Raises:
-            ValueError: If the head is of another kind or for another number of channels, or the
-                model has a head.
         """
         if isinstance(self.upsampler, FoldedHead):
             raise ValueError("this model has a head already; fold one into the model it came from")

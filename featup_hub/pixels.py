@@ -43,11 +43,7 @@ class Pixels:
     alpha: Image.Image | None = None
 
     def choose(self, bands: Sequence[int]) -> Pixels:
-        """Takes three bands, counted from 1, as red, green and blue.
-
-        Raises:
-            ValueError: If there are not three, or the image does not have them.
-        """
+        """Takes three bands, counted from 1, as red, green and blue."""
         stacked = self.values if self.values.ndim == 3 else self.values[..., None]
         count = stacked.shape[2]
         if len(bands) != 3 or not all(1 <= band <= count for band in bands):
@@ -59,11 +55,7 @@ class Pixels:
         return replace(self, values=chosen, alpha=None)
 
     def to_8_bits(self, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
-        """Scales a range of values to 0..255, (H, W) or (H, W, 3).
-
-        Raises:
-            ValueError: If there are not one or three bands, or the range is needed.
-        """
+        """Scales a range of values to 0..255, (H, W) or (H, W, 3)."""
         import numpy as np
 
         values = self.values
@@ -104,10 +96,8 @@ class Pixels:
 def decode(image: object, *, as_stored: bool = False) -> Pixels:
     """Reads all values of an image, rotated by EXIF.
 
-    Args:
-        image: A path, a PIL image or an array, see :func:`featup_hub.image.read_image`.
-        as_stored: Whether to keep the bands of the file; else they are converted to grey or RGB if
-            the format defines how.
+    With ``as_stored``, the bands are those of the file; else they are converted to grey or RGB if
+    the format defines how.
     """
     import numpy as np
     from PIL import Image, UnidentifiedImageError
@@ -157,7 +147,10 @@ def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: 
     import numpy as np
     from PIL import ImageOps
 
-    raw = _raw_mode(image)
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    raw = raw if isinstance(raw, str) else ""  # Pillow's name of the file's layout, such as RGB;16B
     with _decoder_errors(name):
         upright = ImageOps.exif_transpose(image)
         signed = 2 in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
@@ -178,14 +171,6 @@ def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: 
     if as_stored or upright.mode == "RGB":
         return Pixels(name=name, values=values)
     return Pixels(name=name, values=values[..., :3], alpha=upright.getchannel("A"))
-
-
-def _raw_mode(image: Image.Image) -> str:
-    """Returns Pillow's name of the file's pixel layout, such as RGB;16B; "" if unknown."""
-    tiles = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else ""
-    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    return first if isinstance(first, str) else ""
 
 
 def _low_bytes(file: BinaryIO, raw: str) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PCABasis", "comparison", "contact_sheet", "fit_pca", "pca_rgb"]
+__all__ = ["PCABasis", "comparison", "contact_sheet", "fit_pca", "pca_rgb", "picture"]
 
 _SAMPLES = 2048  # most positions per map to fit a basis
 _MARGIN, _FONT, _SMALLEST, _LARGEST = 12, 16, 224, 1024  # of a sheet, pixels
@@ -54,9 +54,6 @@ def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
     Returns:
         The basis, float32 on the CPU.
 
-    Raises:
-        ValueError: If the maps are not (B, C, H, W) with the same C, or not finite.
-
     Example:
         >>> source = torch.randn(1, 32, 14, 14)
         >>> pca_rgb(source, fit_pca(source)).shape
@@ -83,17 +80,10 @@ def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
 
 
 def pca_rgb(features: Tensor, basis: PCABasis) -> Tensor:
-    """Converts features to colours in a basis, without copying the features.
-
-    Args:
-        features: (B, C, H, W), any memory format.
-        basis: From :func:`fit_pca`.
+    """Converts features, (B, C, H, W), to colours in a basis, without copying the features.
 
     Returns:
         Colours in [0, 1], (B, k, H, W), float32; 0.5 for components without variation.
-
-    Raises:
-        ValueError: If the channels are not those of the basis.
     """
     channels = len(basis.mean)
     if features.dim() != 4 or features.shape[1] != channels:
@@ -116,10 +106,6 @@ def comparison(image: Image.Image, source: Tensor, upsampled: Tensor) -> Image.I
 
     Returns:
         Four captioned panels, two by two for a wide image, else in a row.
-
-    Raises:
-        ValueError: If the maps do not have the same channels, or are not finite.
-        TypeError: If ``image`` is no PIL image.
     """
     from PIL import Image
 
@@ -138,7 +124,7 @@ def comparison(image: Image.Image, source: Tensor, upsampled: Tensor) -> Image.I
         ("bilinear", _colours(bilinear, basis)),
         (f"upsampled features, {height}x{width}", pca_rgb(upsampled, basis)),
     ]
-    panels = [("image", image), *((caption, _picture(colours)) for caption, colours in maps)]
+    panels = [("image", image), *((caption, picture(colours)) for caption, colours in maps)]
     return contact_sheet(panels, size=image.size, columns=2 if width > height else 4)
 
 
@@ -153,9 +139,6 @@ def contact_sheet(
         size: Width and height of a panel. Small ones are enlarged by a whole factor to at least
             224 pixels, large ones reduced to 1,024.
         columns: Panels in a row.
-
-    Returns:
-        An RGB image.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -202,7 +185,8 @@ def _colours(projected: Tensor, basis: PCABasis) -> Tensor:
     return torch.where(span > 0, shade, torch.full_like(shade, 0.5)).clamp(0, 1)
 
 
-def _picture(colours: Tensor) -> Image.Image:
+def picture(colours: Tensor) -> Image.Image:
+    """Converts colours in [0, 1], (1, 3, H, W), to a PIL image."""
     from PIL import Image
 
     return Image.fromarray((colours[0].permute(1, 2, 0) * 255).round().byte().numpy())

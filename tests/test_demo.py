@@ -106,7 +106,7 @@ def test_equal_features_have_equal_colours_in_both_photographs(
 
 def test_more_than_two_photographs_are_refused() -> None:
     with pytest.raises(ValueError, match="at most two photographs; got 3"):
-        demo.build([disc_at(PLACES[0])] * 3, model="m", upsampler="u", models=[])
+        demo.build([disc_at(PLACES[0])] * 3, model="m", upsampler="u")
 
 
 def test_the_space_builds_the_page(root: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +36,16 @@ def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_ke
 ) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    path, host = tmp_path / "out[1].bin", socket.gethostname()
-    dead = tmp_path / f".out[1].bin.{host}.{gone.pid}.partial"
+    path = tmp_path / "out[1].bin"
+    with write_atomically(path) as partial:
+        _, short, *host, _, _ = partial.name.split(".")
+        partial.touch()
+    left = ".".join([short, *host])
+    dead = tmp_path / f".{left}.{gone.pid}.partial"
     kept = [
-        tmp_path / f".out[1].bin.{host}.{os.getppid()}.partial",  # runs
-        tmp_path / f".out[1].bin.elsewhere.{gone.pid}.partial",  # of another machine
-        tmp_path / f".other.bin.{host}.{gone.pid}.partial",  # of another file
+        tmp_path / f".{left}.{os.getppid()}.partial",  # runs
+        tmp_path / f".{short}.elsewhere.{gone.pid}.partial",  # of another machine
+        tmp_path / f".other.{'.'.join(host)}.{gone.pid}.partial",  # of another file
     ]
     for file in (dead, *kept):
         file.write_bytes(b"half")

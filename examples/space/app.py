@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import featup_hub
 from featup_hub.demo import build
 from featup_hub.image import read_image
 
@@ -11,7 +10,6 @@ page = build(
     [read_image(photo) for photo in photos],
     model="efficientnet_lite0",
     upsampler="jbu_denoise",
-    models=featup_hub.list_models(),
 )
 
 if __name__ == "__main__":

@@ -29,14 +29,12 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from featup_hub.demo import build
     from featup_hub.image import read_image
-    from featup_hub.loading import list_models
 
     choose_backbone(args.model)  # before the page opens, which would only then tell its errors
     page = build(
         [read_image(path) for path in args.images],
         model=args.model,
         upsampler=args.upsampler,
-        models=list_models(),
         size=args.size,
     )
     page.launch(inbrowser=not args.no_browser, server_port=args.port)
