@@ -2,6 +2,8 @@
 
     python benchmarks/cpu.py --out cpu.json
     python benchmarks/cpu.py --sizes --out cpu_sizes.json
+    python benchmarks/cpu.py --floor
+    python benchmarks/cpu.py --host
 
 * unfold: keys unfolded and multiplied by an einsum, as FeatUp's published code forms kernels;
   features filtered tap by tap (unfolding them, too, takes 20 GB at the largest size);
@@ -13,11 +15,19 @@ implementations take turns, and the ratio is that of their best times.
 
 With ``--sizes`` the default upsampler is measured alone, by CPU time per output pixel, at the sizes
 that photographs have, beside this machine's rates of matrix products and copies in the same run.
+
+With ``--floor`` it is compared with the time that its multiply-adds and bytes would take at those
+rates, with one thread (CPU time) and two (time on the clock).
+
+With ``--host`` the CUDA kernels are launched on a driver that does nothing: what remains of a
+forward pass is Python and torch's dispatch. Maps are so small that their arithmetic takes no time.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
 import json
 import platform
 import resource
@@ -26,13 +36,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from featup_hub import JBUStack, load_upsampler
 from featup_hub.ops import StageWeights
+from featup_hub.ops.cuda import backend
+from featup_hub.ops.cuda.cache import Cubin
+from featup_hub.ops.cuda.driver import CudaDriver
+from featup_hub.ops.cuda.programs import FusedKernels, Program
 from featup_hub.ops.reference import jbu_apply, spatial_logits
 
 CASES = [
@@ -103,27 +120,37 @@ def measure(passes: str, channels: int, low: int, high: int, impl: str) -> dict[
     return {"seconds": min(times), "bytes": 1024 * peak}
 
 
-def best(run: Callable[[], object], times: int) -> float:
-    """Returns the least CPU time of several runs, after one that sets up memory."""
+def best(
+    run: Callable[[], object], times: int, clock: Callable[[], float] = time.process_time
+) -> float:
+    """Returns the least time of several runs, after one that sets up memory."""
     run()
     seconds = []
     for _ in range(times):
-        began = time.process_time()
+        began = clock()
         run()
-        seconds.append(time.process_time() - began)
+        seconds.append(clock() - began)
     return min(seconds)
+
+
+def rates(clock: Callable[[], float] = time.process_time) -> dict[str, float]:
+    """Measures matrix products and copies, in 1e9 operations and 1e9 bytes a second."""
+    a, b = torch.randn(1024, 1024), torch.randn(1 << 24)
+    copy = torch.empty_like(b)
+    return {
+        "sgemm_gflops": 2e-9 * 1024**3 / best(lambda: a @ a, 5, clock),
+        "copy_gbytes": 8e-9 * len(b) / best(lambda: copy.copy_(b), 5, clock),
+    }
 
 
 def measure_sizes(out: Path | None) -> None:
     """Measures the default upsampler at all sizes, forward and training, 384 channels."""
     torch.manual_seed(0)
-    upsampler, a, b = load_upsampler(), torch.randn(1024, 1024), torch.randn(1 << 24)
-    copy = torch.empty_like(b)
+    upsampler = load_upsampler()
     rows: dict[str, object] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "sgemm_gflops": 2e-9 * 1024**3 / best(lambda: a @ a, 5),
-        "copy_gbytes": 8e-9 * len(b) / best(lambda: copy.copy_(b), 5),
+        **rates(),
     }
     print(rows, flush=True)
     for passes in ("forward", "training"):
@@ -145,16 +172,111 @@ def measure_sizes(out: Path | None) -> None:
                 out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def floor(low: int, channels: int) -> tuple[int, int]:
+    """Returns the multiply-adds and bytes of four stages: kernels, folding, filters; float32."""
+    outputs = [(low * 2**n) ** 2 for n in (1, 2, 3, 4)]
+    per_pixel = 35 * 32 + 25 * 32 + 52 * 49 + 49 * 49 + 2 * 7**3 + 49 * channels
+    maps = sum(outputs) + outputs[-1] // 256 + sum(outputs[:-1])  # written, read
+    return sum(outputs) * per_pixel, 4 * (maps * channels + 2 * 49 * sum(outputs))
+
+
+def measure_floor() -> None:
+    """Compares the default upsampler's forward pass with what this machine could do."""
+    torch.manual_seed(0)
+    upsampler, channels = load_upsampler(), 384
+    for threads, clock in ((1, time.process_time), (2, time.perf_counter)):
+        torch.set_num_threads(threads)
+        for low in (14, 32):
+            source, image = (
+                torch.randn(1, channels, low, low),
+                torch.randn(1, 3, 16 * low, 16 * low),
+            )
+            with torch.inference_mode():
+                seconds = best(lambda x=source, y=image: upsampler(x, y), 5, clock)
+            rate, (products, moved) = rates(clock), floor(low, channels)
+            least = 2e-9 * products / rate["sgemm_gflops"] + 1e-9 * moved / rate["copy_gbytes"]
+            print(
+                f"{threads} threads, {low}²→{16 * low}²: {1000 * seconds:.0f} ms, floor "
+                f"{1000 * least:.0f} ms, {seconds / least:.1f} times; "
+                + ", ".join(f"{name} {value:.1f}" for name, value in rate.items()),
+                flush=True,
+            )
+
+
+class Silent:
+    """The CUDA driver's library; every call succeeds at once."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        """Returns a function of the driver."""
+        return lambda *arguments: 0
+
+
+class Counter(TorchDispatchMode):
+    """Counts torch's operators; the operators of this package are one each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = collections.Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Counts an operator and runs it."""
+        self.found["views" if func.is_view else "other operators"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure_host() -> None:
+    """Counts operators and launches of a forward pass, and measures its time without a device."""
+    with mock.patch("ctypes.CDLL", return_value=Silent()):
+        driver = CudaDriver()
+    driver._contexts[-1] = 1  # torch's index of the CPU
+    launch = mock.Mock(wraps=driver.launch)
+
+    @functools.cache
+    def prepare(program: Program, device: torch.device) -> FusedKernels:
+        codes = {name: kernel.parameters for name, kernel in program.kernels.items()}
+        return FusedKernels(
+            device=-1,
+            multiprocessors=132,
+            program=program,
+            launcher=driver,
+            functions=driver.load(-1, b"", codes),
+            cubin=Cubin(image=b"", path=None, hit=False),
+            compiler="none",
+        )
+
+    upsampler = load_upsampler()
+    source, image = torch.randn(1, 8, 2, 2), torch.randn(1, 3, 32, 32)
+
+    def run() -> None:
+        upsampler(source, image, impl="cuda")
+
+    with (
+        mock.patch.object(backend, "prepare", prepare),
+        mock.patch.object(driver, "current_stream", return_value=0),
+        torch.inference_mode(),
+    ):
+        seconds = best(run, 500)
+        with Counter() as counter, mock.patch.object(driver, "launch", launch):
+            run()
+    counts = {"launches of this package": launch.call_count, **counter.found}
+    print(f"{1e6 * seconds:.0f} µs, {counts}")
+
+
 def main() -> None:
     """Runs all cases and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", action="store_true", help="the default upsampler at all sizes")
+    parser.add_argument("--floor", action="store_true", help="and beside this machine's rates")
+    parser.add_argument("--host", action="store_true", help="the time without a device")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each implementation")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     chosen = parser.parse_args()
     if chosen.sizes:
         measure_sizes(chosen.out)
+        return
+    if chosen.floor or chosen.host:
+        (measure_floor if chosen.floor else measure_host)()
         return
     if chosen.one:
         passes, channels, low, high, impl = chosen.one
