@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featup_hub.ops.memory import new_map
 from featup_hub.ops.tables import FoldedAxis, fold_axis
 
 __all__ = ["apply", "kernel_gradient", "source_gradient"]
@@ -165,7 +166,7 @@ def apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     batch, height, width, _ = kernel.shape
     channels = source.shape[3]
     tiling = Tiling.plan((source.shape[1], source.shape[2]), (height, width), kernel)
-    output = source.new_empty(batch, height, width, channels)
+    output = new_map(source, batch, height, width, channels)
     flat = source.to(kernel.dtype).reshape(batch, -1, channels)
     window_buffer, tile_buffer = tiling.buffers(channels, kernel)
     fold_buffer = _fold_buffer(tiling, kernel)
@@ -195,7 +196,7 @@ def source_gradient(grad: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tens
     """
     batch, height, width, channels = grad.shape
     tiling = Tiling.plan(size, (height, width), kernel)
-    total = kernel.new_zeros(batch, *size, channels)
+    total = new_map(kernel, batch, *size, channels).zero_()
     window_buffer, tile_buffer = tiling.buffers(channels, kernel)
     fold_buffer = _fold_buffer(tiling, kernel)
     sums = [_Overlap(tiling, part) for part in tiling.parts(channels)]
@@ -224,7 +225,7 @@ def kernel_gradient(grad: Tensor, source: Tensor, diameter: int, dtype: torch.dt
         (B, H, W, D²).
     """
     batch, height, width, channels = grad.shape
-    output = grad.new_empty(batch, height, width, diameter * diameter, dtype=dtype)
+    output = new_map(grad.new_empty(0, dtype=dtype), batch, height, width, diameter * diameter)
     tiling = Tiling.plan((source.shape[1], source.shape[2]), (height, width), output)
     flat = source.to(dtype).reshape(batch, -1, channels)
     window_buffer, tile_buffer = tiling.buffers(channels, output)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.ops import folded
+from featup_hub.ops.memory import new_map
 from featup_hub.ops.reference import (
     FIXUP_SCALE,
     MAX_TEMPERATURE,
@@ -48,11 +49,11 @@ def predict(guidance: Tensor, weights: StageWeights) -> Tensor:
     """
     batch, _, height, width = guidance.shape
     taps = weights.fixup_w1.shape[0]
-    projection, _ = _project(guidance, weights)
-    padded = reflect_pad(projection, weights.radius)
-    output = guidance.new_empty(batch, height, width, taps)
+    padded = reflect_pad(guidance, weights.radius)
+    output = new_map(guidance, batch, height, width, taps)
     for first, count in _bands(batch, height, width, weights):
-        logits = _logits(padded, weights, first, count)
+        keys, _ = _project(padded[:, :, first : first + count + 2 * weights.radius], weights)
+        logits = _logits(keys, weights)
         kernel, _, _ = _normalise(logits, weights)
         fixup_in = _with_guidance(kernel, guidance, first, count)
         hidden = F.gelu(torch.addmm(weights.fixup_b0, fixup_in, weights.fixup_w0.t()))
@@ -81,12 +82,12 @@ def predict_backward(
     padded = reflect_pad(projection, w.radius)
     total = StageWeights(*(torch.zeros_like(tensor) for tensor in w))
     grad_guidance = torch.empty_like(guidance, memory_format=torch.contiguous_format)
-    grad_logits = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    grad_logits = new_map(grad, *grad.shape)
     grad_spatial = w.fixup_b1.new_zeros(taps)
 
     for first, count in _bands(batch, height, width, w):
         rows = slice(first, first + count)
-        logits = _logits(padded, w, first, count)
+        logits = _logits(padded[:, :, first : first + count + 2 * w.radius], w)
         kernel, softmax, total_weight = _normalise(logits, w)
         fixup_in = _with_guidance(kernel, guidance, first, count)
         before = torch.addmm(w.fixup_b0, fixup_in, w.fixup_w0.t())
@@ -157,12 +158,11 @@ def _temperature(weights: StageWeights) -> Tensor:
     return weights.range_temp.exp().clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
 
-def _logits(padded: Tensor, weights: StageWeights, first: int, count: int) -> Tensor:
-    """Returns a band's logits, (B·count·W, D²)."""
+def _logits(band: Tensor, weights: StageWeights) -> Tensor:
+    """Returns the logits, (B·H·W, D²), from a padded band of keys, (B, K, H + 2r, W + 2r)."""
     d, r = weights.diameter, weights.radius
-    band = padded[:, :, first : first + count + 2 * r]
-    width = padded.shape[3] - 2 * r
-    logits = padded.new_empty(padded.shape[0], d * d, count, width)
+    count, width = band.shape[2] - 2 * r, band.shape[3] - 2 * r
+    logits = band.new_empty(band.shape[0], d * d, count, width)
     for tap in range(d * d // 2, d * d):
         dy, dx = tap // d - r, tap % d - r  # dy >= 0
         left, right = min(r, r - dx), max(r, r - dx) + width

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import random
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from featup_hub.ops import (
     reference,
     torch_backend,
 )
+from featup_hub.ops.memory import new_map
 from featup_hub.ops.reference import StageWeights
 from featup_hub.upsamplers import JBUStage
 from tests.ops.formulations import UPSTREAM_TAPS, randomise, stage_apply
@@ -300,3 +305,25 @@ def test_autocast_leaves_kernels_in_float32(impl: str) -> None:
         kernel = jbu_kernel(guidance, stage.weights(), impl=impl)
     assert kernel.dtype == torch.float32
     assert torch.equal(kernel, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for huge pages")
+def test_huge_pages_are_asked_for_within_a_large_map_and_only_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def madvise(start: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:
+        asked.append((start.value or 0, length.value, advice))
+        return -1  # as where they are disabled
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(madvise=madvise))
+    like = torch.zeros(1, dtype=torch.float16)
+    assert new_map(like, 3, 5).shape == (3, 5)
+    assert asked == []
+    large = new_map(like, 3, 1 << 20)
+    assert (large.shape, large.dtype) == ((3, 1 << 20), torch.float16)
+    ((start, length, advice),) = asked
+    assert (start % mmap.PAGESIZE, advice) == (0, mmap.MADV_HUGEPAGE)
+    assert 0 <= start - large.data_ptr() < mmap.PAGESIZE
+    assert start + length == large.data_ptr() + large.nbytes

@@ -1,0 +1,28 @@
+"""Memory for large maps on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+from torch import Tensor
+
+__all__ = ["new_map"]
+
+HUGE_PAGE = 1 << 21  # bytes
+
+
+def new_map(like: Tensor, *shape: int) -> Tensor:
+    """Does what ``like.new_empty(shape)`` does, and asks Linux for huge pages.
+
+    Linux provides memory page by page when it is first written. At 4 KB a page this took more than
+    a quarter of a forward pass. Where huge pages are disabled, the request has no effect.
+    """
+    new = like.new_empty(shape)
+    if sys.platform == "linux" and new.device.type == "cpu" and new.nbytes >= HUGE_PAGE:
+        start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = new.data_ptr() + new.nbytes - start
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return new
