@@ -212,7 +212,7 @@ def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:
     ("arguments", "message"),
     [
         (["model.pth"], "must be named *.onnx or *.pt2; got model.pth"),
-        (["model.onnx", "--static", "224"], "--static must be HxW, such as 224x224; got '224'"),
+        (["model.onnx", "--static", "224"], "--static must be HxW, such as 224x224; got 224"),
     ],
 )
 def test_what_was_typed_wrongly_is_explained(

@@ -88,16 +88,13 @@ def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
     }
 
 
-def parse_size(text: str, flag: str = "--size") -> int | tuple[int, int]:
-    """Reads a size: 448 is the short side, 448x640 is height and width.
-
-    Example:
-        >>> parse_size("448"), parse_size("448x640")
-        (448, (448, 640))
-    """
+def parse_size(text: str) -> int | tuple[int, int]:
+    """Reads a size: 448 is the short side, 448x640 is height and width."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
-        raise UsageError(f"{flag} must be a number, such as 448, or HxW, 448x640; got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"a size is a number, such as 448, or HxW, 448x640; got {text!r}"
+        )
     return (int(sides[0]), int(sides[1])) if len(sides) == 2 else int(sides[0])
 
 

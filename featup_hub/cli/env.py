@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from featup_hub import __version__
 
-__all__ = ["add_arguments", "print_implementations", "run"]
+__all__ = ["add_arguments", "run"]
 
 _PACKAGES = ("timm", "huggingface_hub", "safetensors", "pillow", "numpy")
 
@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import torch
 
+    from featup_hub.ops import implementations
+
     versions = {"featup_hub": __version__, "python": platform.python_version()}
     versions |= {"torch": torch.__version__}  # includes the CUDA version of the build
     versions |= {name: _version(name) for name in _PACKAGES}
     if args.json:
-        from featup_hub.ops import implementations
-
         content = {
             "versions": versions,
             "platform": platform.platform(),
@@ -43,20 +43,9 @@ def run(args: argparse.Namespace) -> int:
     for name, number in versions.items():
         print(f"{name}: {number}")
     print(f"platform: {platform.platform()}")
-    print_implementations(as_json=False)
-    return 0
-
-
-def print_implementations(*, as_json: bool) -> None:
-    """Prints how each device computes, and where its compiled kernels are."""
-    from featup_hub.ops import implementations
-
-    statuses = implementations()
-    if as_json:
-        print(json.dumps([asdict(status) for status in statuses], indent=2, default=str))
-        return
-    for status in statuses:
+    for status in implementations():
         print(status, *(f"  {cubin}" for cubin in status.cubins), sep="\n")
+    return 0
 
 
 def _version(name: str) -> str:

@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT", help="file to write")
     add("--format", choices=_FORMATS, help="default: by the suffix of OUT")
     add_model(parser)
-    add("--static", metavar="HxW", help="only one image of this size, such as 224x224")
+    add(
+        "--static",
+        type=parse_size,
+        metavar="HxW",
+        help="only one image of this size, such as 224x224",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if chosen not in _FORMATS:
         raise UsageError(f"the file to write must be named *.onnx or *.pt2; got {args.out}")
     check_output(args.out)
-    size = parse_size(args.static, "--static") if args.static else None
+    size = args.static
     if size is not None and (not isinstance(size, tuple) or 0 in size):
-        raise UsageError(f"--static must be HxW, such as 224x224; got {args.static!r}")
+        raise UsageError(f"--static must be HxW, such as 224x224; got {size}")
     card, options = choose_model(args)
 
     import torch

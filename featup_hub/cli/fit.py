@@ -94,10 +94,11 @@ def _outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     out = args.out or Path(f"{args.image.stem}.safetensors")
     check_output(out, ".safetensors")
     picture = None if args.no_picture else out.with_suffix(".png")
+    if picture is not None:
+        check_output(picture)
     own_weights = args.model.partition("=")[2]
     inputs = [Path(name).expanduser() for name in (args.image, args.upsampler, own_weights) if name]
     for file in filter(None, (out, picture)):
-        check_output(file)
         for source in inputs:
             if file.exists() and source.exists() and file.samefile(source):
                 advice = "another --out" + (", or --no-picture" if file == picture else "")

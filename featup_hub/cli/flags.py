@@ -32,16 +32,8 @@ def add_flags(
 
     Fields may be int, float, str, bool (which makes ``--name`` and ``--no-name``), Path, Literal,
     tuples of these, and any of these or None. The help is the field's entry in the docstring's
-    ``Attributes:``. A field without a default is a required flag.
-
-    Args:
-        parser: The parser to extend.
-        config: The dataclass.
-        flags: Other names of flags by field, such as ``{"backbones": "--model"}``; the field's own
-            name still works, but is hidden.
-
-    Raises:
-        TypeError: If a field is of another type.
+    ``Attributes:``. A field without a default is a required flag. ``flags`` has other names of
+    flags by field, such as ``{"backbones": "--model"}``; the own name still works, but is hidden.
 
     Example:
         >>> from dataclasses import dataclass
@@ -74,13 +66,8 @@ def add_flags(
             **options,
         )
         if own not in shown.option_strings:
-            group.add_argument(
-                own,
-                dest=field.name,
-                default=argparse.SUPPRESS,
-                help=argparse.SUPPRESS,
-                **options,
-            )
+            hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(own, dest=field.name, **hidden, **options)
 
 
 def from_flags(config: type[T], args: argparse.Namespace, preset: T | None = None) -> T:

@@ -6,8 +6,6 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from featup_hub.cli.env import print_implementations
-
 if TYPE_CHECKING:
     from featup_hub.registry import ModelCard
 
@@ -23,17 +21,12 @@ _PLACES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print JSON, with all details")
-    # `featup-hub env` tells this now.
-    parser.add_argument("--impl", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from featup_hub.registry import MODELS, UPSAMPLERS
 
-    if args.impl:
-        print_implementations(as_json=args.json)
-        return 0
     rows = [_row(card) for card in MODELS.values()]
     if args.json:
         print(json.dumps(rows, indent=2))

@@ -23,15 +23,6 @@ __all__ = ["FORMATS", "Job", "is_finished", "plan", "write_features"]
 FORMATS = ("safetensors", "npy")
 """Formats of features, by the suffix of the file."""
 
-_FORMERLY = {
-    "layer": "default",
-    "looks": "1",
-    "dtype": "float32",
-    "bands": "all",
-    "value_range": "full",
-}
-"""Values of settings that older files do not store."""
-
 
 class Job(NamedTuple):
     """An image, the file of features to make, and the picture beside it, if any."""
@@ -107,7 +98,7 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
         except ValueError as error:
             raise ValueError(f"{job.features} is not a safetensors file; {remedy}") from error
         for key, wanted in settings.items():
-            if (found := notes.get(key, _FORMERLY.get(key, "unknown"))) != wanted:
+            if (found := notes.get(key, "unknown")) != wanted:
                 raise ValueError(
                     f"{job.features} exists, made with {key} {found}, not {wanted}; {remedy}"
                 )

@@ -47,11 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add(
         "--size",
+        type=parse_size,
         help="short side in pixels, such as 448, or HxW, such as 448x640, which crops to that "
         "shape; a multiple of the model's stride (default: short side as the model's card says)",
     )
     add(
         "--bands",
+        type=_bands,
         metavar="R,G,B",
         help="numbers of the red, green and blue bands, from 1, such as 4,3,2",
     )
@@ -94,17 +96,16 @@ def run(args: argparse.Namespace) -> int:
 
     card, options = choose_model(args)
     stride = card.patch_size if args.layer is None and args.looks == 1 else None
-    size = parse_size(args.size or str(card.image_size))
-    if args.size:
+    size = card.image_size if args.size is None else args.size
+    if args.size is not None:
         _check_size(size, stride or 1, card.name)
-    bands = _bands(args.bands)
     device = open_device(args.device)
     if args.impl == "cuda" and device.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {device}; leave --impl out")
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
     model = None
-    if not args.size and stride is None:  # only the loaded model tells a size that fits
+    if args.size is None and stride is None:  # only the loaded model tells a size that fits
         model = load(card, **options, device=device)
         size = model.image_size or size
     settings = _settings(args, card, options, size)
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         _check_size(size, model.patch_size, card.name)
 
     def read(job: Job) -> Image.Image:
-        image = read_image(job.image, bands=bands, value_range=args.value_range)
+        image = read_image(job.image, bands=args.bands, value_range=args.value_range)
         return resize(image, size, multiple_of=model.patch_size if model else 1)
 
     for job, reading in _read_ahead(todo, read):
@@ -151,7 +152,7 @@ def _settings(
         "looks": str(args.looks),
         "size": "x".join(map(str, size)) if isinstance(size, tuple) else str(size),
         "dtype": args.dtype,
-        "bands": args.bands or "all",
+        "bands": ",".join(map(str, args.bands or ["all"])),
         "value_range": " ".join(map(str, args.value_range or ["full"])),
     }
 
@@ -259,12 +260,12 @@ def _upsample(
     return f"wrote {made}: {shape} in {time.monotonic() - start:.1f} s"
 
 
-def _bands(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
+def _bands(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if len(numbers) != 3 or not all(number.strip().isdecimal() for number in numbers):
-        raise UsageError(f"--bands must be three numbers from 1, such as 4,3,2; got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"bands are three numbers from 1, such as 4,3,2; got {text!r}"
+        )
     return tuple(int(number) for number in numbers)
 
 

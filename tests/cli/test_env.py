@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +13,36 @@ import torch
 from featup_hub import __version__
 from featup_hub.cli import main
 from featup_hub.cli.upsample import _IMPLEMENTATIONS
+from featup_hub.ops.choice import ImplementationStatus
 
 
 def test_env_shows_versions_and_why_an_implementation_runs(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"featup_hub: {__version__}"
     assert f"torch: {torch.__version__}" in lines
-    assert any(line.startswith("cpu: torch, because ") for line in lines)
+    assert any(line.startswith("cpu: torch, because the fused kernels need ") for line in lines)
+    compiled = ImplementationStatus(
+        device="cuda:0 (a card)",
+        impl="cuda",
+        compiler="NVRTC 12.8",
+        cubins=(Path("/cache/forward.cubin"), Path("/cache/backward.cubin")),
+    )
+    monkeypatch.setattr("featup_hub.ops.implementations", lambda: [compiled])
+    assert main(["env"]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "cuda:0 (a card): cuda, compiled by NVRTC 12.8, kept in /cache",
+        "  /cache/forward.cubin",
+        "  /cache/backward.cubin",
+    ]
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["featup_hub"] == __version__
-    assert found["implementations"][0]["impl"] == "torch"
+    (row,) = found["implementations"]
+    assert row["cubins"] == ["/cache/forward.cubin", "/cache/backward.cubin"]
+    assert (row["impl"], row["reason"]) == ("cuda", None)
 
 
 def test_implementations_to_choose_from_are_those_there_are() -> None:

@@ -60,16 +60,6 @@ def test_flags_set_fields_of_every_kind() -> None:
     assert from_flags(Run, parser_of_run().parse_args(["--out", "o"])) == Run(out=Path("o"))
 
 
-@pytest.mark.parametrize(
-    "line", ["--steps 1.5 --out o", "--mode c --out o", "--size 1 --out o", "--steps 3"]
-)
-def test_flags_refuse_what_fields_cannot_hold(
-    line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        parser_of_run().parse_args(line.split())
-
-
 def test_flags_take_their_help_from_the_docstring() -> None:
     text = " ".join(parser_of_run().format_help().split())
     assert "How many steps, at 100 % (default: 5)" in text

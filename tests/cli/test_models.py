@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from featup_hub.cli import main
-from featup_hub.ops.choice import ImplementationStatus
 
 
 def test_models_are_listed_with_where_their_weights_are(
@@ -34,28 +32,3 @@ def test_models_are_listed_with_where_their_weights_are(
     assert rows["jbu"]["channels"] is None
     assert rows["efficientnet_lite0"]["weights"] == "shipped"
     assert rows["efficientnet_lite0"]["licence"] == "Apache-2.0"
-
-
-def test_who_computes_is_told_with_the_reason_and_where_compiled_kernels_lie(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["models", "--impl"]) == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("cpu: torch, because the fused kernels need tensors on a CUDA device")
-    compiled = ImplementationStatus(
-        device="cuda:0 (a card)",
-        impl="cuda",
-        compiler="NVRTC 12.8",
-        cubins=(Path("/cache/forward.cubin"), Path("/cache/backward.cubin")),
-    )
-    monkeypatch.setattr("featup_hub.ops.implementations", lambda: [compiled])
-    assert main(["models", "--impl"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "cuda:0 (a card): cuda, compiled by NVRTC 12.8, kept in /cache",
-        "  /cache/forward.cubin",
-        "  /cache/backward.cubin",
-    ]
-    assert main(["models", "--impl", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["cubins"] == ["/cache/forward.cubin", "/cache/backward.cubin"]
-    assert (row["impl"], row["reason"]) == ("cuda", None)
