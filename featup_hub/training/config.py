@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-__all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig"]
-
-UPSTREAM_TAPS = (0, 1, 4, 9, 16, 25, 36)
-"""The only taps that get a gradient in upstream's CUDA code; a value for ``kernel_taps``."""
+__all__ = ["JBUTrainingConfig"]
 
 _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a finite number": (
         math.isfinite,  # infinity is allowed: no clipping, no checkpoints between start and end
         (
-            *("max_aspect", "max_stride", "max_zoom", "window", "lr", "final_lr"),
+            *("max_aspect", "max_stride", "max_zoom", "lr", "final_lr"),
             *("crf_weight", "tv_weight", "region_weight", "region_noise"),
         ),
     ),
@@ -24,7 +21,7 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         lambda value: value >= 1,
         (
             *("steps", "batch", "image_size", "views", "projection_dim", "crf_samples"),
-            *("region_channels", "max_aspect", "max_stride", "max_zoom", "window"),
+            *("region_channels", "max_aspect", "max_stride", "max_zoom"),
         ),
     ),
     "at least 0": (
@@ -38,8 +35,6 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "above 0 and at most 1": (lambda value: 0 < value <= 1, ("min_scale",)),
     "from 0 to 1": (lambda value: 0 <= value <= 1, ("region_field", "ema")),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, ("dropout",)),
-    "'attention' or 'simple'": (lambda value: value in ("attention", "simple"), ("downsampler",)),
-    "taps from 0 to 48": (lambda taps: all(0 <= tap < 49 for tap in taps), ("kernel_taps",)),
 }
 """Allowed values as errors name them, and their fields. The trainer checks ``parts``."""
 
@@ -64,8 +59,6 @@ class JBUTrainingConfig:
         views: Jittered views per photograph.
         max_pad: Pixels by which a view may reach beyond the crop.
         max_zoom: Largest magnification of a view.
-        downsampler: Model of how the backbone reduces features, "attention" or "simple".
-        window: Side of the downsampler's window in the backbone's patches.
         projection_dim: Channels in which features are compared.
         uncertainty: Whether to predict the standard deviation of the error at each position.
         crf_weight: Weight of the conditional random field.
@@ -86,8 +79,6 @@ class JBUTrainingConfig:
         dropout: Probability of dropping a hidden channel of a stage (upstream: 0.1).
         unit_sum: Whether every kernel sums to exactly one, so that features keep their scale
             (ours).
-        kernel_taps: Research only: the taps that get a gradient. Empty means all;
-            0 1 4 9 16 25 36 reproduces the fault of upstream's CUDA code.
         start: Stages to start from: a weights file, or a shipped upsampler, ``jbu_denoise`` or
             ``jbu_faithful``. A joint bilateral stage in them is kept. Empty: new stages, without a
             joint bilateral stage.
@@ -110,8 +101,6 @@ class JBUTrainingConfig:
     views: int = 5
     max_pad: int = 20
     max_zoom: float = 2.0
-    downsampler: Literal["attention", "simple"] = "attention"
-    window: float = 1.0
     projection_dim: int = 30
     uncertainty: bool = True
     crf_weight: float = 0.001
@@ -128,7 +117,6 @@ class JBUTrainingConfig:
     ema: float = 0.99
     dropout: float = 0.0
     unit_sum: bool = True
-    kernel_taps: tuple[int, ...] = ()
     start: str = ""
     seed: int = 0
     checkpoint_minutes: float = 5.0

@@ -25,7 +25,7 @@ from featup_hub.training.seeds import seeded
 from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
 from featup_hub.upsamplers import FittedFeatures, JBUFit, JBUStack
 
-__all__ = ["BASIS", "PRESETS", "FitConfig", "fit"]
+__all__ = ["PRESETS", "FitConfig", "fit"]
 
 _BATCH = 10  # views in one pass of the backbone
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,13 +28,8 @@ from tqdm import tqdm
 
 from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
-from featup_hub.training.checkpoints import (
-    Metrics,
-    load_checkpoint,
-    restoring,
-    save_checkpoint,
-)
-from featup_hub.training.config import UPSTREAM_TAPS, JBUTrainingConfig
+from featup_hub.training.checkpoints import Metrics, load_checkpoint, restoring, save_checkpoint
+from featup_hub.training.config import JBUTrainingConfig
 from featup_hub.training.objective import consistency_loss
 from featup_hub.training.photos import PhotoStream
 from featup_hub.training.process_group import ProcessGroup, process_group
@@ -42,7 +39,7 @@ from featup_hub.upsamplers import JBUStack
 from featup_hub.weights import load as load_weights
 from featup_hub.weights import load_into, write
 
-__all__ = ["UPSTREAM_TAPS", "JBUTrainingConfig", "train"]
+__all__ = ["JBUTrainingConfig", "train"]
 
 
 def train(
@@ -75,25 +72,30 @@ def train(
         RuntimeError: If the loss or its gradient is not finite; the last checkpoint is kept.
     """
     with process_group(config.device) as group:
-        _check_parts(config, group)
+        if config.parts < 1 or config.batch % config.parts or config.parts % group.size:
+            raise ValueError(
+                "the batch must divide into its parts, and these among the processes; got a batch "
+                f"of {config.batch} in parts={config.parts} for {group.size} process(es); "
+                "choose parts as a multiple of the processes, and batch as one of parts"
+            )
         stream = PhotoStream(photos, seed=config.seed, min_scale=config.min_scale)
         run = _Run(config, stream, open_backbones(config.backbones, backbones), group)
         _train(run, Path(out), progress=progress and group.is_main)
         if group.is_main:
-            run.export(Path(out) / "jbu.safetensors", photos=len(stream.paths))
+            run.export(Path(out) / "jbu.safetensors")
         group.barrier()
     return Path(out) / "jbu.safetensors"
 
 
 def _train(run: _Run, out: Path, *, progress: bool) -> None:
     """Takes the remaining steps; the main process writes checkpoints and metrics."""
-    config, is_main = run.config, run.group.is_main
+    config, is_main, checkpoint = run.config, run.group.is_main, out / "checkpoint.pt"
     out.mkdir(parents=True, exist_ok=True)
     # All processes have read before one writes: the first step waits for every process.
-    kept = first = run.restore(out / "checkpoint.pt")
-    saved = time.monotonic()
+    first, size = run.restore(checkpoint)
+    kept, saved = first, time.monotonic()
     with (
-        Metrics(out / "metrics.csv" if is_main else Path(os.devnull), first) as metrics,
+        closing(Metrics(out / "metrics.csv" if is_main else Path(os.devnull), size)) as metrics,
         tqdm(total=config.steps, initial=first, unit="step", disable=not progress) as bar,
     ):
         try:
@@ -104,24 +106,13 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
                 bar.update()
                 last = step + 1 == config.steps
                 if is_main and (last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
-                    metrics.flush()
-                    save_checkpoint(out / "checkpoint.pt", run.state(step + 1))
+                    save_checkpoint(checkpoint, run.state(step + 1, metrics.flush()))
                     kept, saved = step + 1, time.monotonic()
         except KeyboardInterrupt:
             # Saves the complete steps. During an incomplete step the weights are inconsistent.
             if is_main and run.done is not None and run.done > kept:
-                metrics.flush()
-                save_checkpoint(out / "checkpoint.pt", run.state(run.done))
+                save_checkpoint(checkpoint, run.state(run.done, metrics.flush()))
             raise
-
-
-def _check_parts(config: JBUTrainingConfig, group: ProcessGroup) -> None:
-    if config.parts < 1 or config.batch % config.parts or config.parts % group.size:
-        raise ValueError(
-            "the batch must divide into its parts, and these among the processes; got a batch of "
-            f"{config.batch} in parts={config.parts} for {group.size} process(es); "
-            "choose parts as a multiple of the processes, and batch as one of parts"
-        )
 
 
 def _check_finite(value: float, name: str, step: int) -> None:
@@ -142,26 +133,27 @@ class _Run:
         backbones: Mapping[str, Backbone],
         group: ProcessGroup,
     ) -> None:
-        self.config, self.stream, self.names = config, stream, list(backbones)
-        self.group = group
+        self.config, self.stream, self.group = config, stream, group
+        self.names = list(backbones)
+        start = load_weights(config.start) if config.start else {}
         # Modules draw initial weights from the global generator; its state is restored.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            start = load_weights(config.start) if config.start else {}
-            joint = any(name.startswith("first.") for name in start)
-            self.stack = JBUStack(dropout=config.dropout, joint_first=joint)
-            self.sources = nn.ModuleDict()
-            for index, backbone in enumerate(backbones.values()):
-                self.sources[str(index)] = TrainingSource(
-                    backbone.to(config.device), downsampler=config.downsampler, window=config.window
-                )
-        if config.start:
-            load_into(self.stack, start, origin=config.start)
-        if config.unit_sum:
-            make_unit_sum(self.stack)
+            self.stack = JBUStack(
+                dropout=config.dropout,
+                joint_first=any(name.startswith("first.") for name in start),
+                unit_sum=config.unit_sum,
+            )
+            self.sources = nn.ModuleDict(
+                {
+                    str(index): TrainingSource(backbone.to(config.device))
+                    for index, backbone in enumerate(backbones.values())
+                }
+            )
         # Equal configs may name different files, so a checkpoint must also match these digests.
         self.digests = {"photographs": stream.digest}
         if config.start:
+            load_into(self.stack, start, origin=config.start)
             self.digests[f"weights of {config.start}"] = sha256_of_tensors(start)
         for name, backbone in backbones.items():
             self.digests[f"weights of {name}"] = sha256_of_tensors(backbone.state_dict())
@@ -201,9 +193,10 @@ class _Run:
         _check_finite(norm, "norm of gradients", step)
         self.done = None
         self.optimizer.step()
-        if config.unit_sum:
-            make_unit_sum(self.stack)
-        for name, value in self.stack.state_dict().items():
+        state = self.stack.state_dict()
+        # With unit_sum, what is saved differs from the parameters. A resumed run begins with it.
+        self.stack.load_state_dict(state)
+        for name, value in state.items():
             # The decay grows with the steps, so that an early mean forgets the initial weights.
             self.mean[name].lerp_(value, 1 - min(config.ema, (1 + step) / (10 + step)))
         self.done = step + 1
@@ -243,26 +236,35 @@ class _Run:
         backbone_size = [max(round(side * factor / patch), 2) * patch for side in (height, width)]
         return (height, width), (backbone_size[0], backbone_size[1])
 
-    def state(self, step: int) -> dict[str, object]:
-        """Returns the state to resume from after ``step`` steps."""
+    def _comparable(self) -> dict[str, object]:
+        """Returns what must be equal in the run that a checkpoint is of."""
+        fields = {**asdict(self.config), **self.digests}
+        return {k: v for k, v in fields.items() if k not in {"checkpoint_minutes", "device"}}
+
+    def state(self, step: int, metrics: int) -> dict[str, object]:
+        """Returns the state after ``step`` steps; ``metrics`` is the size of their file."""
         # The loss was computed before the last step, so the weights may be bad.
         largest = torch.stack([p.detach().abs().max() for p in self.parameters]).max()
         _check_finite(float(largest), "weight", step - 1)
         return {
             "step": step,
-            "config": {**_comparable(self.config), **self.digests},
+            "metrics": metrics,
+            "config": self._comparable(),
             "stack": self.stack.state_dict(),
             "mean": self.mean,
             "sources": self.sources.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def restore(self, path: Path) -> int:
-        """Loads the checkpoint, if there is one; returns the first step to take."""
+    def restore(self, path: Path) -> tuple[int, int]:
+        """Loads the checkpoint, if there is one; returns the first step to take.
+
+        Also returns the size of the metrics of the steps before.
+        """
         if not path.exists():
             self._measure()
-            return 0
-        state = load_checkpoint(path, _comparable(self.config), digests=self.digests)
+            return 0, 0
+        state = load_checkpoint(path, self._comparable())
         with restoring(path):
             self.stack.load_state_dict(state["stack"])
             self.sources.load_state_dict(state["sources"])
@@ -270,22 +272,20 @@ class _Run:
             mean = state["mean"].items()
             self.mean = {name: value.to(self.config.device) for name, value in mean}
             self.done = step = int(state["step"])
-            return step
+            return step, int(state.get("metrics", sys.maxsize))  # older checkpoints lack it
 
     def _measure(self, photos: int = 32) -> None:
         """Measures the scale of every backbone's features on the first photographs."""
-        side = self.config.image_size
         for source in self.sources.values():
             assert isinstance(source, TrainingSource)
-            even = max(round(side / source.patch_size), 2) * source.patch_size
+            even = max(round(self.config.image_size / source.patch_size), 2) * source.patch_size
             source.measure(
                 self.stream.sample(n, (even, even))[None].to(self.config.device)
                 for n in range(photos)
             )
 
-    def export(self, path: Path, *, photos: int) -> None:
+    def export(self, path: Path) -> None:
         """Writes the stages (the running mean of the weights) for any backbone."""
-        stages = self.mean if self.config.ema else self.stack.state_dict()
         config = asdict(self.config)
         # File names without folders: folders of this machine mean nothing elsewhere.
         config["backbones"] = [_without_folder(name) for name in self.config.backbones]
@@ -295,35 +295,9 @@ class _Run:
             "architecture": f"JBUStack(feat_dim=None{joint})",
             "config": json.dumps(config),
             "seed": str(self.config.seed),
-            "photos": str(photos),
+            "photos": str(len(self.stream.paths)),
         }
-        write(stages, path, metadata=notes)
-
-
-def _comparable(config: JBUTrainingConfig) -> dict[str, object]:
-    """Returns the fields that must equal a checkpoint's."""
-    fields = asdict(config)
-    for name, absent in (("parts", 1), ("region_noise", 0)):
-        if fields[name] == absent:  # older checkpoints lack these fields
-            del fields[name]
-    return {k: v for k, v in fields.items() if k not in {"checkpoint_minutes", "device"}}
-
-
-@torch.no_grad()
-def make_unit_sum(stack: JBUStack) -> None:
-    """Projects a stack in place so that all its kernels sum to exactly one.
-
-    A kernel is a softmax plus 0.1·(W h + b). It sums to one for every h if b and the columns of W
-    have zero mean over the taps. The projection is the nearest such stack. Upsampled features then
-    keep the source's scale, and a head trained on the source stays valid.
-
-    Args:
-        stack: The stack.
-    """
-    for stage in stack.stages(stack.num_stages):
-        weights = stage.weights()
-        weights.fixup_w1.sub_(weights.fixup_w1.mean(0))
-        weights.fixup_b1.sub_(weights.fixup_b1.mean())
+        write(self.mean if self.config.ema else self.stack.state_dict(), path, metadata=notes)
 
 
 def _without_folder(name: str) -> str:

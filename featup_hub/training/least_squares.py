@@ -44,10 +44,10 @@ TAPS, FOOTPRINT = 3, 0.7  # points along each side of a cell, and the share of t
 def fit_source(
     image: Tensor, upsampler: JBUStack, fitted: Views, held_out: Views
 ) -> tuple[Tensor, float]:
-    """Finds the source z whose upsampled features explain views of an image.
+    """Finds the source z whose upsampled features explain views of an image, (1, 3, H, W).
 
     Args:
-        image: Normalised RGB, (1, 3, H, W).
+        image: Normalised RGB.
         upsampler: The stages that give U.
         fitted: Views and their features, (V, C, h, w), a few at a time. The very first view is the
             image itself.
@@ -77,14 +77,7 @@ def fit_source(
 
 
 class Basis:
-    """The columns of U, the JBU upsampler of one image.
-
-    Args:
-        image: Normalised RGB, (1, 3, H, W).
-        upsampler: The stages.
-        grid: Height and width of the backbone's features.
-        source_size: Height and width of z.
-    """
+    """The columns of U: ``grid`` is the size of the backbone's features, ``source_size`` of z."""
 
     def __init__(
         self,
@@ -112,13 +105,7 @@ class Basis:
 
 
 class NormalEquations:
-    """The sums AᵀA, Aᵀf and fᵀf over views.
-
-    Memory: 4·n² bytes for n cells of z, plus the basis.
-
-    Args:
-        basis: The basis.
-    """
+    """The sums AᵀA, Aᵀf and fᵀf over views; 4·n² bytes for n cells of z, beside the basis."""
 
     def __init__(self, basis: Basis) -> None:
         self.basis = basis
@@ -136,12 +123,7 @@ class NormalEquations:
         return float(self.power - self.count * torch.as_tensor(mean).square().sum())
 
     def add(self, jitters: Sequence[Jitter], observed: Tensor) -> None:
-        """Adds views.
-
-        Args:
-            jitters: The views.
-            observed: The backbone's features of the views, (V, C, h, w).
-        """
+        """Adds views and the backbone's features of them, (V, C, h, w)."""
         (high, wide), (_, width) = self.basis.window, self.basis.source_size
         weights, rows, columns = self._rows(jitters, (observed.shape[-2], observed.shape[-1]))
         values = observed.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
@@ -185,14 +167,10 @@ class NormalEquations:
         return torch.cat(weights), torch.cat(tops).to(maps.device), torch.cat(lefts).to(maps.device)
 
     def solve(self, ridge: float, prior: Tensor) -> Tensor:
-        """Returns the z that minimises the ridge regression.
+        """Returns the z that minimises the ridge regression, (1, C, *source_size).
 
-        Args:
-            ridge: λ in units of the matrix' mean diagonal.
-            prior: z_0, (1, C, *source_size).
-
-        Returns:
-            z, (1, C, *source_size), differentiable in the features and in ``prior``.
+        It is differentiable in the features and in ``prior``, which is z_0. ``ridge`` is λ in units
+        of the matrix' mean diagonal.
         """
         start = prior[0].flatten(1).t()
         matrix = self.matrix.clone()
@@ -209,8 +187,7 @@ class NormalEquations:
 
 def _taps(cells: int) -> Tensor:
     """Returns the points that represent the cells along an axis, in fractions of the axis."""
-    offsets = FOOTPRINT * (centres(TAPS) - 0.5)
-    return ((torch.arange(cells)[:, None] + 0.5 + offsets) / cells).flatten()
+    return (centres(cells)[:, None] + FOOTPRINT * (centres(TAPS) - 0.5) / cells).flatten()
 
 
 def _reach(upsampler: JBUStack, image: Tensor, source_size: tuple[int, int]) -> tuple[float, float]:

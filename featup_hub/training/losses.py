@@ -22,11 +22,7 @@ MIN_SCALE = 1e-4
 
 
 class ScaleNet(nn.Module):
-    """Predicts the standard deviation of the error per position, max(exp(conv1×1(f) + 0.1), 1e-4).
-
-    Args:
-        feat_dim: Channels of the features.
-    """
+    """Predicts the error's standard deviation per position, max(exp(conv1×1(f) + 0.1), 1e-4)."""
 
     def __init__(self, feat_dim: int) -> None:
         super().__init__()
@@ -47,9 +43,6 @@ def reconstruction_loss(predicted: Tensor, observed: Tensor, scale: Tensor | Non
         predicted: Downsampled view of the high-resolution features, (B, C, h, w).
         observed: The backbone's features of the view, (B, C, h, w).
         scale: Predicted standard deviation s, (B, 1, h, w); default: 1.
-
-    Returns:
-        The loss, ().
     """
     squares = (predicted - observed).square()
     if scale is None:
@@ -58,28 +51,26 @@ def reconstruction_loss(predicted: Tensor, observed: Tensor, scale: Tensor | Non
 
 
 def magnitude_tv(features: Tensor) -> Tensor:
-    r"""Returns the total variation of the features' magnitudes: the mean of squared differences.
+    """Returns the total variation of the features' magnitudes, of (B, C, H, W).
 
-    Args:
-        features: Features, (B, C, H, W).
-
-    Returns:
-        The loss, (): the mean over vertical plus the mean over horizontal neighbours.
+    That is the mean square of differences of vertical, plus that of horizontal neighbours.
     """
-    # The gradient of the magnitude is undefined at zero; the floor makes it zero.
-    length = features.square().sum(1).clamp(min=1e-12).sqrt()
+    length = _magnitudes(features)
     return length.diff(dim=1).square().mean() + length.diff(dim=2).square().mean()
 
 
+def mean_magnitude(features: Tensor) -> Tensor:
+    """Returns the mean magnitude of the features, (B, C, H, W)."""
+    return _magnitudes(features).mean()
+
+
+def _magnitudes(features: Tensor) -> Tensor:
+    # The gradient of the magnitude is undefined at zero; the floor makes it zero.
+    return features.square().sum(1).clamp(min=1e-12).sqrt()
+
+
 def blur_residual(features: Tensor) -> Tensor:
-    r"""Returns the mean of (F − g ∗ F)², where g = [1 2 1]ᵀ[1 2 1] / 16 is a blur.
-
-    Args:
-        features: Features, (B, C, H, W). The border is repeated.
-
-    Returns:
-        The loss, ().
-    """
+    """Returns the mean of (F − g ∗ F)², where g = [1 2 1]ᵀ[1 2 1] / 16; the border is repeated."""
     blurred = features
     for axis in (2, 3):
         n = blurred.shape[axis]
@@ -87,11 +78,6 @@ def blur_residual(features: Tensor) -> Tensor:
         after = torch.cat([blurred.narrow(axis, 1, n - 1), blurred.narrow(axis, n - 1, 1)], axis)
         blurred = (before + 2 * blurred + after) / 4
     return (features - blurred).square().mean()
-
-
-def mean_magnitude(features: Tensor) -> Tensor:
-    """Returns the mean magnitude of the features, (B, C, H, W) -> ()."""
-    return features.square().sum(1).clamp(min=1e-12).sqrt().mean()
 
 
 def sampled_crf(
@@ -114,28 +100,21 @@ def sampled_crf(
         features: Features, (B, C, H, W).
         samples: Number of pixels; all images of the batch use the same ones.
         generator: Source of randomness, on the CPU.
-
-    Returns:
-        The loss, ().
-
-    Raises:
-        ValueError: If image and features differ in size.
     """
-    if image.shape[-2:] != features.shape[-2:]:
-        raise ValueError(
-            "image and features must show the same pixels; got "
-            f"{tuple(image.shape[-2:])} and {tuple(features.shape[-2:])}; resize one of them"
-        )
     height, width = image.shape[-2:]
     pixel = torch.randint(height * width, (samples,), generator=generator)
     position = torch.stack([pixel // width, pixel % width], 1) / max(height, width)
     pixel, position = pixel.to(image.device), position.to(image)[None]
-    colour = image.flatten(2)[:, :, pixel].transpose(1, 2)
-    vector = features.flatten(2)[:, :, pixel].transpose(1, 2)
-    near = _square_distances(position)
-    alike = _square_distances(colour)
+    near, alike, differ = (
+        _square_distances(x)
+        for x in (
+            position,
+            image.flatten(2)[:, :, pixel].transpose(1, 2),
+            features.flatten(2)[:, :, pixel].transpose(1, 2),
+        )
+    )
     similarity = 10 * torch.exp(-near / 0.2 - alike / 0.3) + 3 * torch.exp(-near / 0.01)
-    return (_square_distances(vector) * similarity).mean()
+    return (differ * similarity).mean()
 
 
 def _square_distances(x: Tensor) -> Tensor:

@@ -45,14 +45,7 @@ PCA_VIEWS = 50  # views for the principal components
 def fit_network(
     image: Tensor, fitted: Views, held_out: Views, patch_size: int, config: FitConfig
 ) -> tuple[ImplicitUpsampler, float]:
-    """Trains a network on views of an image.
-
-    Args:
-        image: Normalised RGB, (1, 3, H, W).
-        fitted: Views and their features, (V, C, h, w), a few at a time.
-        held_out: Further views, to measure the error.
-        patch_size: Stride of the backbone, in pixels.
-        config: Steps, batch, components, learning rate, seed.
+    """Trains a network on views of an image; arguments as of :func:`fit_source`, and the stride.
 
     Returns:
         The network, and the unexplained share of the held-out views' variation (in the principal
@@ -107,20 +100,17 @@ def fit_network(
                 f"a fit needs a finite loss; it diverged at step {step + 1}; lower lr"
             )
     learned.eval()
-    residual, total = torch.zeros(()), torch.zeros(())
+    residual = total = 0.0
     with torch.no_grad():
         for part, raw in held_out:
             observed = _project(raw, mean, directions)
-            residual += (predict(part)[1] - observed).square().sum().cpu()
-            total += observed.square().sum().cpu()
-    return model, float(residual / total)
+            residual += float((predict(part)[1] - observed).square().sum())
+            total += float(observed.square().sum())
+    return model, residual / total
 
 
 def _components(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Finds the principal components of features, scaled to a mean variance of one.
-
-    Returns the features' mean, (C,), and directions, (C, K): features = mean + directions · z.
-    """
+    """Finds the mean, (C,), and principal components, (C, K), scaled to a mean variance of one."""
     basis = fit_pca(*features.split(1), k=min(count, features.shape[1]))
     mean, directions = basis.mean.to(features), basis.components.to(features)
     z = torch.einsum("ck,bchw->bkhw", directions, features - mean[:, None, None])

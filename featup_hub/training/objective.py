@@ -1,5 +1,11 @@
 """The multi-view consistency loss of one batch, which JBU training minimises.
 
+The backbone encodes the photographs and a few jittered views of them. The features of the
+photographs are projected to a few random channels and upsampled. (The stack is linear in the source
+and filters all channels alike, so projecting the source equals projecting the result.) The
+upsampled features are jittered like the views, downsampled by the learned model of the backbone,
+and compared with the features of the views.
+
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 and 4.
 """
 
@@ -12,7 +18,7 @@ from featup_hub.training.config import JBUTrainingConfig
 from featup_hub.training.losses import magnitude_tv, reconstruction_loss, sampled_crf
 from featup_hub.training.synthetic_regions import random_field, random_regions, reduce_regions
 from featup_hub.training.training_source import TrainingSource, random_projection
-from featup_hub.training.views import Jitter, apply_jitter, sample_jitter
+from featup_hub.training.views import apply_jitter, sample_jitter
 from featup_hub.upsamplers import JBUStack
 
 __all__ = ["consistency_loss"]
@@ -28,12 +34,6 @@ def consistency_loss(
 ) -> dict[str, Tensor]:
     """Computes the loss of a stack on a batch of photographs.
 
-    The backbone encodes the photographs and a few jittered views of them. The features of the
-    photographs are projected to a few random channels and upsampled. (The stack is linear in the
-    source and filters all channels alike, so projecting the source equals projecting the result.)
-    The upsampled features are jittered like the views, downsampled by the learned model of the
-    backbone, and compared with the features of the views.
-
     Args:
         stack: The upsampler.
         source: Backbone, downsampler and scale.
@@ -46,35 +46,38 @@ def consistency_loss(
         ``loss``, its terms before weighting, and ``error``, the mean squared error of the views.
     """
     image = source.normalise(rgb)
-    jitters = [_jitters(image, config, generator) for _ in range(config.views)]
+    size, limits = (rgb.shape[-2], rgb.shape[-1]), (config.max_pad, config.max_zoom)
+    jitters = [
+        [
+            sample_jitter(size, max_pad=limits[0], max_zoom=limits[1], generator=generator)
+            for _ in rgb
+        ]
+        for _ in range(config.views)
+    ]
     # One pass of the backbone over the photographs and all their views.
     images = torch.cat([image, *(apply_jitter(image, jitter) for jitter in jitters)])
     own, *views = source.observe(images, backbone_size).split(len(image))
     projection = random_projection(source.feat_dim, config.projection_dim, generator).to(own)
+    grid = (own.shape[-2], own.shape[-1])
 
     low = source.project(own, projection)
-    count = low.shape[1]
     if config.region_weight:
-        grid = (own.shape[-2], own.shape[-1])
         regions = _regions(rgb, grid, config, generator)
         cells = reduce_regions(regions, grid, generator)
         if config.region_noise:
             deviation = config.region_noise * torch.rand((), generator=generator).item()
             cells = cells + deviation * torch.randn(cells.shape, generator=generator).to(cells)
         low = torch.cat([low, cells], dim=1)
-    upsampled = _upsample(stack, low, image, config.kernel_taps)
-    features, saliency, restored = upsampled.tensor_split([len(projection), count], dim=1)
+    upsampled, restored = stack(low, image).tensor_split([len(projection) + 1], dim=1)
     losses, errors = [], []
     for jitter, view in zip(jitters, views, strict=True):
-        predicted = source.downsample(
-            apply_jitter(features, jitter),
-            apply_jitter(saliency, jitter) if saliency.shape[1] else None,
-            (view.shape[-2], view.shape[-1]),
-        )
+        seen = apply_jitter(upsampled, jitter)
+        predicted = source.downsampler(seen[:, :-1], grid, saliency=seen[:, -1:])
         observed = torch.einsum("kc,bchw->bkhw", projection, view)
         scale = source.scale(view) if config.uncertainty else None
         losses.append(reconstruction_loss(predicted, observed, scale))
         errors.append((predicted.detach() - observed).square().mean())
+    features = upsampled[:, :-1]
     terms = {"reconstruction": torch.stack(losses).mean()}
     loss = terms["reconstruction"]
     if config.crf_weight:
@@ -92,6 +95,7 @@ def consistency_loss(
 def _regions(
     rgb: Tensor, grid: tuple[int, int], config: JBUTrainingConfig, generator: torch.Generator
 ) -> Tensor:
+    """Draws the features to restore: regions, and a share of smooth fields."""
     regions = random_regions(rgb, config.region_channels, generator)
     if not config.region_field:
         return regions
@@ -99,24 +103,3 @@ def _regions(
     size = (rgb.shape[-2], rgb.shape[-1])
     field = random_field(grid, size, (len(rgb), config.region_channels), generator).to(regions)
     return (1 - share) ** 0.5 * regions + share**0.5 * field
-
-
-def _jitters(image: Tensor, config: JBUTrainingConfig, generator: torch.Generator) -> list[Jitter]:
-    size = (image.shape[-2], image.shape[-1])
-    return [
-        sample_jitter(size, max_pad=config.max_pad, max_zoom=config.max_zoom, generator=generator)
-        for _ in image
-    ]
-
-
-def _upsample(stack: JBUStack, source: Tensor, image: Tensor, taps: tuple[int, ...]) -> Tensor:
-    """Upsamples. If taps are given, only their gradient reaches the kernels."""
-    if not taps:
-        return stack(source, image)
-    kernels = stack.kernels(image, (source.shape[-2], source.shape[-1]))
-    for kernel in kernels.stages:
-        mask = kernel.new_zeros(kernel.shape[1], 1, 1)
-        mask[list(taps)] = 1
-        if kernel.requires_grad:
-            kernel.register_hook(mask.mul)
-    return stack.upsample(source, kernels)

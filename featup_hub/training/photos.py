@@ -48,9 +48,7 @@ class PhotoStream:
                 f"training needs photographs ({', '.join(sorted(IMAGE_SUFFIXES))}); "
                 f"{folder} and its subfolders have none"
             )
-        self.folder = folder
-        self.seed = seed
-        self.min_scale = min_scale
+        self.folder, self.seed, self.min_scale = folder, seed, min_scale
         self._unreadable: set[Path] = set()
 
     @property
@@ -63,18 +61,11 @@ class PhotoStream:
         return total.hexdigest()
 
     def batch(self, step: int, count: int, size: tuple[int, int]) -> Tensor:
-        """Returns the photographs of a step.
+        """Returns the photographs of a step, (count, 3, *size), RGB in [0, 1].
 
-        Args:
-            step: Number of the step. Within an epoch, no two steps share a photograph.
-            count: Photographs per step.
-            size: Height and width wanted.
-
-        Returns:
-            RGB in [0, 1], (count, 3, *size).
+        Within an epoch, no two steps share a photograph.
         """
-        first = step * count
-        return torch.stack([self.sample(first + i, size) for i in range(count)])
+        return torch.stack([self.sample(step * count + i, size) for i in range(count)])
 
     def sample(self, number: int, size: tuple[int, int]) -> Tensor:
         """Returns sample ``number`` of the stream, (3, *size), RGB in [0, 1].
@@ -87,13 +78,18 @@ class PhotoStream:
         import numpy as np
         from PIL.Image import Resampling
 
-        photo = self._read(number)
-        draws = torch.rand(4, generator=seeded(self.seed, 1, number), dtype=torch.float64).tolist()
-        box = _random_box(photo.size, size, self.min_scale, draws)
-        height, width = size
+        photo, (height, width) = self._read(number), size
+        share, x, y, mirror = torch.rand(
+            4, generator=seeded(self.seed, 1, number), dtype=torch.float64
+        ).tolist()
+        fit = min(photo.width / width, photo.height / height)
+        factor = fit * math.sqrt(self.min_scale + (1 - self.min_scale) * share)
+        left, top = x * (photo.width - width * factor), y * (photo.height - height * factor)
+        right, bottom = left + width * factor, top + height * factor
+        box = (left, top, min(right, photo.width), min(bottom, photo.height))
         crop = photo.resize((width, height), Resampling.BICUBIC, box=box, reducing_gap=2.0)
         pixels = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1).float() / 255
-        return pixels.flip(2) if draws[3] < 0.5 else pixels
+        return pixels.flip(2) if mirror < 0.5 else pixels
 
     def _read(self, number: int) -> Image.Image:
         """Reads the photograph of a sample; skips unreadable ones."""
@@ -113,15 +109,3 @@ class PhotoStream:
             f"training needs photographs that can be read; {self.folder} holds {count}, and none "
             f"can ({reason}); check the files"
         )
-
-
-def _random_box(
-    photo: tuple[int, int], size: tuple[int, int], min_scale: float, draws: list[float]
-) -> tuple[float, float, float, float]:
-    """Returns the crop (left, top, right, bottom) given by the random numbers ``draws``."""
-    width, height = photo
-    fit = min(width / size[1], height / size[0])
-    factor = fit * math.sqrt(min_scale + (1 - min_scale) * draws[0])
-    box_width, box_height = size[1] * factor, size[0] * factor
-    left, top = draws[1] * (width - box_width), draws[2] * (height - box_height)
-    return left, top, min(left + box_width, width), min(top + box_height, height)

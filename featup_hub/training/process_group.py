@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,8 @@ from torch import Tensor
 __all__ = ["ProcessGroup", "process_group"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProcessGroup:
-    """The processes that train together.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-    """
+class ProcessGroup(NamedTuple):
+    """The processes that train together: this one's number, from 0, and how many there are."""
 
     rank: int = 0
     size: int = 1
@@ -37,13 +31,12 @@ class ProcessGroup:
         Args:
             tensors: Floating-point tensors on one device, of the same shapes in all processes.
         """
-        if self.size == 1:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, total in zip(tensors, parts, strict=True):
-            tensor.copy_(total.view_as(tensor))
+        if self.size > 1:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            for tensor, total in zip(tensors, parts, strict=True):
+                tensor.copy_(total.view_as(tensor))
 
     def barrier(self) -> None:
         """Waits for all processes."""
@@ -57,20 +50,19 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
 
     Args:
         device: Device of this process. "cuda" means the process's own GPU.
-
-    Yields:
-        The group; a group of one without ``torchrun``.
     """
-    if dist.is_available() and dist.is_initialized():
-        yield ProcessGroup(rank=dist.get_rank(), size=dist.get_world_size())
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not dist.is_available() or not (several or dist.is_initialized()):
+        yield ProcessGroup()
+        return
+    ours = not dist.is_initialized()
+    if ours:
         on_cuda = torch.device(device).type == "cuda"
         if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if on_cuda else "gloo")
-        try:
-            yield ProcessGroup(rank=dist.get_rank(), size=dist.get_world_size())
-        finally:
+    try:
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
+    finally:
+        if ours:
             dist.destroy_process_group()
-    else:
-        yield ProcessGroup()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
 from featup_hub.loading import load_backbone, name_and_file
-from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
+from featup_hub.training.downsamplers import AttentionDownsampler
 from featup_hub.training.losses import ScaleNet
 
 __all__ = ["Standardiser", "TrainingSource", "open_backbones", "random_projection"]
@@ -22,22 +21,11 @@ class TrainingSource(nn.Module):
 
     The ``state_dict`` contains the learned and measured tensors, not the backbone.
 
-    Args:
-        backbone: The backbone.
-        downsampler: Model of how the backbone makes features, "attention" or "simple".
-        window: Side of the downsampler's window, in cells.
-
     Raises:
         ValueError: If the backbone takes images of one size only.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        downsampler: Literal["attention", "simple"] = "attention",
-        window: float = 1.0,
-    ) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         if backbone.fixed_size is not None:
             raise ValueError(
@@ -49,12 +37,7 @@ class TrainingSource(nn.Module):
         self.patch_size = backbone.patch_size
         self.feat_dim = backbone.feat_dim
         self.standardise = Standardiser(self.feat_dim)
-        kernel = round(window * self.patch_size)
-        self.downsampler = (
-            SimpleDownsampler(self.patch_size, kernel)
-            if downsampler == "simple"
-            else AttentionDownsampler(self.feat_dim, self.patch_size, kernel)
-        )
+        self.downsampler = AttentionDownsampler(self.feat_dim, self.patch_size)
         self.scale = ScaleNet(self.feat_dim)
 
     @property
@@ -72,27 +55,22 @@ class TrainingSource(nn.Module):
 
     def measure(self, photos: Iterable[Tensor]) -> None:
         """Measures the scale of the features on photographs, each (1, 3, H, W) in [0, 1]."""
-        images = (self.normalise(rgb) for rgb in photos)
-        self.standardise.fit(
-            torch.cat([self.raw(image, (image.shape[-2], image.shape[-1])) for image in images])
-        )
+        self.standardise.fit(torch.cat([self._raw(self.normalise(rgb)) for rgb in photos]))
 
-    @torch.no_grad()
     def observe(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Resizes images and returns their standardised features, (B, C, h, w)."""
-        return self.standardise(self.raw(images, size))
-
-    @torch.no_grad()
-    def raw(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resizes images and returns their features, (B, C, h, w)."""
         if tuple(images.shape[-2:]) != tuple(size):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        return self.standardise(self._raw(images))
+
+    @torch.no_grad()
+    def _raw(self, images: Tensor) -> Tensor:
         # Convolutions on a CPU are faster in this layout; a ViT runs equally fast.
         features: Tensor = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return features.float()
 
     def project(self, features: Tensor, projection: Tensor) -> Tensor:
-        """Projects standardised features, and appends the saliency if the downsampler needs it.
+        """Projects standardised features, and appends their saliency.
 
         The saliency is linear in the features, so it can be upsampled as one more channel.
 
@@ -101,20 +79,10 @@ class TrainingSource(nn.Module):
             projection: Directions, (K, C).
 
         Returns:
-            The source, (B, K, h, w) or (B, K + 1, h, w).
+            The source, (B, K + 1, h, w).
         """
-        if isinstance(self.downsampler, AttentionDownsampler):
-            projection = torch.cat([projection, self.downsampler.saliency])
+        projection = torch.cat([projection, self.downsampler.saliency])
         return torch.einsum("kc,bchw->bkhw", projection, features)
-
-    def downsample(
-        self, features: Tensor, saliency: Tensor | None, size: tuple[int, int]
-    ) -> Tensor:
-        """Downsamples features as the backbone would, to (B, K, h, w)."""
-        if isinstance(self.downsampler, AttentionDownsampler):
-            assert saliency is not None
-            return self.downsampler(features, size, saliency=saliency + self.downsampler.offset)
-        return self.downsampler(features, size)
 
 
 class Standardiser(nn.Module):
@@ -123,9 +91,6 @@ class Standardiser(nn.Module):
     Scales differ by orders of magnitude between backbones, and between the channels of a ViT.
     Standardised channels have equal weight in a loss. JBU filters all channels with the same
     kernels, so it commutes with the scaling (and with the shift if kernels sum to one).
-
-    Args:
-        feat_dim: Channels.
     """
 
     mean: Tensor
@@ -149,17 +114,9 @@ class Standardiser(nn.Module):
 
 
 def random_projection(channels: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Draws ``dim`` random orthonormal directions.
+    """Draws ``dim`` random orthonormal directions, (dim, channels).
 
     The mean variance of standardised features stays one. Distances scale by √(dim/channels).
-
-    Args:
-        channels: Channels of the features.
-        dim: Channels wanted, at most ``channels``.
-        generator: Source of randomness, on the CPU.
-
-    Returns:
-        The projection matrix, (dim, channels), with orthonormal rows.
 
     Raises:
         ValueError: If ``dim`` exceeds ``channels``.
@@ -176,14 +133,7 @@ def random_projection(channels: int, dim: int, generator: torch.Generator) -> Te
 def open_backbones(
     names: Sequence[str], given: Mapping[str, Backbone] | None = None
 ) -> dict[str, Backbone]:
-    """Loads backbones.
-
-    Args:
-        names: Models' names, or ``TIMM_NAME=FILE`` for a timm model with weights from a file.
-        given: Backbones to use instead of loading them.
-
-    Returns:
-        Backbones by name.
+    """Loads backbones, each ``NAME`` or ``NAME=FILE``, or takes them from ``given``.
 
     Raises:
         ValueError: If a name is unknown, or missing from ``given``.
@@ -191,15 +141,11 @@ def open_backbones(
     if not names:
         raise ValueError("training needs the features of at least one backbone; name one")
     if given is None:
-        return {name: _open_backbone(name) for name in names}
+        parts = {name: name_and_file(name) for name in names}
+        return {name: load_backbone(own, weights=file) for name, (own, file) in parts.items()}
     if missing := [name for name in names if name not in given]:
         raise ValueError(
             f"a backbone is needed for every name; there is none for {', '.join(missing)}; "
             "add it, or leave the name out"
         )
     return {name: given[name] for name in names}
-
-
-def _open_backbone(name: str) -> Backbone:
-    name, file = name_and_file(name)
-    return load_backbone(name, weights=file)

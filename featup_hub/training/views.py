@@ -21,15 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Jitter",
-    "apply_jitter",
-    "centres",
-    "positions",
-    "sample_axis",
-    "sample_jitter",
-    "sample_map",
-]
+__all__ = ["Jitter", "apply_jitter", "centres", "positions", "sample_jitter", "sample_map"]
 
 _STEPS = 2**24  # of a pixel; rounding removes float64 errors from whole pixels
 
@@ -53,11 +45,6 @@ class Jitter:
     zoom: float = 1.0
     flip: bool = False
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether the view is the image itself."""
-        return self == Jitter()
-
 
 def sample_jitter(
     size: tuple[int, int],
@@ -72,21 +59,10 @@ def sample_jitter(
 
     Args:
         size: Height and width of the image, in pixels.
-        max_pad: Pixels added on every side before cropping.
-        max_zoom: Largest magnification.
+        max_pad: Pixels added on every side before cropping, at least 0.
+        max_zoom: Largest magnification, at least 1.
         generator: Random generator; always five draws.
-
-    Returns:
-        The jitter.
-
-    Raises:
-        ValueError: If ``max_pad`` is negative or ``max_zoom`` below 1.
     """
-    if max_pad < 0 or max_zoom < 1:
-        raise ValueError(
-            "a jitter needs max_pad >= 0 pixels and max_zoom >= 1; "
-            f"got max_pad={max_pad}, max_zoom={max_zoom}"
-        )
     zooms, amount, down, right, flip = torch.rand(
         5, generator=generator, dtype=torch.float64
     ).tolist()
@@ -100,11 +76,7 @@ def sample_jitter(
 
 
 def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
-    """Transforms each map by its jitter, with bilinear sampling.
-
-    Args:
-        x: Images or features, (B, C, H, W).
-        jitters: One per sample.
+    """Transforms maps, (B, C, H, W), by one jitter each, with bilinear sampling.
 
     Returns:
         The views, (B, C, H, W); ``x`` itself where every jitter is the identity.
@@ -117,13 +89,11 @@ def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
             f"apply_jitter needs one jitter per sample, {x.shape[0]}; got {len(jitters)}; "
             "repeat a jitter to use it for all samples"
         )
-    if all(jitter.is_identity for jitter in jitters):
+    if all(jitter == Jitter() for jitter in jitters):
         return x
+    at = centres(x.shape[-2]), centres(x.shape[-1])
     return torch.cat(
-        [
-            sample_map(one, *positions(j, centres(x.shape[-2]), centres(x.shape[-1])))
-            for one, j in zip(x.split(1), jitters, strict=True)
-        ]
+        [sample_map(one, *positions(j, *at)) for one, j in zip(x.split(1), jitters, strict=True)]
     )
 
 
@@ -155,31 +125,22 @@ def _mirror(fractions: Tensor) -> Tensor:
 
 
 def sample_map(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Interpolates bilinearly at every crossing of rows and columns.
+    """Interpolates bilinearly at every crossing of rows and columns; borders are repeated.
 
     Args:
         x: Maps, (B, C, H, W).
-        rows: Positions in fractions of the height, (M,), see :func:`sample_axis`.
+        rows: Positions in fractions of the height, (M,), float64 on the CPU: pixel i has its
+            centre at (i + ½) / H.
         columns: Positions in fractions of the width, (N,).
 
     Returns:
         Maps, (B, C, M, N).
     """
-    return sample_axis(sample_axis(x, rows, 2), columns, 3)
+    return _sample_axis(_sample_axis(x, rows, 2), columns, 3)
 
 
-def sample_axis(x: Tensor, fractions: Tensor, axis: int) -> Tensor:
-    """Interpolates linearly between the centres of neighbouring pixels; borders are repeated.
-
-    Args:
-        x: Any map.
-        fractions: Positions in fractions of the axis' length n, (M,), float64 on the CPU: pixel i
-            has its centre at (i + ½) / n.
-        axis: The axis.
-
-    Returns:
-        The map with M positions along the axis.
-    """
+def _sample_axis(x: Tensor, fractions: Tensor, axis: int) -> Tensor:
+    """Interpolates linearly between the centres of neighbouring pixels along an axis."""
     n = x.shape[axis]
     position = ((fractions * n - 0.5).clamp(0, n - 1) * _STEPS).round() / _STEPS
     first = position.floor()

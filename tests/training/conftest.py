@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
+from featup_hub.training.config import JBUTrainingConfig
+
+SMALL = JBUTrainingConfig(
+    backbones=("stem",), steps=4, batch=2, image_size=32, views=2, max_pad=4, projection_dim=6,
+    crf_samples=50,
+)  # fmt: skip
+
+
+def rows(path):
+    """The metrics of a run, without the seconds."""
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 class Stem(Backbone):

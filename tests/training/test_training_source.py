@@ -1,14 +1,20 @@
-"""Projections: of features with the scale kept, and of stacks to kernels with sum one."""
+"""A source of training: projections and standardised features."""
 
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
 from featup_hub import JBUStack, ModuleBackbone
-from featup_hub.training.jbu import make_unit_sum
 from featup_hub.training.seeds import seeded
-from featup_hub.training.training_source import Standardiser, TrainingSource, random_projection
+from featup_hub.training.training_source import (
+    Standardiser,
+    TrainingSource,
+    open_backbones,
+    random_projection,
+)
+from featup_hub.weights import write
 
 
 def test_a_projection_has_orthonormal_rows_and_follows_its_generator():
@@ -40,33 +46,29 @@ def test_standardised_channels_have_mean_zero_and_deviation_one():
     assert out.std(1)[0] < 0.1  # a channel that hardly moves is not blown up
 
 
-def test_kernels_sum_to_one_after_the_projection_and_not_before():
-    stack = JBUStack()
-    image = torch.randn(2, 3, 9, 11)
-    with torch.no_grad():
-        before = stack.up2.kernel(image, impl="reference").sum(1)
-        make_unit_sum(stack)
-        after = stack.up2.kernel(image, impl="reference").sum(1)
-    torch.testing.assert_close(after, torch.ones_like(after), atol=1e-5, rtol=0)
-    assert (before - 1).abs().max() > 1e-3
-
-
-def test_the_projection_changes_nothing_it_need_not_and_is_final():
-    stack = JBUStack()
-    before = {name: value.clone() for name, value in stack.state_dict().items()}
-    make_unit_sum(stack)
-    once = {name: value.clone() for name, value in stack.state_dict().items()}
-    changed = {name for name in before if not torch.equal(before[name], once[name])}
-    assert changed == {f"up{n}.fixup_proj.3.{p}" for n in range(1, 5) for p in ("weight", "bias")}
-    moved = once["up1.fixup_proj.3.weight"] - before["up1.fixup_proj.3.weight"]
-    assert float(moved.std(0).max()) < 1e-6  # every tap moves alike: the nearest such matrix
-    make_unit_sum(stack)
-    for name, value in stack.state_dict().items():
-        torch.testing.assert_close(value, once[name], atol=1e-7, rtol=0)
-
-
 def test_a_backbone_of_one_size_is_refused():
     pool = torch.nn.AvgPool2d(16)
     backbone = ModuleBackbone(pool, feat_dim=3, patch_size=16, fixed_size=(32, 32))
     with pytest.raises(ValueError, match=r"sees every image at \(32, 32\); use one that takes any"):
         TrainingSource(backbone)
+
+
+def test_backbones_are_opened_by_name_or_given(stem):
+    (lite,) = open_backbones(("efficientnet_lite0_stride32",)).values()
+    assert (lite.patch_size, lite.feat_dim) == (32, 320)
+    assert open_backbones(("a",), {"a": stem, "b": stem}) == {"a": stem}
+    with pytest.raises(ValueError, match="at least one backbone; name one"):
+        open_backbones(())
+    with pytest.raises(ValueError, match="there is none for b; add it"):
+        open_backbones(("a", "b"), {"a": stem})
+    with pytest.raises(ValueError, match=r"got 'jbu', an upsampler alone; .* name another"):
+        open_backbones(("jbu",))
+
+
+def test_a_timm_model_takes_its_weights_from_a_file(tmp_path):
+    model = timm.create_model("test_vit", dynamic_img_size=True)
+    write({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors")
+    name = f"test_vit={tmp_path / 'w.safetensors'}"
+    backbone = open_backbones((name,))[name].eval()
+    assert next(backbone.parameters()).dtype == torch.float32
+    assert backbone(torch.zeros(1, 3, 64, 64)).shape[-2:] == (4, 4)
