@@ -20,7 +20,6 @@ __all__ = [
     "UPSAMPLERS",
     "ModelCard",
     "WeightFile",
-    "shipped_upsampler",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -67,12 +66,6 @@ EFFICIENTNET_LITE0 = WeightFile(
     licence="Apache-2.0",
     data="ImageNet-1k",
 )
-
-
-def shipped_upsampler(name: str) -> WeightFile | None:
-    """Returns the file of a shipped upsampler by its name, or by its former name."""
-    former = {"jbu_universal": "jbu_denoise", "jbu_sharp": "jbu_faithful"}
-    return UPSAMPLERS.get(former.get(name, name))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from featup_hub.registry import (
     UPSAMPLERS,
     ModelCard,
     WeightFile,
-    shipped_upsampler,
 )
-from featup_hub.weights import digest, shipped_folder
+from featup_hub.weights import digest, shipped_folder, shipped_upsampler
 
 WITH_BACKBONE = list_models()
 

@@ -267,14 +267,14 @@ def test_the_shipped_backbone_fits_timm_exactly_and_knows_a_cat(root):
 def test_shipped_weights_are_found_in_an_installed_wheel(tmp_path, monkeypatch):
     package = tmp_path / "site-packages/featup_hub"
     (package / "weights").mkdir(parents=True)
-    monkeypatch.setattr(weights, "__file__", str(package / "weights/__init__.py"))
+    monkeypatch.setattr(weights.files, "__file__", str(package / "weights/files.py"))
     assert weights.shipped_folder() == tmp_path / "site-packages/weights"
     (package / "weights_data").mkdir()
     assert weights.shipped_folder() == package / "weights_data"
 
 
 def test_a_damaged_shipped_file_is_not_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "shipped_folder", lambda: tmp_path)
+    monkeypatch.setattr(weights.files, "shipped_folder", lambda: tmp_path)
     path = written(tmp_path)
     pinned = row(path.name, sha256=weights.digest(path))
     assert equal(weights.load(pinned), some())

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from featup_hub import __version__
-from featup_hub.cli.errors import UsageError, complain, explain
+from featup_hub.cli.arguments import UsageError, complain, explain
 
 __all__ = ["main"]
 

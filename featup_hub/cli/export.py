@@ -10,8 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from featup_hub.cli.arguments import add_model, check_output, choose_model, parse_size
-from featup_hub.cli.errors import UsageError
+from featup_hub.cli.arguments import UsageError, add_model, check_output, choose_model, parse_size
 
 __all__ = ["add_arguments", "run"]
 

@@ -11,8 +11,13 @@ import argparse
 from contextlib import suppress
 from pathlib import Path
 
-from featup_hub.cli.arguments import add_backbone, check_output, choose_backbone, open_device
-from featup_hub.cli.errors import UsageError
+from featup_hub.cli.arguments import (
+    UsageError,
+    add_backbone,
+    check_output,
+    choose_backbone,
+    open_device,
+)
 from featup_hub.cli.flags import add_flags, from_flags
 from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
 

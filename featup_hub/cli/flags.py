@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from featup_hub.cli.errors import UsageError
+from featup_hub.cli.arguments import UsageError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

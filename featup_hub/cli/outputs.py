@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from featup_hub import __version__
-from featup_hub.cli.errors import UsageError
+from featup_hub.cli.arguments import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featup_hub.cli.arguments import (
+    UsageError,
     add_model,
     choose_model,
+    complain,
+    explain,
     make_folder,
     open_device,
     parse_size,
+    usage_errors,
 )
-from featup_hub.cli.errors import UsageError, complain, explain, usage_errors
 from featup_hub.cli.outputs import FORMATS, Job, is_finished, plan, write_features
 
 if TYPE_CHECKING:

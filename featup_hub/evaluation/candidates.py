@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.registry import UPSAMPLERS, shipped_upsampler
+from featup_hub.registry import UPSAMPLERS
 from featup_hub.upsamplers import JBUStack, baselines
-from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
+from featup_hub.weights import convert_upstream, digest, load_into, read, resolve, shipped_upsampler
 
 __all__ = ["Candidate", "UnknownUpsamplerError", "candidate", "plug_in"]
 

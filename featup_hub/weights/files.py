@@ -16,8 +16,19 @@ from torch import Tensor, nn
 
 from featup_hub.files import sha256_of_file as digest
 from featup_hub.files import sha256_of_tensors, write_atomically
+from featup_hub.registry import UPSAMPLERS, WeightFile
 
-__all__ = ["digest", "load_into", "metadata", "read", "write"]
+__all__ = [
+    "digest",
+    "load",
+    "load_into",
+    "metadata",
+    "read",
+    "resolve",
+    "shipped_folder",
+    "shipped_upsampler",
+    "write",
+]
 
 _CONTENT = "content_sha256"
 _BEGINNINGS = {
@@ -39,6 +50,57 @@ _BEGINNINGS = {
     },
 }
 """How files that are not weights begin, in lower case."""
+
+
+def load(source: WeightFile | str | Path) -> dict[str, Tensor]:
+    """Reads a shipped file and checks its digest, or reads a safetensors file of the user.
+
+    Args:
+        source: A row of the registry, the name of a shipped upsampler, or a file.
+
+    Raises:
+        FileNotFoundError: If the user's file does not exist.
+        ValueError: If the file is damaged or has another digest.
+        RuntimeError: If the shipped file is missing.
+    """
+    shipped = _shipped(source)
+    return read(resolve(source), sha256=None if shipped is None else shipped.sha256)
+
+
+def resolve(source: WeightFile | str | Path) -> Path:
+    """Returns the existing file that :func:`load` reads; raises its errors."""
+    if (shipped := _shipped(source)) is not None:
+        path = shipped_folder() / shipped.filename
+        if not path.is_file():
+            raise RuntimeError(
+                f"needed {shipped.filename}; it is not in the shipped folder {path.parent}; "
+                "install the package again, or give a file of your own, on the command line by "
+                "--model NAME=FILE"
+            )
+        return path
+    path = Path(str(source)).expanduser()
+    if not path.suffix and not path.exists():
+        raise FileNotFoundError(
+            f"no weights file {path}; check the name; shipped are {', '.join(UPSAMPLERS)}"
+        )
+    return existing(path)
+
+
+def shipped_upsampler(name: str) -> WeightFile | None:
+    """Returns the file of a shipped upsampler by its name, or by its former name."""
+    former = {"jbu_universal": "jbu_denoise", "jbu_sharp": "jbu_faithful"}
+    return UPSAMPLERS.get(former.get(name, name))
+
+
+def _shipped(source: WeightFile | str | Path) -> WeightFile | None:
+    return source if isinstance(source, WeightFile) else shipped_upsampler(str(source))
+
+
+def shipped_folder() -> Path:
+    """Returns the folder of shipped weights, in a wheel or a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "weights_data"
+    return installed if installed.is_dir() else package.parent / "weights"
 
 
 def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 
 from featup_hub import __version__
 from featup_hub.cli import main
-from featup_hub.cli.errors import UsageError
+from featup_hub.cli.arguments import UsageError
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ import torch
 from PIL import Image
 
 from featup_hub import JBUStack
-from featup_hub.cli.arguments import check_output
-from featup_hub.cli.errors import UsageError
 from featup_hub.weights import write
 
 
@@ -115,28 +113,6 @@ def test_a_picture_of_features_in_the_other_format_is_made_anew(
     assert upsample(photos / "a.jpg", "--format", "npy") == 0
     assert upsample(photos / "a.jpg") == 0
     assert (tmp_path / "out/a.safetensors").exists()
-
-
-def test_a_file_that_cannot_be_written_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    check_output(tmp_path / "new.onnx")
-    (tmp_path / "old.onnx").write_text("old")
-    check_output(tmp_path / "old.onnx")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("old.onnx", "old")]
-    (tmp_path / "d.onnx").mkdir()
-    for name, message in (
-        ("d.onnx", r"is needed; \S+d.onnx is a folder; name a file in it"),
-        ("no/m.onnx", r"a folder that exists; got \S+m.onnx; make the folder \S+no$"),
-        ("old.onnx/m.onnx", r"a folder that exists; got \S+m.onnx; make the folder \S+old.onnx$"),
-        ("m" * 256, r"takes new files; got \S+mmm \(File name too long\); name another"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            check_output(tmp_path / name)
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that takes no files")
-def test_a_folder_that_takes_no_files_is_noticed_whatever_its_permissions_say() -> None:
-    with pytest.raises(UsageError, match=r"takes new files; got /proc/x.onnx \(.+\); name another"):
-        check_output(Path("/proc/x.onnx"))
 
 
 def test_outputs_that_cannot_be_made_are_refused_before_any_work(
