@@ -100,27 +100,39 @@ class Tiling:
         """Returns the source pixels in the windows of a row of tiles, (columns, area)."""
         return (self.window + self.y.starts[row] * self.source[1]).flatten(1)
 
-    def fold(self, kernel: Tensor, first: int, stop: int, buffer: Tensor) -> Tensor:
+    def fold_buffers(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns memory for :meth:`fold`; the first buffer is zero."""
+        height, width, d = self.y.tile, self.columns * self.x.tile, self.x.table.shape[1]
+        return (
+            like.new_zeros(height, d, width, d),
+            like.new_empty(height, self.y.window, width * d),
+            like.new_empty(width, height * self.y.window, self.x.window),
+        )
+
+    def fold(
+        self, kernel: Tensor, first: int, stop: int, buffers: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
         """Folds the taps of a row of tiles onto the windows.
 
         Args:
             kernel: Kernels of one sample, (H, W, D²).
             first: First output row.
             stop: The output row after the last.
-            buffer: Memory, zero at first, (tile height, D, columns·tile width, D).
+            buffers: From :meth:`fold_buffers`; the result lies in the last.
 
         Returns:
             (columns, output pixels of a tile, source pixels of a window).
         """
-        height, d = self.y.tile, buffer.shape[1]
-        taps = kernel[first:stop].unflatten(2, (d, d)).transpose(1, 2)
-        buffer[: stop - first, :, : kernel.shape[1]] = taps
+        taps, down, across = buffers
+        height, d = taps.shape[:2]
+        rows = kernel[first:stop].unflatten(2, (d, d)).transpose(1, 2)
+        taps[: stop - first, :, : kernel.shape[1]] = rows
         if stop - first < height:
-            buffer[stop - first :] = 0
+            taps[stop - first :] = 0
         table = self.y.table[first : first + height].transpose(1, 2)
-        down = torch.bmm(table, buffer.view(height, d, -1))  # (tile height, window height, W·D)
-        across = down.view(height * self.y.window, -1, d).transpose(0, 1)
-        return torch.bmm(across, self.x.table).view(self.columns, -1, self.area)
+        torch.bmm(table, taps.view(height, d, -1), out=down)
+        torch.bmm(down.view(across.shape[1], -1, d).transpose(0, 1), self.x.table, out=across)
+        return across.view(self.columns, -1, self.area)
 
     def unfold(self, folded: Tensor, first: int) -> Tensor:
         """The adjoint of :meth:`fold`, (tile height, columns·tile width, D²)."""
@@ -169,11 +181,11 @@ def apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     output = new_map(source, batch, height, width, channels)
     flat = source.to(kernel.dtype).reshape(batch, -1, channels)
     window_buffer, tile_buffer = tiling.buffers(channels, kernel)
-    fold_buffer = _fold_buffer(tiling, kernel)
+    fold_buffers = tiling.fold_buffers(kernel)
     for row, first, stop in tiling.rows():
         pixels = tiling.pixels(row)
         for b in range(batch):
-            folded = tiling.fold(kernel[b], first, stop, fold_buffer)
+            folded = tiling.fold(kernel[b], first, stop, fold_buffers)
             for part in tiling.parts(channels):
                 windows = _gather(flat[b], pixels[part], window_buffer)
                 tiles = torch.bmm(folded[part], windows, out=tile_buffer[: len(windows)])
@@ -198,12 +210,12 @@ def source_gradient(grad: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tens
     tiling = Tiling.plan(size, (height, width), kernel)
     total = new_map(kernel, batch, *size, channels).zero_()
     window_buffer, tile_buffer = tiling.buffers(channels, kernel)
-    fold_buffer = _fold_buffer(tiling, kernel)
+    fold_buffers = tiling.fold_buffers(kernel)
     sums = [_Overlap(tiling, part) for part in tiling.parts(channels)]
     for row, first, stop in tiling.rows():
         top = tiling.y.starts[row]
         for b in range(batch):
-            folded = tiling.fold(kernel[b], first, stop, fold_buffer)
+            folded = tiling.fold(kernel[b], first, stop, fold_buffers)
             for part, overlap in zip(tiling.parts(channels), sums, strict=True):
                 tiles = tiling.cut(grad[b], first, stop, part, tile_buffer)
                 windows = window_buffer[: len(tiles) * tiling.area].view(len(tiles), -1, channels)
@@ -275,8 +287,3 @@ def _gather(source: Tensor, pixels: Tensor, buffer: Tensor) -> Tensor:
     out = buffer[: pixels.numel()]
     torch.index_select(source, 0, pixels.flatten(), out=out)
     return out.view(*pixels.shape, -1)
-
-
-def _fold_buffer(tiling: Tiling, kernel: Tensor) -> Tensor:
-    diameter = tiling.x.table.shape[1]
-    return kernel.new_zeros(tiling.y.tile, diameter, tiling.columns * tiling.x.tile, diameter)
