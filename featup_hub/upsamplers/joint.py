@@ -28,6 +28,9 @@ from featup_hub.ops.reference import mirror, repeat
 __all__ = ["JointBilateralStage", "JointKernels"]
 
 _FINER = 2  # times the output size, to embed colours; finer is no better
+# Of a source of several looks. Chosen on training images of CamVid, NYUv2 and CCP, see
+# benchmarks/LOG.md: a cell keeps part of its own features, which the other looks confirm.
+_WIDER, _SMOOTHED = 2.0, 0.7
 
 
 class JointKernels(NamedTuple):
@@ -139,8 +142,8 @@ class JointBilateralStage(nn.Module):
             learned: Kernels of the learned stage for each pass, (B, D², H, W), first to last, at
                 the size of the pass's output.
             looks_per_side: k, if the source is stitched from k² looks. Each look is smoothed
-                separately, so that smoothing reaches as far and averages as many cells as with one
-                look.
+                separately, with twice the σ, and the result is 0.7 of the smoothed features and
+                0.3 of the cell's own.
             impl: Implementation, see :mod:`featup_hub.ops.jbu`.
 
         Returns:
@@ -166,12 +169,18 @@ class JointBilateralStage(nn.Module):
                 query, key, spatial, range, cells=cells, radius=self.radius, impl=impl
             )
 
-        own = looks[0]
+        own, wider = looks[0], 1.0
         if looks_per_side > 1:
             own = _split(_over_stride(own, looks_per_side), looks_per_side)
-        grid = (own.shape[2], own.shape[3])
+            wider = _WIDER
+        spatial = wider * self.smoothing_spatial
+        smoothing = kernel(own, own, spatial, self.smoothing_range, (own.shape[2], own.shape[3]))
+        if looks_per_side > 1:
+            centre = torch.arange(smoothing.shape[1], device=smoothing.device)
+            itself = (centre == smoothing.shape[1] // 2).to(smoothing)[:, None, None]
+            smoothing = torch.lerp(itself, smoothing, _SMOOTHED)
         return JointKernels(
-            kernel(own, own, self.smoothing_spatial, self.smoothing_range, grid),
+            smoothing,
             tuple(
                 kernel(finer, coarser, self.spatial, self.range, source_size)
                 for coarser, finer in pairwise(looks)

@@ -12,9 +12,11 @@ from featup_hub.upsamplers import JointBilateralStage
 from featup_hub.upsamplers.tiled import upsample_tiled
 
 
-def smoothed(cells: torch.Tensor, image: torch.Tensor, count: int) -> torch.Tensor:
+def smoothed(
+    cells: torch.Tensor, image: torch.Tensor, count: int, sigma: float = 1.5
+) -> torch.Tensor:
     """Smooths a source by a stage, and upsamples by nothing."""
-    stage = JointBilateralStage(share=0.0)
+    stage = JointBilateralStage(share=0.0, smoothing_spatial=sigma)
     unit = torch.zeros(len(cells), 49, *cells.shape[2:])
     unit[:, 24] = 1
     size = (cells.shape[2], cells.shape[3])
@@ -34,12 +36,13 @@ def test_a_cell_is_averaged_with_cells_of_its_own_look_alone(
     assert (reached & own).sum() > 4
 
 
-def test_on_an_even_image_every_look_is_smoothed_as_a_source_of_one_look() -> None:
+def test_a_look_is_smoothed_twice_as_wide_as_a_source_of_one_look_and_keeps_a_part() -> None:
     looks, image = torch.randn(1, 4, 2, 5, 6), torch.full((1, 3, 80, 96), 0.5)
     source = F.pixel_shuffle(looks.movedim(1, 2).flatten(1, 2), 2)
     stitched = smoothed(source, image, 2)
     for index in range(4):
-        expected = smoothed(looks[:, index], image, 1)
+        look = looks[:, index]
+        expected = 0.3 * look + 0.7 * smoothed(look, image, 1, sigma=3.0)
         torch.testing.assert_close(stitched[:, :, index // 2 :: 2, index % 2 :: 2], expected)
 
 
