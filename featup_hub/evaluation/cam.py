@@ -65,17 +65,11 @@ def open_photos(config: EvaluationConfig) -> Dataset:
 
 
 class Classifier(NamedTuple):
-    """A classifier whose last two steps are an average over positions and a linear layer.
+    """A classifier whose last two steps are an average over positions and a linear layer."""
 
-    Attributes:
-        features: Normalised image (B, 3, H, W) -> (B, C, h, w).
-        weight: Weight of the linear layer, (classes, C).
-        bias: Bias of the linear layer, (classes,).
-    """
-
-    features: Callable[[Tensor], Tensor]
-    weight: Tensor
-    bias: Tensor
+    features: Callable[[Tensor], Tensor]  # normalised image (B, 3, H, W) -> (B, C, h, w)
+    weight: Tensor  # (classes, C)
+    bias: Tensor  # (classes,)
 
     def confidence(self, features: Tensor) -> Tensor:
         """Returns the softmax over classes, (B, C, h, w) -> (B, classes)."""

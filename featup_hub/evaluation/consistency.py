@@ -53,13 +53,6 @@ def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> list[M
     return [found]
 
 
-class Directions(NamedTuple):
-    """Random directions of standardised features: weight (K, C) and projected mean m (K,)."""
-
-    weight: Tensor
-    mean: Tensor
-
-
 @torch.inference_mode()
 def consistency_sums(
     fit: Sequence[Tensor],
@@ -69,20 +62,16 @@ def consistency_sums(
     *,
     seed: int = 0,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Measures every upsampler on photographs of one size.
+    """Measures every upsampler on photographs of one size, normalised, (1, 3, H, W) each.
 
-    Args:
-        fit: Photographs to fit the downsamplers on, each normalised, (1, 3, H, W).
-        test: Photographs to measure.
-        backbone: Encodes images and views.
-        candidates: Upsamplers.
-        seed: Seed of directions and views.
+    The downsamplers are fitted on ``fit``. The seed is that of directions and views.
 
     Yields:
         Upsampler's name, ``consistency`` (2,) of a photograph: squared error, squared variation.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = _directions([backbone(image) for image in fit], generator)
+    weight, mean = _directions([backbone(image) for image in fit], generator)
+    stride = backbone.patch_size
     plans = [[_View.draw(generator) for _ in range(VIEWS)] for _ in (*fit, *test)]
     encoders = {looks: with_looks(backbone, looks) for looks in {1, *(c.looks for c in candidates)}}
 
@@ -92,10 +81,12 @@ def consistency_sums(
         """Yields each upsampler, its downsampler's inputs, and its targets, (K·V·h·w,)."""
         sources = {looks: encode(image) for looks, encode in encoders.items()}
         encoded = encoders[1](torch.cat([view.apply(image) for view in views]))
-        targets = torch.einsum("kc,vchw->kvhw", chosen.weight, encoded).flatten()
+        targets = torch.einsum("kc,vchw->kvhw", weight, encoded).flatten()
         for each in candidates:
-            source = sources[each.looks]
-            yield each, _cells(each, source, image, views, chosen, backbone.patch_size), targets
+            size = (image.shape[-2], image.shape[-1])
+            upsampled = each.project(sources[each.looks], image, size, weight)
+            shown = torch.cat([view.apply(upsampled) for view in views]).transpose(0, 1)
+            yield each, _cells(shown, mean, stride), targets
 
     grams = {each.name: torch.zeros(()) for each in candidates}
     moments = {each.name: torch.zeros(()) for each in candidates}
@@ -107,7 +98,7 @@ def consistency_sums(
     for image, views in zip(test, plans[len(fit) :], strict=True):
         for each, inputs, targets in examples(image, views):
             error = inputs @ kernels[each.name] - targets
-            variation = targets - chosen.mean.repeat_interleave(len(targets) // DIRECTIONS)
+            variation = targets - mean.repeat_interleave(len(targets) // DIRECTIONS)
             sums = torch.stack([error.square().sum(), variation.square().sum()])
             yield each.name, {"consistency": sums.double()}
 
@@ -135,34 +126,27 @@ class _View(NamedTuple):
         return F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
 
 
-def _directions(features: Sequence[Tensor], generator: torch.Generator) -> Directions:
+def _directions(features: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws directions of standardised features, (K, C); returns also the projected mean, (K,)."""
     cells = torch.cat([each[0].flatten(1) for each in features], dim=1)
     weight = torch.randn(DIRECTIONS, cells.shape[0], generator=generator) / cells.shape[0] ** 0.5
     # A channel that is almost constant here, as after a ReLU, would dominate in other images.
     deviation = cells.std(1)
     weight = weight / deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12)
-    return Directions(weight, weight @ cells.mean(1))
+    return weight, weight @ cells.mean(1)
 
 
-def _cells(
-    upsampler: Candidate,
-    source: Tensor,
-    image: Tensor,
-    plan: Sequence[_View],
-    chosen: Directions,
-    stride: int,
-) -> Tensor:
-    """Returns the inputs of the downsampler: taps of each cell and the mean, (K·V·h·w, T + 1)."""
-    size = (image.shape[-2], image.shape[-1])
-    upsampled = upsampler.project(source, image, size, chosen.weight)
-    views = torch.cat([view.apply(upsampled) for view in plan]).transpose(0, 1)  # (K, V, H, W)
+def _cells(views: Tensor, mean: Tensor, stride: int) -> Tensor:
+    """Returns the downsampler's inputs: taps of each cell and the mean, (K·V·h·w, T + 1).
+
+    ``views`` are (K, V, H, W).
+    """
     pooled = next(n for n in range(1, stride + 1) if stride % n == 0 and stride // n <= MAX_TAPS)
     taps = stride // pooled
     views = F.avg_pool2d(views, pooled)
     windows = F.unfold(views.flatten(0, 1)[:, None], taps, stride=taps)  # (K·V, T, h·w)
     windows = windows.transpose(1, 2).flatten(0, 1)
-    mean = chosen.mean.repeat_interleave(len(windows) // DIRECTIONS)
-    return torch.cat([windows, mean[:, None]], dim=1)
+    return torch.cat([windows, mean.repeat_interleave(len(windows) // DIRECTIONS)[:, None]], dim=1)
 
 
 def _solve(gram: Tensor, moment: Tensor) -> Tensor:

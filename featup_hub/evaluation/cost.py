@@ -53,11 +53,7 @@ def cost_sums(
 ) -> dict[str, Tensor]:
     """Measures one upsampler on one image, without a head.
 
-    Args:
-        source: Features, (1, C, h, w).
-        image: Normalised RGB, (1, 3, H, W).
-        upsampler: The upsampler.
-        encoding: Backbone's CPU seconds, summed over cores.
+    ``encoding`` is what the backbone took, in CPU seconds summed over cores.
 
     Returns:
         ``cost`` (5,): images, seconds, CPU seconds summed over cores, MiB, and CPU seconds

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from featup_hub.evaluation.scores import (
@@ -62,7 +65,7 @@ class Sample:
 
     def mirror(self) -> Sample:
         """Mirrors image and truth left to right."""
-        return self._changed(lambda x: x.flip(-1))
+        return self._each(lambda x: x.flip(-1))
 
     def square(self, side: int) -> Tensor:
         """Crops the centre square and resizes it, normalised, (1, 3, side, side)."""
@@ -77,54 +80,45 @@ class Sample:
         height, width = (max(round(side * scale), 1) for side in self.size)
         return self._resized((height, width))
 
-    def _centre(self, rows: int, columns: int) -> Sample:
-        top, left = (self.size[0] - rows) // 2, (self.size[1] - columns) // 2
-        return self._changed(lambda x: x[..., top : top + rows, left : left + columns])
-
-    def _resized(self, size: tuple[int, int]) -> Sample:
-        def nearest(truth: Tensor) -> Tensor:
-            resized = F.interpolate(truth[None, None].double(), size, mode="nearest-exact")
-            return resized[0, 0].to(truth.dtype)
-
-        image = F.interpolate(self.image[None], size, mode="bilinear", antialias=True)[0]
-        return replace(self._changed(nearest, image=False), image=image)
-
-    def _changed(self, change: Callable[[Tensor], Tensor], *, image: bool = True) -> Sample:
-        """Applies a function of the last two dimensions to the truth, and to the image."""
-        return replace(
-            self,
-            image=change(self.image) if image else self.image,
-            labels=None if self.labels is None else change(self.labels),
-            depth=None if self.depth is None else change(self.depth),
-        )
-
     def normalised(self) -> Tensor:
         """Returns the normalised image for backbones and upsamplers, (1, 3, H, W)."""
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         return ((self.image - mean[:, None, None]) / std[:, None, None])[None]
 
+    def sums(self, labels: Tensor | None, depth: Tensor | None, classes: int) -> dict[str, Tensor]:
+        """Compares predicted classes and depth, (H, W) each, with the truth, where there is any."""
+        sums: dict[str, Tensor] = {}
+        if labels is not None and self.labels is not None and self._band is not None:
+            sums |= segmentation_sums(labels, self.labels, self._band, classes)
+        if depth is not None and self.depth is not None and self._edges is not None:
+            sums |= depth_sums(depth, self.depth, self._edges)
+        return sums
+
     @cached_property
-    def band(self) -> Tensor | None:
-        """The band within 4 px of label boundaries, (H, W)."""
+    def _band(self) -> Tensor | None:
         return None if self.labels is None else boundary_band(self.labels)
 
     @cached_property
-    def edges(self) -> Tensor | None:
-        """The band within 4 px of depth edges, (H, W)."""
+    def _edges(self) -> Tensor | None:
         return None if self.depth is None else depth_edges(self.depth)
 
-    def sums(self, labels: Tensor | None, depth: Tensor | None, classes: int) -> dict[str, Tensor]:
-        """Compares predicted classes, (H, W), and depth, (H, W), with the truth, if there is any.
+    def _centre(self, rows: int, columns: int) -> Sample:
+        top, left = (self.size[0] - rows) // 2, (self.size[1] - columns) // 2
+        return self._each(lambda x: x[..., top : top + rows, left : left + columns])
 
-        Returns:
-            Sums of segmentation, of depth, or of both.
-        """
-        sums: dict[str, Tensor] = {}
-        if labels is not None and self.labels is not None and self.band is not None:
-            sums |= segmentation_sums(labels, self.labels, self.band, classes)
-        if depth is not None and self.depth is not None and self.edges is not None:
-            sums |= depth_sums(depth, self.depth, self.edges)
-        return sums
+    def _resized(self, size: tuple[int, int]) -> Sample:
+        def resize(x: Tensor) -> Tensor:
+            if x is self.image:
+                return F.interpolate(x[None], size, mode="bilinear", antialias=True)[0]
+            return F.interpolate(x[None, None].double(), size, mode="nearest-exact")[0, 0].to(x)
+
+        return self._each(resize)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """Changes the image, and the truth where there is any."""
+        maps = {"image": self.image, "labels": self.labels, "depth": self.depth}
+        changed: dict[str, Any] = {k: change(x) for k, x in maps.items() if x is not None}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,20 +183,17 @@ class Dataset:
         block = max(round(self.block * count / total), 1)
         return replace(self._only(evenly(total, count)), block=block)
 
-    def _only(self, keep: Sequence[int]) -> Dataset:
-        """Keeps the images at these indices."""
-        images, labels, depth = (
-            tuple(files[i] for i in keep) if files else ()
-            for files in (self.images, self.labels, self.depth)
-        )
-        return replace(self, images=images, labels=labels, depth=depth)
-
     def videos(self) -> list[Dataset]:
         """Splits the images by folder; a folder holds the frames of one video."""
         folders: dict[Path, list[int]] = {}
         for index, image in enumerate(self.images):
             folders.setdefault(image.parent, []).append(index)
         return [self._only(indices) for indices in folders.values()]
+
+    def _only(self, keep: Sequence[int]) -> Dataset:
+        files = {"images": self.images, "labels": self.labels, "depth": self.depth}
+        kept: dict[str, Any] = {k: tuple(x[i] for i in keep) for k, x in files.items() if x}
+        return replace(self, **kept)
 
     def _labels(self, path: Path) -> Tensor:
         labels = _read(path).long()
@@ -221,8 +212,6 @@ def evenly(total: int, count: int) -> list[int]:
 
 def _read(path: Path) -> Tensor:
     """Reads the stored values of a label or depth file, not palette colours, (H, W)."""
-    from PIL import Image
-
     with Image.open(path) as picture:
         values = _tensor(picture)
     if values.dim() != 2:
@@ -233,8 +222,6 @@ def _read(path: Path) -> Tensor:
     return values
 
 
-def _tensor(picture: object) -> Tensor:
-    import numpy as np
-
+def _tensor(picture: Image.Image) -> Tensor:
     values = np.array(picture)
     return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)

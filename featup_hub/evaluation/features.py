@@ -25,17 +25,11 @@ __all__ = ["Bench", "Source", "file_stamp", "open_source"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A backbone as a source of features.
-
-    Attributes:
-        name: Name in tables.
-        backbone: The backbone, frozen.
-        identity: Identifies backbone and weights, the key of the features on disk; None if unknown.
-    """
+    """A frozen backbone as a source of features; ``name`` is its name in tables."""
 
     name: str
     backbone: Backbone
-    identity: str | None = None
+    identity: str | None = None  # of the backbone and its weights, the key of features on disk
 
     def encode(self, image: Tensor, looks: int = 1) -> Tensor:
         """Returns the features of an image, stitched if ``looks`` is above one.
@@ -62,14 +56,7 @@ def with_looks(backbone: Backbone, looks: int) -> Backbone:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """One backbone on one data set.
-
-    Attributes:
-        source: The backbone.
-        train: All training images.
-        val: The images to score.
-        config: What to measure.
-    """
+    """One backbone on one data set: all training images, and the images to score."""
 
     source: Source
     train: Dataset
@@ -95,10 +82,7 @@ class Bench:
     ) -> Iterator[tuple[Sample, dict[int, Tensor]]]:
         """Yields cropped samples and their features, (1, C, h, w), by the number of looks.
 
-        Args:
-            dataset: The images.
-            looks: Numbers of looks that are needed.
-            mirror: Whether every second image is mirrored.
+        With ``mirror`` every second image is mirrored.
         """
         for index, path in enumerate(dataset.images):
             sample = dataset[index].crop(self.stride)
@@ -127,9 +111,6 @@ def open_source(spec: str) -> Source:
         spec: ``NAME`` or ``NAME=FILE``, a name that :func:`featup_hub.load` takes and weights of
             your own, or a plug-in ``module:callable`` that returns a backbone. The old spellings
             ``LABEL=NAME`` and ``LABEL=NAME@FILE`` set its name in tables.
-
-    Returns:
-        The source.
 
     Raises:
         ValueError: If there is no such model, or it has no backbone.

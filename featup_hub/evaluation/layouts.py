@@ -14,10 +14,10 @@ bootstrap draws them together. The other layouts are the rows of :data:`LAYOUTS`
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.image import list_images
@@ -25,88 +25,73 @@ from featup_hub.image import list_images
 __all__ = ["LAYOUTS", "Layout", "open_data"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Where a data set keeps its files, and how to read their values.
+class Layout(NamedTuple):
+    """Where a data set keeps its files; ``{split}`` stands for the data set's name of the split.
 
     Attributes:
-        images: Folder of the images, searched with its subfolders; ``{split}`` is the split.
-        prefix: Beginning of the names of images; other files of the folder are ignored.
-        labels: How to make a label file's path of its image's: text to replace, each once. The
-            suffix becomes ``.png``. Empty if there are no labels.
-        depth: The same for depth files.
-        index: Text file that lists the stems of a split's images; empty takes all images.
-        train: The data set's own name of the split ``train``.
-        val: The data set's own name of the split ``val``.
-        classes: Number of classes.
-        label_map: Class of every stored value, if they differ; other values are void.
-        depth_scale: Stored depth per metre.
-        block: Number of neighbouring images that are correlated.
+        images: Folder of the images, searched with its subfolders.
+        labels: Folder of the label files, PNGs with the images' paths; empty if there are none.
+        depth: The same for depth.
+        swap: Text of an image's name, and what stands there in the name of its truth. Files
+            without the text are no images.
+        listing: Text file that lists the stems of a split's images; empty takes all images.
+        splits: The data set's own names of the splits ``train`` and ``val``.
+        values: Fields of :class:`Dataset` that say how to read labels and depth.
     """
 
-    images: str = "{split}/images"
-    prefix: str = ""
-    labels: Mapping[str, str] = field(default_factory=lambda: {"/images/": "/labels/"})
-    depth: Mapping[str, str] = field(default_factory=lambda: {"/images/": "/depth/"})
-    index: str = ""
-    train: str = "train"
-    val: str = "val"
-    classes: int = 0
-    label_map: tuple[int, ...] = ()
-    depth_scale: float = 1.0
-    block: int = 1
+    images: str
+    labels: str = ""
+    depth: str = ""
+    swap: tuple[str, str] = ("", "")
+    listing: str = ""
+    splits: tuple[str, str] = ("train", "val")
+    values: Mapping[str, Any] = {}
 
 
+_PLAIN = Layout("{split}/images", "{split}/labels", "{split}/depth")
 # Cityscapes evaluates 19 of its 34 identifiers.
 _CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_CITYSCAPES_MAP = tuple(_CITYSCAPES.index(i) if i in _CITYSCAPES else -1 for i in range(34))
 
 LAYOUTS = {
-    "folder": Layout(),
+    "folder": _PLAIN,
     # The validation split is one clip at 15 Hz: differences between upsamplers are correlated
     # over about ten images if 60 of the 101 are scored.
-    "camvid": Layout(classes=11, block=17),
-    "ccp": Layout(classes=59),
-    "nyu": Layout(classes=39, depth_scale=25.5),
-    "bsds": Layout(images="images", labels={"/images/": "/segments/"}, depth={}, classes=50),
-    "davis": Layout(images="images", labels={"/images/": "/masks/"}, depth={}, classes=2, block=6),
+    "camvid": _PLAIN._replace(values={"classes": 11, "block": 17}),
+    "ccp": _PLAIN._replace(values={"classes": 59}),
+    "nyu": _PLAIN._replace(values={"classes": 39, "depth_scale": 25.5}),
+    "bsds": Layout("images", "segments", values={"classes": 50}),
+    "davis": Layout("images", "masks", values={"classes": 2, "block": 6}),
     "voc": Layout(  # VOCdevkit/VOC2012
-        images="JPEGImages",
-        labels={"/JPEGImages/": "/SegmentationClass/"},
-        depth={},
-        index="ImageSets/Segmentation/{split}.txt",
-        classes=21,
+        "JPEGImages",
+        "SegmentationClass",
+        listing="ImageSets/Segmentation/{split}.txt",
+        values={"classes": 21},
     ),
     "ade20k": Layout(  # ADEChallengeData2016
-        images="images/{split}",
-        labels={"/images/": "/annotations/"},
-        depth={},
-        train="training",
-        val="validation",
-        classes=150,
-        label_map=(-1, *range(150)),
+        "images/{split}",
+        "annotations/{split}",
+        splits=("training", "validation"),
+        values={"classes": 150, "label_map": (-1, *range(150))},
     ),
     "cityscapes": Layout(
-        images="leftImg8bit/{split}",
-        labels={"/leftImg8bit/": "/gtFine/", "_leftImg8bit": "_gtFine_labelIds"},
-        depth={},
-        classes=19,
-        label_map=tuple(_CITYSCAPES.index(i) if i in _CITYSCAPES else -1 for i in range(34)),
+        "leftImg8bit/{split}",
+        "gtFine/{split}",
+        swap=("_leftImg8bit", "_gtFine_labelIds"),
+        values={"classes": 19, "label_map": _CITYSCAPES_MAP},
     ),
     "coco-stuff": Layout(
-        images="images/{split}",
-        labels={"/images/": "/annotations/"},
-        depth={},
-        train="train2017",
-        val="val2017",
-        classes=182,
+        "images/{split}",
+        "annotations/{split}",
+        splits=("train2017", "val2017"),
+        values={"classes": 182},
     ),
     "nyuv2": Layout(  # scene folders with depth in millimetres
-        images="official_splits/{split}",
-        prefix="rgb_",
-        labels={},
-        depth={"/rgb_": "/sync_depth_"},
-        val="test",
-        depth_scale=1000,
+        "official_splits/{split}",
+        depth="official_splits/{split}",
+        swap=("rgb_", "sync_depth_"),
+        splits=("train", "test"),
+        values={"depth_scale": 1000},
     ),
 }
 
@@ -119,79 +104,52 @@ def open_data(spec: str, split: Literal["train", "val"], *, max_side: int = 0) -
         split: The split; a layout without splits gives all its images for each.
         max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
 
-    Returns:
-        The split.
-
     Raises:
         ValueError: If the layout is unknown, there are no images, the truth of some is missing,
             or ``dataset.json`` is wrong.
     """
-    name, _, folder = spec.partition(":")
-    if name not in LAYOUTS or not folder:
+    name, _, place = spec.partition(":")
+    if name not in LAYOUTS or not place:
         raise ValueError(
             f"data must be LAYOUT:FOLDER with one of the layouts {', '.join(LAYOUTS)}; got {spec!r}"
         )
-    layout, root = LAYOUTS[name], Path(folder)
+    layout, root = LAYOUTS[name], Path(place)
+    values = layout.values
     if name == "folder":
-        layout, name = _described(root / "dataset.json"), root.name
-    own_name = layout.train if split == "train" else layout.val
-    folder = layout.images.format(split=own_name)
-    if layout.index:
-        index = root / layout.index.format(split=own_name)
-        stems = index.read_text(encoding="utf-8").split() if index.is_file() else []
-        images = [root / folder / f"{stem}.jpg" for stem in stems]
-    else:
-        found = list_images(root / folder) if (root / folder).is_dir() else []
-        images = [path for path in found if path.name.startswith(layout.prefix)]
+        values, name = _described(root / "dataset.json"), root.name
+    own_name = layout.splits[split == "val"]
+    folder = root / layout.images.format(split=own_name)
+    images = list_images(folder) if folder.is_dir() and not layout.listing else []
+    if layout.listing:
+        listing = root / layout.listing.format(split=own_name)
+        stems = listing.read_text(encoding="utf-8").split() if listing.is_file() else []
+        images = [folder / f"{stem}.jpg" for stem in stems]
+    images = [path for path in images if layout.swap[0] in path.name]
     if not images:
+        raise ValueError(f"{spec!r} must hold images of the split {split!r} in {folder}; got none")
+    truth: dict[str, Any] = {}
+    for kind in ("labels", "depth"):
+        there = root / getattr(layout, kind).format(split=own_name)
+        if getattr(layout, kind) and there.is_dir():
+            stems = [path.relative_to(folder).with_suffix("").as_posix() for path in images]
+            truth[kind] = tuple(there / f"{stem.replace(*layout.swap)}.png" for stem in stems)
+            if missing := [path for path in truth[kind] if not path.is_file()]:
+                raise ValueError(
+                    f"every image of {spec!r} must have its truth; {missing[0]} is missing; "
+                    "remove the image or add the file"
+                )
+    found = Dataset(
+        name=f"{name}/{split}", images=tuple(images), max_side=max_side, **truth, **values
+    )
+    if found.labels and found.classes < 1:
         raise ValueError(
-            f"{spec!r} must hold images of the split {split!r} in {folder}; found none"
-        )
-    labels = _truth(spec, layout.labels, root, folder, images)
-    depth = _truth(spec, layout.depth, root, folder, images)
-    if labels and layout.classes < 1:
-        raise ValueError(
-            f"labels need a number of classes, at least 1; {spec!r} gives {layout.classes}; write "
+            f"labels need a number of classes, at least 1; {spec!r} gives {found.classes}; write "
             'it into dataset.json, such as {"classes": 11}'
         )
-    return Dataset(
-        name=f"{name}/{split}",
-        images=tuple(images),
-        labels=labels,
-        depth=depth,
-        classes=layout.classes,
-        label_map=layout.label_map,
-        depth_scale=layout.depth_scale,
-        max_side=max_side,
-        block=layout.block,
-    )
+    return found
 
 
-def _truth(
-    spec: str, changes: Mapping[str, str], root: Path, folder: str, images: list[Path]
-) -> tuple[Path, ...]:
-    """Lists the truth of every image; none if the data set has no folder for it."""
-
-    def paired(path: str) -> Path:
-        for old, new in changes.items():
-            path = path.replace(old, new, 1)
-        return root / path.removeprefix("/")
-
-    if not changes or not paired(f"/{folder}/").is_dir():
-        return ()
-    files = tuple(
-        paired(f"/{path.relative_to(root).as_posix()}").with_suffix(".png") for path in images
-    )
-    for path in files:
-        if not path.is_file():
-            raise ValueError(
-                f"every image of {spec!r} must have its truth; {path} is missing; "
-                "remove the image or add the file"
-            )
-    return files
-
-
-def _described(path: Path) -> Layout:
+def _described(path: Path) -> dict[str, Any]:
     """Reads the numbers of a data set of the plain layout."""
     if not path.is_file():
         raise ValueError(
@@ -201,18 +159,16 @@ def _described(path: Path) -> Layout:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON; {error}") from error
-    known = ("classes", "depth_scale", "block")
-    if not isinstance(values, dict) or not set(values) <= set(known):
+    least = {"classes": 0, "depth_scale": 0, "block": 1}
+    if not isinstance(values, dict) or not set(values) <= set(least):
         got = ", ".join(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path} must be a JSON object with {', '.join(known)}; got {got}")
-    layout = replace(LAYOUTS["folder"], **values)
-    for name, least in (("classes", 0), ("block", 1)):
-        value = getattr(layout, name)
-        if type(value) is not int or value < least:
-            raise ValueError(
-                f"{name} in {path} must be a whole number, at least {least}; got {value!r}"
-            )
-    scale = layout.depth_scale
-    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
-        raise ValueError(f"depth_scale in {path} must be a number above 0; got {scale!r}")
-    return layout
+        raise ValueError(f"{path} must be a JSON object with {', '.join(least)}; got {got}")
+    for name, value in values.items():
+        if name == "depth_scale":
+            needed, right = "a number above 0", type(value) in (int, float) and 0 < value < math.inf
+        else:
+            needed = f"a whole number, at least {least[name]}"
+            right = type(value) is int and value >= least[name]
+        if not right:
+            raise ValueError(f"{name} in {path} must be {needed}; got {value!r}")
+    return values

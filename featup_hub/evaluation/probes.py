@@ -80,17 +80,11 @@ def _score(
 
 
 class ProbeExamples(NamedTuple):
-    """Features of one image and their truth.
+    """Features of one image and their truth, where there is any."""
 
-    Attributes:
-        features: (N, C).
-        shares: Share of each class, (N, K); rows of zeros are void; None without labels.
-        log_depth: (N,), NaN where missing; None without depth.
-    """
-
-    features: Tensor
-    shares: Tensor | None
-    log_depth: Tensor | None
+    features: Tensor  # (N, C)
+    shares: Tensor | None  # of each class, (N, K); rows of zeros are void
+    log_depth: Tensor | None  # (N,), NaN where missing
 
 
 def cells(sample: Sample, source: Tensor, classes: int) -> ProbeExamples:
@@ -130,25 +124,17 @@ def pixels(
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """A 1×1 convolution to class scores, to log depth, or to both.
+    """A 1×1 convolution to class scores, to log depth, or to both."""
 
-    Attributes:
-        weight: (K, C); K is the number of classes, plus one with depth.
-        bias: (K,).
-        classes: Number of classes.
-        depth_range: Least and greatest depth predicted, metres; None without depth.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (K, C); K is the number of classes, plus one with depth
+    bias: Tensor  # (K,)
     classes: int
-    depth_range: tuple[float, float] | None
+    depth_range: tuple[float, float] | None  # predicted, in metres; None without depth
 
     def read(self, projected: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Predicts classes and depth, (H, W) each, or None where the probe has no such output.
+        """Predicts classes and depth, (H, W) each, where the probe has such outputs.
 
-        Args:
-            projected: ``weight`` times upsampled features, without the bias, (1, K, H, W).
+        ``projected`` is ``weight`` times upsampled features, without the bias, (1, K, H, W).
         """
         outputs = projected[0] + self.bias[:, None, None]
         labels = outputs[: self.classes].argmax(0) if self.classes else None
@@ -157,16 +143,7 @@ class LinearProbe:
 
 
 def fit_probe(examples: Iterable[ProbeExamples], *, steps: int, seed: int = 0) -> LinearProbe:
-    """Fits a probe to labels, to depth, or to both.
-
-    Args:
-        examples: Features and truth of each training image, in order.
-        steps: Steps of the softmax regression.
-        seed: Seed of its order of cells.
-
-    Returns:
-        The probe.
-    """
+    """Fits a probe to the truth there is; ``steps`` and ``seed`` are of the softmax regression."""
     every = list(examples)
     features = torch.cat([each.features for each in every])
     kept = sum(len(each.features) for each in every[: len(every) - len(every) // 5])
@@ -210,17 +187,9 @@ def _chosen(
 def fit_segmentation(
     features: Tensor, shares: Tensor, weight_decay: float, *, steps: int, seed: int = 0
 ) -> Head:
-    """Fits softmax regression by AdamW; the learning rate falls by a cosine over all steps.
+    """Fits softmax regression by AdamW to shares of classes, (N, K), see :class:`ProbeExamples`.
 
-    Args:
-        features: (N, C).
-        shares: Share of each class in the cell, (N, K); rows of zeros (void) are ignored.
-        weight_decay: AdamW's, for the weight only.
-        steps: Steps.
-        seed: Seed of the order of cells.
-
-    Returns:
-        Weight (K, C) and bias (K,).
+    The learning rate falls by a cosine over all steps. The weight decay does not act on the bias.
     """
     known = shares.sum(1) > 0
     features, shares = features[known], shares[known]
@@ -246,16 +215,7 @@ def fit_segmentation(
 
 
 def fit_depth(features: Tensor, log_depth: Tensor, ridge: float) -> Head:
-    """Fits ridge regression in closed form.
-
-    Args:
-        features: (N, C).
-        log_depth: (N,), NaN where missing.
-        ridge: Penalty as a share of the number of cells.
-
-    Returns:
-        Weight (1, C) and bias (1,).
-    """
+    """Fits ridge regression in closed form; the penalty is a share of the number of cells."""
     known = log_depth.isfinite()
     features, target = features[known], log_depth[known].double()
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)

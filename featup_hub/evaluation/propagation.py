@@ -56,16 +56,9 @@ def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[M
 
 @torch.inference_mode()
 def propagate(first: Tensor, labels: Tensor, later: Tensor, *, radius: int = RADIUS) -> Tensor:
-    """Carries labels from one frame to another.
+    """Carries shares of classes, (K, H, W), from a first frame to a later one.
 
-    Args:
-        first: Features of the first frame, unit length, (C, H, W).
-        labels: Shares of the first frame's classes, (K, H, W).
-        later: Features of the later frame, unit length, (C, H, W).
-        radius: Half the side of the window, in positions.
-
-    Returns:
-        Shares of the later frame's classes, (K, H, W).
+    Features of both are of unit length, (C, H, W). ``radius`` is half the side of the window.
     """
     height, width = later.shape[-2:]
     result = torch.empty_like(labels)

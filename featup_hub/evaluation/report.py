@@ -33,31 +33,18 @@ METRICS = (*PROPAGATION, *SEGMENTATION, *DEPTH, *CAM, *CONSISTENCY, *COST)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One score of one upsampler.
-
-    Attributes:
-        protocol: Such as ``point oracle``.
-        data: Such as ``camvid/val``.
-        backbone: Backbone of the features, and the stride.
-        images: How many images were scored.
-        metric: Name of the score.
-        higher_is_better: Direction of improvement.
-        percent: Whether it is a share, to be shown in percent.
-        upsampler: Name of the upsampler.
-        score: The score.
-        versus: Reference upsampler -> paired difference from it.
-    """
+    """One score of one upsampler; see :class:`Measurement` and :class:`Metric`."""
 
     protocol: str
     data: str
     backbone: str
-    images: int
+    images: int  # that were scored
     metric: str
     higher_is_better: bool
     percent: bool
     upsampler: str
     score: Estimate
-    versus: dict[str, Estimate]
+    versus: dict[str, Estimate]  # reference upsampler -> paired difference from it
 
     @property
     def scale(self) -> float:
@@ -71,15 +58,12 @@ def rows(
     versus: Sequence[str] = ("bilinear", "bicubic"),
     resamples: int = 1000,
 ) -> list[Row]:
-    """Scores measurements, with 95 % intervals over images.
+    """Scores measurements: one row per measurement, score and upsampler.
 
     Args:
         measurements: Results of the protocols.
         versus: References of the paired differences; only those measured are used.
         resamples: Bootstrap replicates.
-
-    Returns:
-        One row per measurement, score and upsampler.
     """
     return [
         _row(measurement, metric, upsampler, versus, resamples)

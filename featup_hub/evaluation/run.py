@@ -85,17 +85,10 @@ def measure(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Measurement]:
-    """Measures loaded upsamplers.
+    """Measures opened upsamplers: yields one measurement per protocol, data and backbone or stride.
 
-    Args:
-        data: Training and validation split of each data set.
-        sources: Backbones.
-        candidates: Upsamplers.
-        config: What to measure; its ``data``, ``upsamplers`` and ``backbones`` are not read.
-        progress: Called with one line of text at every step.
-
-    Returns:
-        One measurement per protocol, data set and backbone or stride.
+    ``data`` holds the training and validation split of each data set. The config's own ``data``,
+    ``upsamplers`` and ``backbones`` are not read.
 
     Raises:
         ValueError: If data that a protocol needs is missing, before anything is measured.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
-from featup_hub.weights import metadata, read, write
+from featup_hub.files import write_atomically
 
 __all__ = ["Measurement", "measure_new"]
 
@@ -68,19 +68,20 @@ def measure_new(
     if cache is not None and settings is not None:
         for each in candidates:
             if each.identity is not None:
-                content = json.dumps(
-                    [VERSION, settings, each.identity], sort_keys=True, default=str
-                )
+                key = [VERSION, settings, each.identity]
+                content = json.dumps(key, sort_keys=True, default=str)
                 name = hashlib.sha256(content.encode()).hexdigest()[:24]
-                places[each.name] = cache / "sums" / f"{name}.safetensors"
+                places[each.name] = cache / "sums" / f"{name}.pt"
     known = {name: _load(place, name) for name, place in places.items() if place.is_file()}
     new = [each for each in candidates if each.name not in known]
     fresh = run(new) if new else []
     for each in new:
         found = [replace(part, sums={each.name: part.sums[each.name]}) for part in fresh]
         known[each.name] = found
-        if each.name in places:
-            _save(found, places[each.name])
+        if place := places.get(each.name):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(place) as partial:
+                torch.save([vars(part) for part in found], partial)
     columns = zip(*(known[each.name] for each in candidates), strict=True)
     return [
         replace(parts[0], sums={name: sums for part in parts for name, sums in part.sums.items()})
@@ -88,28 +89,10 @@ def measure_new(
     ]
 
 
-def _save(found: Sequence[Measurement], place: Path) -> None:
-    """Writes one upsampler's measurements, each tensor of sums as ``NUMBER NAME``."""
-    tensors = {
-        f"{number} {name}": torch.stack(values)
-        for number, each in enumerate(found)
-        for sums in each.sums.values()
-        for name, values in sums.items()
-    }
-    titles = [(each.protocol, each.data, each.backbone, each.block) for each in found]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write(tensors, place, metadata={"titles": json.dumps(titles)})
-
-
 def _load(place: Path, upsampler: str) -> list[Measurement]:
-    """Reads a file of :func:`_save`; ``upsampler`` is the current name."""
-    found = [
-        Measurement(
-            protocol=protocol, data=data, backbone=backbone, block=block, sums={upsampler: {}}
-        )
-        for protocol, data, backbone, block in json.loads(metadata(place)["titles"])
+    """Reads one upsampler's measurements; ``upsampler`` is its current name."""
+    return [
+        Measurement(**{**part, "sums": {upsampler: sums}})
+        for part in torch.load(place, weights_only=True)
+        for sums in part["sums"].values()
     ]
-    for key, values in read(place).items():
-        number, _, name = key.partition(" ")
-        found[int(number)].sums[upsampler][name] = list(values)
-    return found

@@ -100,7 +100,7 @@ def test_an_unknown_layout_is_refused(spec):
 
 
 def test_missing_images_labels_and_descriptions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold images of the split 'val' in .*found none"):
+    with pytest.raises(ValueError, match=r"must hold images of the split 'val' in .*got none"):
         open_data(f"camvid:{tmp_path}", "val")
     photograph(tmp_path / "val" / "images" / "a.jpg")
     (tmp_path / "val" / "labels").mkdir()
