@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone, ChannelNorm
-from featup_hub.image import preprocess
 from featup_hub.ops import Implementation
 from featup_hub.upsamplers import FoldedHead, JBUStack
 from featup_hub.upsamplers.head import check_channels
@@ -105,6 +104,8 @@ class UpsampledBackbone(nn.Module):
             >>> model.preprocess(np.zeros((60, 90, 3), dtype=np.uint8), size=32).shape
             torch.Size([1, 3, 32, 48])
         """
+        from featup_hub.image import preprocess
+
         size = self.image_size if size is None else size
         image = preprocess(photo, size, mean=self.mean, std=self.std, multiple_of=self.patch_size)
         like = next((p for p in self.parameters() if p.is_floating_point()), image)

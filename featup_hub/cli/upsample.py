@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from featup_hub.image import read_image, resize
     from featup_hub.loading import load
 
+    jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     card, options = choose_model(args)
     stride = card.patch_size if args.layer is None and args.looks == 1 else None
     size = card.image_size if args.size is None else args.size
@@ -105,7 +106,6 @@ def run(args: argparse.Namespace) -> int:
     device = open_device(args.device)
     if args.impl == "cuda" and device.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {device}; leave --impl out")
-    jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
     model = None
     if args.size is None and stride is None:  # only the loaded model tells a size that fits
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     todo = jobs if args.overwrite else _unfinished(jobs, settings, progress)
     if todo and model is None:
         model = load(card, **options, device=device)
-        _check_size(size, model.patch_size, card.name)
+        if args.size is not None:
+            _check_size(size, model.patch_size, card.name)
 
     def read(job: Job) -> Image.Image:
         image = read_image(job.image, bands=args.bands, value_range=args.value_range)

@@ -14,10 +14,11 @@ from featup_hub.weights.files import (
     resolve,
     shipped_folder,
     shipped_upsampler,
+    split_norm,
     write,
 )
 from featup_hub.weights.hub import download, explained
-from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream, split_norm
+from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream
 
 __all__ = [
     "ConvertedCheckpoint",

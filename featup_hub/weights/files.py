@@ -27,6 +27,7 @@ __all__ = [
     "resolve",
     "shipped_folder",
     "shipped_upsampler",
+    "split_norm",
     "write",
 ]
 
@@ -170,6 +171,12 @@ def write(
     with write_atomically(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.write(data[end:])
+
+
+def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Splits the tensors of a converted checkpoint into the upsampler's and the norm's."""
+    norm = {n.removeprefix("norm."): t for n, t in tensors.items() if n.startswith("norm.")}
+    return {n: t for n, t in tensors.items() if not n.startswith("norm.")}, norm or None
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str | Path) -> None:

@@ -8,7 +8,6 @@ Source: names as in mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from featup_hub.weights.checkpoints import unpickle
 from featup_hub.weights.files import differences, digest, write
 
-__all__ = ["ConvertedCheckpoint", "convert", "convert_upstream", "split_norm"]
+__all__ = ["ConvertedCheckpoint", "convert", "convert_upstream"]
 
 FORMAT = "1"  # format of converted files: the upsampler's tensors, and the norm's under "norm."
 _UPSAMPLER = "upsampler."
@@ -110,12 +109,6 @@ def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
     }
     write({**checkpoint.upsampler, **norm}, target, metadata=notes)
     return checkpoint
-
-
-def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Splits the tensors of a file of :func:`convert` into the upsampler's and the norm's."""
-    norm = {n.removeprefix("norm."): t for n, t in tensors.items() if n.startswith("norm.")}
-    return {n: t for n, t in tensors.items() if not n.startswith("norm.")}, norm or None
 
 
 def _state(path: Path) -> dict[str, Tensor]:
