@@ -52,15 +52,6 @@ def test_a_photograph_comes_in_the_models_precision(small: UpsampledBackbone) ->
     assert small.double().preprocess(Image.new("RGB", (16, 16))).dtype == torch.float64
 
 
-def test_the_first_steps_are_at_the_top_level(small: UpsampledBackbone) -> None:
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8))
-    image = small.preprocess(photo)
-    assert torch.equal(image, featup_hub.preprocess(photo, mean=small.mean, std=small.std))
-    with torch.inference_mode():
-        picture = featup_hub.comparison(photo, small.source(image), small(image))
-    assert isinstance(picture, Image.Image)
-
-
 @pytest.mark.parametrize("given", ["photo.jpg", Path("photo.jpg"), [[1]], np.zeros((8, 8, 3))])
 def test_what_is_no_tensor_is_refused_with_what_to_call(
     small: UpsampledBackbone, given: Any

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featup_hub import weights
-from featup_hub.registry import EFFICIENTNET_LITE0, WeightFile
+from featup_hub.registry import WeightFile
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 
@@ -84,13 +84,6 @@ def test_views_and_shared_tensors_are_written(tmp_path):
     assert equal(weights.read(tmp_path / "views.safetensors"), tensors)
 
 
-def test_changing_what_was_read_leaves_the_file(tmp_path):
-    path = written(tmp_path)
-    before = weights.digest(path)
-    weights.read(path)["matrix"].zero_()
-    assert weights.digest(path) == before
-
-
 def test_every_flipped_bit_of_the_tensors_is_seen_without_a_pinned_digest(tmp_path):
     path = written(tmp_path)
     data = bytearray(path.read_bytes())
@@ -100,16 +93,6 @@ def test_every_flipped_bit_of_the_tensors_is_seen_without_a_pinned_digest(tmp_pa
         path.write_bytes(data)
         with pytest.raises(ValueError, match="is not the weights needed: tensors with sha256"):
             weights.read(path)
-        data[position // 8] ^= 1 << position % 8
-
-
-def test_a_flipped_bit_anywhere_never_changes_what_is_read(tmp_path):
-    path = written(tmp_path)
-    data = bytearray(path.read_bytes())
-    for position in range(0, len(data) * 8, 9):
-        data[position // 8] ^= 1 << position % 8
-        path.write_bytes(data)
-        assert right_or_refused(path)  # a flip in a note may pass
         data[position // 8] ^= 1 << position % 8
 
 
@@ -236,32 +219,8 @@ def test_tensors_that_do_not_fit_leave_the_module_as_it_was():
     assert equal(dict(module.state_dict()), right)
 
 
-def test_a_long_list_of_problems_is_cut():
-    with pytest.raises(ValueError, match=r"missing: 0.weight, .* and 14 more"):
-        weights.load_into(nn.Sequential(*[nn.Linear(1, 1)] * 10), {}, origin="it")
-
-
 def row(filename: str, sha256: str = "") -> WeightFile:
     return WeightFile(filename=filename, sha256=sha256, licence="MIT", data="none")
-
-
-def test_shipped_weights_are_the_ones_the_registry_pins():
-    assert EFFICIENTNET_LITE0.sha256
-    assert len(weights.load(EFFICIENTNET_LITE0)) == 296
-
-
-def test_the_shipped_backbone_fits_timm_exactly_and_knows_a_cat(root):
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    weights.load_into(model, weights.load(EFFICIENTNET_LITE0), origin="shipped")
-    from featup_hub.image import preprocess, read_image
-
-    photos = sorted((root / "tests/data").glob("chelsea*"))
-    if not photos:
-        pytest.skip("no photograph of a cat in tests/data")
-    image = preprocess(read_image(photos[0]), (224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
-    with torch.inference_mode():
-        assert model.eval()(image).argmax().item() in {281, 282, 285}  # tabby, tiger, Egyptian
 
 
 def test_shipped_weights_are_found_in_an_installed_wheel(tmp_path, monkeypatch):
