@@ -148,29 +148,21 @@ class Custom:
     ("content", "message"),
     [
         ({"weight": torch.ones(1), "model": Custom()}, "a pickle with more than tensors in it"),
-        ({"epoch": 3}, "got dict without tensors"),
-        (torch.ones(3), "got Tensor without tensors"),
-    ],
-)
-def test_files_without_a_state_are_refused(tmp_path: Path, content: object, message: str) -> None:
-    torch.save(content, tmp_path / "file.pth")
-    with pytest.raises(
-        ValueError, match=rf"file.pth must hold a network's weights.*{message}.*; c"
-    ):
-        read_state(tmp_path / "file.pth")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+        ({"epoch": 3}, "dict without tensors"),
+        (torch.ones(3), "Tensor without tensors"),
         (b"", "an empty file"),
         (b"<html>login</html>", "a web page"),
         (b"hello" * 5, "no file of torch"),
     ],
 )
-def test_other_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "file.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=f"got {message}"):
+def test_files_without_weights_are_refused_by_what_they_are(
+    tmp_path: Path, content: object, message: str
+) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "file.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=f"file.pth must hold a network's weights.*got {message}"):
         read_state(tmp_path / "file.pth")
 
 
