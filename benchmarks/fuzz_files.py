@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load, save
 
 from featup_hub import ImplicitUpsampler, JBUStack, weights
@@ -41,55 +42,40 @@ class TooSlowError(BaseException):
     """No Exception, so that no reader takes it for damage."""
 
 
-def good_weights(folder: Path) -> list[bytes]:
-    """A small file of weights as this package writes it, and as others do, without a digest."""
-    tensors = {"weight": torch.rand(3, 4), "half": torch.ones(5).half(), "scalar": torch.ones(())}
-    weights.write(tensors, folder / "good", metadata={"feat_dim": "4"})
-    return [(folder / "good").read_bytes(), save(tensors)]
+def saved(content: object, **options: bool) -> bytes:
+    """Returns what torch.save writes."""
+    torch.save(content, buffer := io.BytesIO(), **options)
+    return buffer.getvalue()
 
 
-def good_checkpoint(folder: Path) -> list[bytes]:
-    """A small checkpoint as upstream's trainer writes it."""
-    state = {f"upsampler.{name}": t for name, t in JBUStack(2).state_dict().items()}
-    norm = {"model.1.norm.weight": torch.ones(2), "model.1.norm.bias": torch.ones(2)}
-    buffer = io.BytesIO()
-    torch.save({"state_dict": {**state, **norm}, "epoch": 3}, buffer)
-    return [buffer.getvalue()]
-
-
-def good_backbone(folder: Path) -> list[bytes]:
-    """A small file of weights in every format that backbones have."""
-    state = {"cls_token": torch.rand(1, 1, 4), "patch_embed.proj.weight": torch.rand(4, 3, 2, 2)}
-    checkpoint = {"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 3}
-    files = [save(state)]
-    for content, is_zip in ((state, True), (checkpoint, True), (state, False)):
-        buffer = io.BytesIO()
-        torch.save(content, buffer, _use_new_zipfile_serialization=is_zip)
-        files.append(buffer.getvalue())
-    return files
-
-
-def good_config(folder: Path) -> list[bytes]:
-    """The config beside a saved upsampler, whose weights stay as they are."""
-    JBUStack(2).save_pretrained(folder)
-    return [(folder / "config.json").read_bytes()]
-
-
-def good_image(folder: Path) -> list[bytes]:
-    """A small photograph in every format that people have."""
-    from PIL import Image
-
-    with Image.open(ROOT / "tests/data/chelsea.jpg") as photo:
-        small = photo.resize((24, 16))
-    files = []
-    for name in FORMATS:
-        small.save(buffer := io.BytesIO(), name)
-        files.append(buffer.getvalue())
-    return files
-
-
-def good_fit(folder: Path) -> list[bytes]:
-    """One image's fitted features."""
+def good_files(name: str, folder: Path) -> list[bytes]:
+    """Makes small good files for a reader, in every format that people have."""
+    if name == "weights":  # as this package writes them, and as others do, without a digest
+        tensors = {"weight": torch.rand(3, 4), "half": torch.ones(5).half(), "one": torch.ones(())}
+        weights.write(tensors, folder / "good", metadata={"feat_dim": "4"})
+        return [(folder / "good").read_bytes(), save(tensors)]
+    if name == "checkpoint":  # as upstream's trainer writes it
+        state = {f"upsampler.{name}": t for name, t in JBUStack(2).state_dict().items()}
+        norm = {"model.1.norm.weight": torch.ones(2), "model.1.norm.bias": torch.ones(2)}
+        return [saved({"state_dict": {**state, **norm}, "epoch": 3})]
+    if name == "backbone":
+        state = {
+            "cls_token": torch.rand(1, 1, 4),
+            "patch_embed.proj.weight": torch.rand(4, 3, 2, 2),
+        }
+        checkpoint = {"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+        old = saved(state, _use_new_zipfile_serialization=False)
+        return [save(state), saved(state), saved(checkpoint), old]
+    if name == "config":  # the one beside a saved upsampler, whose weights stay as they are
+        JBUStack(2).save_pretrained(folder)
+        return [(folder / "config.json").read_bytes()]
+    if name == "image":
+        files = []
+        with Image.open(ROOT / "tests/data/chelsea.jpg") as photo:
+            for kind in FORMATS:
+                photo.resize((24, 16)).save(buffer := io.BytesIO(), kind)
+                files.append(buffer.getvalue())
+        return files
     options = {"frequencies": 2, "hidden": 4, "base": torch.rand(1, 2, 2, 2), "scores": {"r2": 1.0}}
     fit = ImplicitUpsampler(torch.rand(1, 3, 4, 6), torch.zeros(3), torch.rand(3, 2), **options)
     fit.save(folder / "good")
@@ -144,42 +130,26 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(out)
 
 
-# By name: functions that make, damage and read a file, and its file name.
-Reader = tuple[
-    Callable[[Path], list[bytes]],
-    Callable[[bytes, random.Random], bytes],
-    Callable[[Path], object],
-    str,
-]
-READERS: dict[str, Reader] = {
-    "weights": (good_weights, mutated, weights.read, "model.safetensors"),
-    "backbone": (good_backbone, mutated, weights.read_state, "in.pth"),
-    "checkpoint": (good_checkpoint, mutated, weights.convert_upstream, "in.ckpt"),
-    "config": (
-        good_config,
-        mutated,
-        lambda path: JBUStack.from_pretrained(path.parent),
-        "config.json",
-    ),
-    "image": (good_image, mutated, read_image, "photo"),
-    "fit": (
-        good_fit,
-        miswritten,
-        lambda path: ImplicitUpsampler.load(path).features((2, 3)),
-        "fit.safetensors",
-    ),
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file, reader
+    "weights": ("model.safetensors", weights.read),
+    "backbone": ("in.pth", weights.read_state),
+    "checkpoint": ("in.ckpt", weights.convert_upstream),
+    "config": ("config.json", lambda path: JBUStack.from_pretrained(path.parent)),
+    "image": ("photo", read_image),
+    "fit": ("fit.safetensors", lambda path: ImplicitUpsampler.load(path).features((2, 3))),
 }
 
 
 def fuzz(name: str, cases: int, seed: int) -> dict[str, int]:
     """Runs one reader and counts its outcomes."""
-    make, spoil, read, filename = READERS[name]
+    filename, read = READERS[name]
+    spoil = miswritten if name == "fit" else mutated
     draw, outcomes, slowest = random.Random(seed), Counter[str](), 0.0
     # In memory where the system offers it: the disk is not what is tested.
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         path = Path(folder, filename)
-        files = make(Path(folder))
+        files = good_files(name, Path(folder))
         path.write_bytes(files[0])
         read(path)
         for case in range(cases):

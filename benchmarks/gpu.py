@@ -70,22 +70,18 @@ def square(n: int, m: int, **options: Any) -> Case:
     return Case(source=(n, n), output=(m, m), **options)
 
 
-TYPES = ("fp32", "bf16")
-SIZES = [
-    ((32, 32), (512, 512)),
-    ((28, 28), (448, 448)),
-    ((14, 14), (224, 224)),
-    ((27, 40), (427, 640)),
-    ((37, 37), (518, 518)),
-]
 CASES = [
     *(
-        square(n, m, dtype=d)
-        for n, m in ((32, 512), (28, 448), (14, 224))
-        for d in ("fp32", "bf16")
+        Case(source=source, output=output, dtype=dtype)
+        for source, output in (
+            ((32, 32), (512, 512)),
+            ((28, 28), (448, 448)),
+            ((14, 14), (224, 224)),
+            ((27, 40), (427, 640)),
+            ((37, 37), (518, 518)),
+        )
+        for dtype in ("fp32", "bf16")
     ),
-    *(Case(source=(27, 40), output=(427, 640), dtype=d) for d in ("fp32", "bf16")),
-    *(square(37, 518, dtype=d) for d in ("fp32", "bf16")),
     square(14, 224, dtype="fp16", batch=32),
     square(64, 1024, dtype="bf16", channels=1024),
 ]
@@ -109,29 +105,16 @@ class Session:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    @property
-    def cases(self) -> list[Case]:
-        """The sizes to be timed."""
-        return DRY if self.dry else CASES
-
     def synchronize(self) -> None:
         """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def run_worker(self, task: str, *, limit: float, prefix: Sequence[str] = ()) -> list[Row]:
-        """Runs a task of :mod:`benchmarks.gpu_worker` in a process of its own, for a while.
+        """Runs a task of :mod:`benchmarks.gpu_worker` in its own process, for ``limit`` seconds.
 
-        Args:
-            task: Its name.
-            limit: Seconds after which it is ended; this session's end comes first.
-            prefix: A command to run it under.
-
-        Returns:
-            The rows it printed, one JSON object a line; those before it was ended, too.
-
-        Raises:
-            RuntimeError: If it failed.
+        ``prefix`` is a command to run it under. Returns the rows it printed, one JSON object a
+        line, also if it was ended early. Raises RuntimeError if it failed.
         """
         command = [*prefix, sys.executable, "-m", "benchmarks.gpu_worker", task]
         command += ["--device", str(self.device), *(["--dry"] if self.dry else [])]
@@ -184,22 +167,16 @@ class Problem:
 def measure(call: Callable[[], object], session: Session, *, graph: bool = False) -> Row:
     """Times a call: median of 5 to 100 runs, each after the L2 cache was flushed by reading.
 
-    Args:
-        call: What to time; it must not wait for the device.
-        session: The session.
-        graph: Whether to time it as a replayed CUDA graph, too, without the host's share.
-
-    Returns:
-        ``ms``, ``best_ms``, ``runs``; on a GPU ``peak_bytes``, what the call needs beyond what was
-        allocated before, and ``graph_ms``.
+    With ``graph`` it is also timed as a replayed CUDA graph, without the host's share. Peak memory
+    is what the call needs beyond what was allocated before.
     """
     call()
-    session.synchronize()
     if session.device.type != "cuda":
         start = time.perf_counter()
         call()
         elapsed = 1000 * (time.perf_counter() - start)
         return {"ms": elapsed, "best_ms": elapsed, "runs": 1}
+    session.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(session.device)
     before = torch.cuda.memory_allocated(session.device)
@@ -208,7 +185,7 @@ def measure(call: Callable[[], object], session: Session, *, graph: bool = False
     peak = torch.cuda.max_memory_allocated(session.device) - before
     times = _times(call, session)
     row = {"ms": statistics.median(times), "best_ms": min(times), "runs": len(times)}
-    row |= {"peak_bytes": peak}
+    row["peak_bytes"] = peak
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
@@ -255,7 +232,7 @@ def _nvidia_smi(fields: str) -> str:
         return f"unknown: {error}"
 
 
-def first_use(session: Session) -> Row:
+def first_use() -> Row:
     """Compiles the kernels as on a card seen for the first time."""
     start = time.monotonic()
     lines = [str(status) for status in implementations()]
@@ -323,14 +300,14 @@ Part = tuple[str, Callable[[], Any]]
 def parts(session: Session) -> list[Part]:
     """Lists names and what to do, most important first."""
     impl, upstream = session.impl, session.upstream is not None and not session.dry
-    worker = session.run_worker
+    worker, cases = session.run_worker, DRY if session.dry else CASES
     listed: list[Part] = [
-        ("first use", lambda: first_use(session)),
+        ("first use", first_use),
         ("checks", lambda: worker("checks", limit=100)),
         ("copy", lambda: copy_speed(session)),
-        ("times", lambda: times(session, impl, session.cases)),
+        ("times", lambda: times(session, impl, cases)),
         ("operations", lambda: worker("operations", limit=60)),
-        ("torch", lambda: times(session, "torch", session.cases[:2])),
+        ("torch", lambda: times(session, "torch", cases[:2])),
         *([("upstream", lambda: worker("upstream", limit=120))] if upstream else []),
         ("compiled", lambda: worker("compiled", limit=60)),
         ("memcheck", lambda: sanitizer(session, "memcheck")),

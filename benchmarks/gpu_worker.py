@@ -257,24 +257,17 @@ def sanitize(session: Session) -> Rows:
     session.synchronize()
 
 
-class Variant(Program):
-    """A program compiled with an option more."""
-
-    option = ""
-
-    def contents(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
-        """See :class:`Program`."""
-        text, headers, options = super().contents()
-        return text, headers, (*options, self.option)
-
-
 def variant(make: Callable[..., Program], option: str) -> Callable[..., Program]:
-    """Returns a function like ``backend.apply_program`` for kernels compiled with an option."""
-    kind = type("Variant", (Variant,), {"option": option})
+    """Returns a function like ``backend.apply_program`` for kernels with a compiler's option."""
+
+    class Variant(Program):
+        def contents(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
+            text, headers, options = super().contents()
+            return text, headers, (*options, option)
 
     def program(*arguments: Any) -> Program:
         usual = make(*arguments)
-        return kind(usual.source, usual.define, usual.kernels)
+        return Variant(usual.source, usual.define, usual.kernels)
 
     return program
 
