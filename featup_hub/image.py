@@ -8,8 +8,9 @@ cannot be decoded to its end is an error.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,37 +188,25 @@ def list_images(folder: str | Path) -> list[Path]:
     followed, without endless loops. Hidden files (``.name``) are left out. A warning tells of
     photographs in formats that cannot be read, such as HEIC.
     """
-    found = sorted(_walk(Path(folder), ()))
-    images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-    if len(images) < len(found):
-        others = {path.suffix.lower() for path in found} - IMAGE_SUFFIXES
+    folder = Path(folder)
+
+    def unreadable(error: OSError) -> None:
+        if error.filename == str(folder) or not isinstance(error, PermissionError):
+            raise error
+        warnings.warn(f"{error.filename} may not be read; its images are left out", stacklevel=4)
+
+    found: list[Path] = []
+    for top, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        above = {parent.resolve() for parent in (Path(top), *Path(top).parents)}
+        folders[:] = [name for name in folders if Path(top, name).resolve() not in above]
+        visible = (Path(top, name) for name in names if not name.startswith("."))
+        found += (path for path in visible if path.is_file())  # no broken link
+    images = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    others = [path.suffix.lower() for path in found if path.suffix.lower() in _OTHER_SUFFIXES]
+    if others:
         warnings.warn(
-            f"{folder} has {len(found) - len(images)} photographs of other formats "
-            f"({' '.join(sorted(others))}), which are left out; convert them to JPEG or PNG",
+            f"{folder} has {len(others)} photographs of other formats "
+            f"({' '.join(sorted(set(others)))}), which are left out; convert them to JPEG or PNG",
             stacklevel=2,
         )
     return images
-
-
-def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yields the photographs below a folder; ``parents`` are its ancestors."""
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in parents:
-        return
-    try:
-        entries = list(folder.iterdir())
-    except PermissionError:
-        if not parents:
-            raise
-        warnings.warn(f"{folder} may not be read; its images are left out", stacklevel=2)
-        return
-    for path in entries:
-        if path.is_dir():
-            yield from _walk(path, (*parents, here))
-        elif (
-            path.suffix.lower() in IMAGE_SUFFIXES | _OTHER_SUFFIXES
-            and not path.name.startswith(".")
-            and path.is_file()  # no broken link
-        ):
-            yield path

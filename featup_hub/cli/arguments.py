@@ -16,21 +16,6 @@ if TYPE_CHECKING:
 
     from featup_hub.registry import ModelCard
 
-__all__ = [
-    "UsageError",
-    "add_backbone",
-    "add_model",
-    "check_output",
-    "choose_backbone",
-    "choose_model",
-    "complain",
-    "explain",
-    "make_folder",
-    "open_device",
-    "parse_size",
-    "usage_errors",
-]
-
 
 class UsageError(ValueError):
     """The arguments are wrong, whatever the files contain; exit code 2."""

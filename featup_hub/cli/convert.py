@@ -11,17 +11,13 @@ from pathlib import Path
 
 from featup_hub.cli.arguments import check_output
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("checkpoint", type=Path, metavar="IN.ckpt", help="file to read")
     parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="file to write")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     from featup_hub.weights import convert
 
     check_output(args.out.expanduser(), ".safetensors")

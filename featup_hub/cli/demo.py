@@ -11,11 +11,8 @@ from pathlib import Path
 
 from featup_hub.cli.arguments import add_backbone, choose_backbone
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     add_backbone(parser)
     add = parser.add_argument
     add("images", nargs="*", type=Path, metavar="IMAGE", help="at most two photographs")
@@ -26,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     from featup_hub.demo import build
     from featup_hub.image import read_image
 

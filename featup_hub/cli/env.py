@@ -13,18 +13,14 @@ from dataclasses import asdict
 
 from featup_hub import __version__
 
-__all__ = ["add_arguments", "run"]
-
 _PACKAGES = ("timm", "huggingface_hub", "safetensors", "pillow", "numpy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     import torch
 
     from featup_hub.ops import implementations

@@ -20,13 +20,10 @@ from featup_hub.evaluation.config import EvaluationConfig
 if TYPE_CHECKING:
     from featup_hub.evaluation.report import Row
 
-__all__ = ["add_arguments", "run"]
-
 _FLAGS = {"backbones": "--backbone"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument(
         "--out", type=Path, help="folder for results.json, results.csv and results.png"
     )
@@ -35,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     from featup_hub.evaluation.report import as_json, draw, table, write_results
     from featup_hub.evaluation.run import evaluate
 

@@ -12,13 +12,10 @@ from pathlib import Path
 
 from featup_hub.cli.arguments import UsageError, add_model, check_output, choose_model, parse_size
 
-__all__ = ["add_arguments", "run"]
-
 _FORMATS = ("onnx", "pt2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="file to write")
     add("--format", choices=_FORMATS, help="default: by the suffix of OUT")
@@ -32,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     chosen = args.format or args.out.suffix[1:]
     if chosen not in _FORMATS:
         raise UsageError(f"the file to write must be named *.onnx or *.pt2; got {args.out}")

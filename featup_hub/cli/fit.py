@@ -21,13 +21,10 @@ from featup_hub.cli.arguments import (
 from featup_hub.cli.flags import add_flags, from_flags
 from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
 
-__all__ = ["add_arguments", "run"]
-
 _FORMATS = ("featup_hub.jbu_fit/", "featup_hub.implicit/")  # entries of fits, in any version
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="the image")
     add_backbone(parser)
@@ -59,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     import torch
 
     from featup_hub.files import write_atomically

@@ -17,8 +17,6 @@ from featup_hub.cli.arguments import UsageError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["add_flags", "from_flags", "in_terms_of_flags"]
-
 T = TypeVar("T", bound="DataclassInstance")
 
 

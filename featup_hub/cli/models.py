@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featup_hub.registry import ModelCard
 
-__all__ = ["add_arguments", "run"]
-
 _PLACES = {
     "shipped": "part of this package",
     "cached": "in the Hugging Face cache",
@@ -19,12 +17,10 @@ _PLACES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print JSON, with all details")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     from featup_hub.registry import MODELS, UPSAMPLERS
 
     rows = [_row(card) for card in MODELS.values()]

@@ -18,8 +18,6 @@ from featup_hub.cli.arguments import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMATS", "Job", "is_finished", "plan", "write_features"]
-
 FORMATS = ("safetensors", "npy")
 """Formats of features, by the suffix of the file."""
 

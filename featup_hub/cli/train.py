@@ -13,11 +13,8 @@ from featup_hub.cli.arguments import make_folder, open_device
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.training.config import JBUTrainingConfig
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photographs")
     parser.add_argument(
         "--out",
@@ -29,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     from featup_hub.training.jbu import train
 
     with in_terms_of_flags(JBUTrainingConfig):

@@ -37,14 +37,11 @@ if TYPE_CHECKING:
     from featup_hub.model import UpsampledBackbone
     from featup_hub.registry import ModelCard
 
-__all__ = ["add_arguments", "run"]
-
 _IMPLEMENTATIONS = ("auto", "cuda", "torch", "reference")
 _AHEAD = 2  # images read ahead
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="an image, or a folder of images")
     add_model(parser)
@@ -93,7 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
     from featup_hub.image import read_image, resize
     from featup_hub.loading import load
 

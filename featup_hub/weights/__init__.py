@@ -4,9 +4,9 @@ Shipped files are safetensors. Their digest is in the registry and checked on ev
 timm loads its own weights, see :mod:`featup_hub.backbones`.
 """
 
+from featup_hub.files import sha256_of_file as digest
 from featup_hub.weights.checkpoints import read_state
 from featup_hub.weights.files import (
-    digest,
     load,
     load_into,
     metadata,

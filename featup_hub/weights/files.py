@@ -14,22 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from featup_hub.files import sha256_of_file as digest
-from featup_hub.files import sha256_of_tensors, write_atomically
+from featup_hub.files import sha256_of_file, sha256_of_tensors, write_atomically
 from featup_hub.registry import UPSAMPLERS, WeightFile
-
-__all__ = [
-    "digest",
-    "load",
-    "load_into",
-    "metadata",
-    "read",
-    "resolve",
-    "shipped_folder",
-    "shipped_upsampler",
-    "split_norm",
-    "write",
-]
 
 _CONTENT = "content_sha256"
 _BEGINNINGS = {
@@ -120,7 +106,7 @@ def read(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
         ValueError: If it is not a complete safetensors file, or has another digest.
     """
     path = existing(path)
-    if sha256 is not None and (found := digest(path)) != sha256.lower():
+    if sha256 is not None and (found := sha256_of_file(path)) != sha256.lower():
         raise _damaged(path, f"a file with sha256 {sha256}", kind(path) or f"sha256 {found}")
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -154,9 +140,6 @@ def write(
     from safetensors.torch import save
 
     path = Path(path).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        got = "it is a folder; name a file in it" if path.is_dir() else "its folder does not exist"
-        raise OSError(f"cannot write weights to {path}: {got}")
     for key, note in (metadata or {}).items():
         if not isinstance(note, str):
             raise TypeError(f"metadata must be strings; got {key}={note!r}; use str(...)")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from featup_hub.files import sha256_of_file
 from featup_hub.weights.checkpoints import unpickle
-from featup_hub.weights.files import differences, digest, write
+from featup_hub.weights.files import differences, write
 
 __all__ = ["ConvertedCheckpoint", "convert", "convert_upstream"]
 
@@ -105,7 +106,7 @@ def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
         "format_version": FORMAT,
         "feat_dim": str(checkpoint.feat_dim),
         "source": source.name,
-        "source_sha256": digest(source),
+        "source_sha256": sha256_of_file(source),
     }
     write({**checkpoint.upsampler, **norm}, target, metadata=notes)
     return checkpoint
