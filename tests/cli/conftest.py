@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch.nn.functional as F
@@ -26,6 +27,28 @@ class Colours(Backbone):
         return F.avg_pool2d(image, 16)
 
 
+class Result(NamedTuple):
+    """What a command returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line."""
+
+    def run(*words: object) -> Result:
+        code = main([part for word in words for part in str(word).split()])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces models by a tiny one; lists the loads."""
@@ -33,14 +56,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def load_tiny(card: ModelCard, *, upsampler: Path, **_: object) -> UpsampledBackbone:
         names.append(card.name)
-        return tiny(upsampler)
+        return UpsampledBackbone(Colours(), load_upsampler(upsampler)).eval()
 
     monkeypatch.setattr("featup_hub.loading.load", load_tiny)
     return names
-
-
-def tiny(weights: Path) -> UpsampledBackbone:
-    return UpsampledBackbone(Colours(), load_upsampler(weights)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -51,20 +70,21 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of photographs, the folder ``photos`` in the current one."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     for index, name in enumerate(["a.jpg", "b.png", "more/c.jpg"]):
         Image.new("RGB", (40, 32 + index), (200, 10, 90)).save(folder / name)
+    monkeypatch.chdir(tmp_path)
     return folder
 
 
 @pytest.fixture
-def upsample(loads: list[str], stages: Path, tmp_path: Path) -> Any:
-    """Runs the command on arguments, into tmp_path/out."""
+def upsample(loads: list[str], stages: Path, photos: Path, command: Command) -> Command:
+    """Runs the command with the tiny model; outputs are in ``out``."""
 
-    def run(*arguments: object) -> int:
-        flags = ["--upsampler", stages, "--out", tmp_path / "out", "--size", 32]
-        return main(["upsample", *map(str, [*flags, *arguments])])
+    def run(*words: object) -> Result:
+        return command("upsample --upsampler", stages, "--out out --size 32", *words)
 
     return run

@@ -12,89 +12,73 @@ import pytest
 from featup_hub import __version__
 from featup_hub.cli import main
 from featup_hub.cli.arguments import UsageError
+from tests.cli.conftest import Command
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("line", "message"),
     [
-        (["upsample", "x", "--model", "dinov"], "did you mean 'dinov2'"),
-        (["upsample", "x", "--model", "jbu"], "a model with a backbone is needed; got 'jbu'"),
-        (["upsample", "x", "--size", "225"], "--size must be a positive multiple of 16; got 225"),
-        (["upsample", "x", "--size", "224x100"], "got 100; try 96 or 112; 16 is the stride"),
-        (["upsample", "x", "--size", "0"], "got 0; try 16 or 32"),
-        (["upsample", "x", "--size", "big"], "such as 448, or HxW, 448x640; got 'big'"),
-        (["upsample", "x", "--device", "gpu"], "--device must be cpu, cuda, cuda:1 or mps"),
-        (["upsample", "x", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-        (["upsample", "x", "--upsampler", "nothing"], "no weights file nothing; check the name"),
-        (["upsample", "x", "--weights", "."], "weights must be a file; . is a folder"),
-        (["upsample", "x", "--backbone-weights", "nothing"], "no weights file nothing; check"),
-        (["upsample", "x", "--model", "vit=."], "weights must be a file; . is a folder"),
-        (["upsample", "x", "--bands", "1,2"], "--bands: bands are three numbers from 1, such as"),
-        (["export", "m.onnx", "--static", "224"], "--static must be HxW, such as 224x224; got"),
-        (["upsample", "x", "--impl", "cuda", "--device", "cpu"], "--impl cuda needs a CUDA device"),
-        (["upsample", "x", "--over"], "unrecognized arguments: --over"),
-        (["upsample"], "required: IMAGE; see featup-hub upsample --help"),
-        (["upsampel"], "invalid choice: 'upsampel' (choose from"),
-        (["fit", "x", "--size", "-4"], "--size must be positive; got -4"),
-        (["fit", "x", "--out", "."], "a file to write is needed; . is a folder; name a file in it"),
-        (["fit", "x", "--out", "no/x"], "needs a folder that exists; got no/x; make the folder no"),
-        (["fit", "x", "--out", "x.jpg"], "must be named *.safetensors; got x.jpg"),
-        (["export", "no/m.onnx"], "needs a folder that exists; got no/m.onnx; make the folder no"),
-        (["convert", "x", "no/m.safetensors"], "got no/m.safetensors; make the folder no"),
-        (["evaluate", "--upsamplers", "no_such:fn"], "got 'no_such:fn' (No module named 'no_such'"),
-        (["evaluate", "--upsamplers", "math:fn"], "got 'math:fn' (module 'math' has no attribute"),
-        (["fit", "x", "--device", "gpu"], "--device must be cpu, cuda, cuda:1 or mps"),
-        (["train", "x", "--out", "y", "--steps", "-3"], "--steps must be at least 1; got -3"),
-        (["train", "x", "--out", "y", "--batch", "0"], "--batch must be at least 1; got 0"),
-        (["train", "x", "--out", "y", "--final-lr", "nan"], "--final-lr must be a finite number"),
-        (["train", "x", "--out", "y", "--device", "gpu"], "--device must be cpu, cuda, cuda:1"),
-        (["train", "photos"], "required: --out; see featup-hub train --help"),
-        (["train", "photos", "--out", "x", "--steps", "ten"], "invalid int value: 'ten'"),
+        ("upsample x --model dinov", "did you mean 'dinov2'"),
+        ("upsample x --model jbu", "a model with a backbone is needed; got 'jbu'"),
+        ("upsample x --size 225", "--size must be a positive multiple of 16; got 225"),
+        ("upsample x --size 224x100", "got 100; try 96 or 112; 16 is the stride"),
+        ("upsample x --size 0", "got 0; try 16 or 32"),
+        ("upsample x --size big", "such as 448, or HxW, 448x640; got 'big'"),
+        ("upsample x --device gpu", "--device must be cpu, cuda, cuda:1 or mps"),
+        ("upsample x --device cuda:99", "--device cuda:99 cannot be used here"),
+        ("upsample x --upsampler nothing", "no weights file nothing; check the name"),
+        ("upsample x --weights .", "weights must be a file; . is a folder"),
+        ("upsample x --backbone-weights nothing", "no weights file nothing; check"),
+        ("upsample x --model vit=.", "weights must be a file; . is a folder"),
+        ("upsample x --bands 1,2", "--bands: bands are three numbers from 1, such as"),
+        ("export m.onnx --static 224", "--static must be HxW, such as 224x224; got"),
+        ("upsample x --impl cuda --device cpu", "--impl cuda needs a CUDA device"),
+        ("upsample x --over", "unrecognized arguments: --over"),
+        ("upsample", "required: IMAGE; see featup-hub upsample --help"),
+        ("upsampel", "invalid choice: 'upsampel' (choose from"),
+        ("fit x --size -4", "--size must be positive; got -4"),
+        ("fit x --out .", "a file to write is needed; . is a folder; name a file in it"),
+        ("fit x --out no/x", "needs a folder that exists; got no/x; make the folder no"),
+        ("fit x --out x.jpg", "must be named *.safetensors; got x.jpg"),
+        ("export no/m.onnx", "needs a folder that exists; got no/m.onnx; make the folder no"),
+        ("convert x no/m.safetensors", "got no/m.safetensors; make the folder no"),
+        ("evaluate --upsamplers no_such:fn", "got 'no_such:fn' (No module named 'no_such'"),
+        ("evaluate --upsamplers math:fn", "got 'math:fn' (module 'math' has no attribute"),
+        ("fit x --device gpu", "--device must be cpu, cuda, cuda:1 or mps"),
+        ("train x --out y --steps -3", "--steps must be at least 1; got -3"),
+        ("train x --out y --batch 0", "--batch must be at least 1; got 0"),
+        ("train x --out y --final-lr nan", "--final-lr must be a finite number"),
+        ("train x --out y --device gpu", "--device must be cpu, cuda, cuda:1"),
+        ("train photos", "required: --out; see featup-hub train --help"),
+        ("train photos --out x --steps ten", "invalid int value: 'ten'"),
+        ("evaluate --data folder:photos --out photos/a.jpg", "--out must be a folder; "),
     ],
 )
 def test_what_cannot_work_is_one_line_and_exit_code_2(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    line: str, message: str, photos: Path, command: Command
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert message in err.splitlines()[0]
-    assert "Traceback" not in err
+    done = command(line)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert message in done.err.splitlines()[0]
+    assert "Traceback" not in done.err
     with pytest.raises(UsageError):
-        main([*arguments, "--debug"])
+        command(line, "--debug")
 
 
-@pytest.mark.parametrize("command", ["fit {photo} --out", "export", "convert {photo}"])
+@pytest.mark.parametrize(
+    "line", ["fit photos/a.jpg --out d.safetensors", "export d.onnx", "convert x d.safetensors"]
+)
 def test_an_output_that_is_a_folder_is_refused_before_the_work(
-    command: str,
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    line: str, photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(*_: object, **__: object) -> None:
-        raise AssertionError("the work began")
-
     for name in ("image.read_image", "loading.load", "weights.convert"):
-        monkeypatch.setattr(f"featup_hub.{name}", work)
-    out = tmp_path / ("d.onnx" if command == "export" else "d.safetensors")
+        monkeypatch.setattr(f"featup_hub.{name}", None)
+    out = Path(line.split()[-1])
     out.mkdir()
-    assert main([*command.format(photo=photos / "a.jpg").split(), str(out)]) == 2
-    assert f"{out} is a folder; name a file in it" in capsys.readouterr().err
-
-
-def test_an_evaluation_into_a_file_is_refused_in_terms_of_the_flag(
-    photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["evaluate", "--data", f"folder:{photos}", "--out", str(photos / "a.jpg")]
-    assert main(arguments) == 2
-    assert "error: --out must be a folder; " in capsys.readouterr().err
+    done = command(line)
+    assert done.code == 2
+    assert f"{out} is a folder; name a file in it" in done.err
 
 
 @pytest.mark.parametrize(
@@ -109,18 +93,14 @@ def test_an_evaluation_into_a_file_is_refused_in_terms_of_the_flag(
     ],
 )
 def test_an_interruption_promises_to_go_on_where_the_command_does(
-    line: str,
-    goes_on: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    line: str, goes_on: bool, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("featup_hub.cli._Parser.parse_args", interrupt)
-    assert main(line.split()) == 130
     promise = "; the same command resumes" if goes_on else ""
-    assert capsys.readouterr().err == f"error: interrupted; what is finished is kept{promise}\n"
+    assert command(line) == (130, "", f"error: interrupted; what is finished is kept{promise}\n")
 
 
 def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
@@ -142,10 +122,10 @@ def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    err = capsys.readouterr().err
-    assert all(name in err for name in ("models", "upsample", "train", "convert"))
+def test_without_a_command_the_help_is_shown(command: Command) -> None:
+    done = command()
+    assert done.code == 2
+    assert all(name in done.err for name in ("models", "upsample", "train", "convert"))
 
 
 def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
