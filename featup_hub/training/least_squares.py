@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.training.views import Jitter, centres, positions
+from featup_hub.training.views import Jitter, centres, positions, sample_map
 from featup_hub.upsamplers import JBUStack
-from featup_hub.upsamplers.coordinates import sample
 
 __all__ = ["Basis", "NormalEquations", "fit_source"]
 
@@ -152,9 +151,8 @@ class NormalEquations:
         weights, tops, lefts = [], [], []
         for jitter in jitters:
             y, x = positions(jitter, _taps(grid[0]), _taps(grid[1]))
-            place = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
-            points = sample(maps, place.to(maps)).unflatten(0, (grid[0], TAPS, grid[1], TAPS))
-            weights.append(points.mean((1, 3)).flatten(0, 1).unflatten(1, (high, wide)))
+            points = F.avg_pool2d(sample_map(maps, y, x), TAPS)[0]  # (groups, h, w)
+            weights.append(points.flatten(1).t().unflatten(1, (high, wide)))
             first = [
                 (axis.unflatten(0, (-1, TAPS)).mean(1) * n).long().sub(side // 2).clamp(0, n - side)
                 for axis, n, side in zip(

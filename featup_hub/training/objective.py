@@ -11,6 +11,8 @@ Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), sections 3 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,18 +42,16 @@ def consistency_loss(
         rgb: Photographs, (B, 3, H, W), values in [0, 1].
         backbone_size: Height and width to which images are resized for the backbone.
         config: Views, weights of the terms, size of the projection.
-        generator: Random generator, on the CPU.
+        generator: On the CPU.
 
     Returns:
         ``loss``, its terms before weighting, and ``error``, the mean squared error of the views.
     """
     image = source.normalise(rgb)
-    size, limits = (rgb.shape[-2], rgb.shape[-1]), (config.max_pad, config.max_zoom)
+    limits: dict[str, Any] = {"max_pad": config.max_pad, "max_zoom": config.max_zoom}
+    size = (rgb.shape[-2], rgb.shape[-1])
     jitters = [
-        [
-            sample_jitter(size, max_pad=limits[0], max_zoom=limits[1], generator=generator)
-            for _ in rgb
-        ]
+        [sample_jitter(size, **limits, generator=generator) for _ in rgb]
         for _ in range(config.views)
     ]
     # One pass of the backbone over the photographs and all their views.

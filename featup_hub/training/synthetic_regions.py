@@ -29,13 +29,8 @@ MIN_PIXELS, MAX_PIXELS = 30, 120
 def random_regions(rgb: Tensor, channels: int, generator: torch.Generator) -> Tensor:
     """Segments photographs into regions and gives each region a random vector of unit variance.
 
-    Args:
-        rgb: Photographs, (B, 3, H, W), values in [0, 1].
-        channels: Length K of the vectors.
-        generator: Random generator, on the CPU.
-
-    Returns:
-        Piecewise constant maps, (B, K, H, W), on the photographs' device.
+    Photographs are (B, 3, H, W) in [0, 1], the maps (B, channels, H, W). The generators of this
+    module are on the CPU.
 
     Raises:
         ImportError: If scikit-image is missing.
@@ -66,17 +61,7 @@ def random_field(
     count: tuple[int, int],
     generator: torch.Generator,
 ) -> Tensor:
-    """Draws smooth random maps that the grid can resolve.
-
-    Args:
-        grid: Height and width of the backbone's grid.
-        size: Height and width of the maps.
-        count: Samples B and channels K.
-        generator: Random generator, on the CPU.
-
-    Returns:
-        Maps of zero mean and unit variance, (B, K, *size).
-    """
+    """Draws smooth maps that the grid resolves, (*count, *size), of mean 0 and variance 1."""
     finest, coarsest = 0.75, 0.25  # nodes per cell; must be below one for the grid to resolve them
     share = coarsest + (finest - coarsest) * torch.rand((), generator=generator).item()
     nodes = [max(round(cells * share), 2) for cells in grid]
@@ -88,14 +73,8 @@ def random_field(
 def reduce_regions(regions: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Reduces maps to a backbone's grid in one of three ways, at random.
 
-    Args:
-        regions: Maps, (B, K, H, W).
-        size: Height and width of the grid.
-        generator: Chooses between the centre of a cell, its mean, and an antialiased bicubic
-            reduction, which also includes neighbouring cells.
-
-    Returns:
-        Low-resolution maps, (B, K, *size).
+    They are the centre of a cell, its mean, and an antialiased bicubic reduction, which also
+    includes neighbouring cells.
     """
     method = int(torch.randint(3, (), generator=generator))
     if method == 0:

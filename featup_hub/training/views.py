@@ -55,13 +55,8 @@ def sample_jitter(
 ) -> Jitter:
     """Draws a jitter: pad, zoom with probability ½ by U(1, max_zoom), crop anywhere, flip with ½.
 
+    ``size`` is the image's, in pixels; up to ``max_pad`` are added on every side before cropping.
     Without zoom the offset is a whole number of pixels, so that the view is a pure crop.
-
-    Args:
-        size: Height and width of the image, in pixels.
-        max_pad: Pixels added on every side before cropping, at least 0.
-        max_zoom: Largest magnification, at least 1.
-        generator: Random generator; always five draws.
     """
     zooms, amount, down, right, flip = torch.rand(
         5, generator=generator, dtype=torch.float64
@@ -103,15 +98,9 @@ def centres(count: int) -> Tensor:
 
 
 def positions(jitter: Jitter, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where rows and columns of a view lie in the image.
+    """Returns where rows, (M,), and columns, (N,), of a view lie in the image.
 
-    Args:
-        jitter: The view.
-        rows: Positions in fractions of the view's height, (M,), float64.
-        columns: Positions in fractions of the view's width, (N,), float64.
-
-    Returns:
-        Positions in fractions of the image's height, (M,), and width, (N,).
+    All are float64, in fractions of the view's, and of the image's, height and width.
     """
     if jitter.flip:
         columns = 1 - columns
