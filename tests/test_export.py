@@ -15,7 +15,6 @@ from torch.export import ExportedProgram
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
-from featup_hub.loading import load
 from tests.exported import IMAGES, PAIRS, assert_same, in_onnxruntime, model, pair, stack
 
 
@@ -141,14 +140,6 @@ def test_a_side_of_one_is_no_example_of_a_dynamic_one(upsampler: JBUStack) -> No
         trace(upsampler, *pair(1, (1, 5), (4, 20)))
 
 
-def test_what_onnx_lacks_is_said(
-    upsampler_program: ExportedProgram, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs onnx and onnxscript; pip install"):
-        write_onnx(upsampler_program, tmp_path / "x.onnx")
-
-
 def test_what_onnx_lacks_is_said_before_a_model_is_traced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,13 +176,6 @@ def test_the_command_shows_its_progress_and_writes_a_program_for_one_size(
     assert_same(torch.export.load(path).module(), complete, torch.randn(1, 3, 16, 24))
 
 
-def test_the_default_model_is_written_for_one_size(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    assert main(["export", str(path), "--static", "32x48"]) == 0
-    run = torch.export.load(path).module()
-    assert_same(run, load("efficientnet_lite0"), torch.randn(1, 3, 32, 48))
-
-
 def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:
     layers = pytest.importorskip("timm.layers")
     padding = pytest.importorskip("timm.layers.padding")
@@ -206,17 +190,3 @@ def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:
     assert_same(run, network, torch.randn(3, 3, 40, 32))
     with pytest.raises((RuntimeError, AssertionError)):
         run(torch.randn(1, 3, 30, 32))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["model.pth"], "must be named *.onnx or *.pt2; got model.pth"),
-        (["model.onnx", "--static", "224"], "--static must be HxW, such as 224x224; got 224"),
-    ],
-)
-def test_what_was_typed_wrongly_is_explained(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", *arguments]) == 2
-    assert message in capsys.readouterr().err

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -61,17 +57,6 @@ def test_a_mirror_that_does_not_tell_the_size_is_taken(filled, donor):
     filled.fault = "no size"
     assert is_loaded(donor)
     assert weights.download(REPO, "config.json").read_bytes() == CONFIG
-
-
-def test_a_cache_of_links_is_taken(filled, donor, hub_cache, tmp_path):
-    (tmp_path / "disk").mkdir()
-    hub_cache.symlink_to(tmp_path / "disk")
-    path = weights.download(REPO, FILE)
-    (tmp_path / "elsewhere").write_bytes(path.read_bytes())
-    path.unlink()
-    path.symlink_to(tmp_path / "elsewhere")
-    assert is_loaded(donor)
-    assert filled.downloads() == 1
 
 
 def test_a_cache_that_takes_no_files_is_told_with_the_remedy(filled, monkeypatch):
@@ -171,56 +156,16 @@ def test_names_that_are_no_repository_are_refused(repo_id):
         weights.download(repo_id, FILE)
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """This process's environment with these variables only of the Hub's."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))}
-    path = str(Path(__file__).resolve().parents[1])
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
-
-
-def test_offline_and_not_cached_is_one_error(tmp_path):
-    code = f"from featup_hub.loading import load_backbone; load_backbone({MODEL!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("Traceback") == 1
-    last = done.stderr.strip().splitlines()[-1]
+def test_offline_and_not_cached_is_one_error_that_says_what_to_do(hub_cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match=NEEDED) as caught:
+        load_backbone(MODEL)
     for part in (
-        f"needed the weights of timm's {MODEL}",
-        "run once with a connection (and HF_HUB_OFFLINE unset)",
-        f"copy the cache {tmp_path / 'hub'} from a machine that has the file",
+        "run once with a connection (and HF_HUB_OFFLINE unset",
+        f"copy the cache {hub_cache} from a machine that has the file",
         "give its path, on the command line by --model NAME=FILE",
     ):
-        assert part in last
-
-
-@pytest.mark.slow
-def test_processes_that_load_at_once_get_one_whole_file(filled, hub_cache, tmp_path, donor):
-    code = f"""if True:
-        import pathlib, time, huggingface_hub.file_download
-        from featup_hub.loading import load_backbone
-        print("ready", flush=True)
-        while not pathlib.Path({str(tmp_path / "go")!r}).exists():
-            time.sleep(0.01)
-        print(load_backbone({MODEL!r}).model.pos_embed.sum().item())
-    """
-    variables = environment(HF_ENDPOINT=filled.endpoint, HF_HUB_CACHE=str(hub_cache))
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    assert {process.stdout.readline() for process in running} == {"ready\n"}
-    (tmp_path / "go").touch()
-    printed = {process.communicate(timeout=300)[0] for process in running}
-    assert printed == {f"{donor.pos_embed.sum().item()}\n"}
-    assert filled.downloads() == 1
+        assert part in str(caught.value)
 
 
 @pytest.mark.shared

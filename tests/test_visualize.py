@@ -40,12 +40,6 @@ def test_a_basis_has_no_arbitrary_sign() -> None:
     assert torch.equal(basis.components, again.components)
 
 
-def test_global_randomness_is_not_touched() -> None:
-    features, state = map_with_structure(), torch.get_rng_state()
-    pca_rgb(features, fit_pca(features))
-    assert torch.equal(state, torch.get_rng_state())
-
-
 def test_colours_fill_the_range_and_ignore_outliers() -> None:
     features = map_with_structure(height=40, width=40)
     plain = pca_rgb(features, fit_pca(features))

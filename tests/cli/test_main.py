@@ -31,6 +31,7 @@ from tests.cli.conftest import Command
         ("upsample x --backbone-weights nothing", "no weights file nothing; check"),
         ("upsample x --model vit=.", "weights must be a file; . is a folder"),
         ("upsample x --bands 1,2", "--bands: bands are three numbers from 1, such as"),
+        ("export model.pth", "must be named *.onnx or *.pt2; got model.pth"),
         ("export m.onnx --static 224", "--static must be HxW, such as 224x224; got"),
         ("upsample x --impl cuda --device cpu", "--impl cuda needs a CUDA device"),
         ("upsample x --over", "unrecognized arguments: --over"),
