@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featup_hub.weights.files import existing, kind, read
 
-__all__ = ["read_state", "unpickle"]
+__all__ = ["read_state"]
 
 # Keys of the weights in checkpoints of timm, Lightning, DINO and MAE, and prefixes of names that
 # torch.compile, DistributedDataParallel and DINO add.
@@ -42,11 +42,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         if file.read(9)[8:] == b"{":
             return read(path)
-    loaded, damage = unpickle(path)
+    loaded, damage = _unpickle(path)
     content = loaded if isinstance(loaded, dict) else {}
     while inside := [content[key] for key in _KEYS if isinstance(content.get(key), dict)]:
         content = inside[0]
-    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    tensors = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
     for prefix in _PREFIXES:
         if inner := {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}:
             tensors = inner
@@ -59,7 +59,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def unpickle(path: Path) -> tuple[object, str | None]:
+def _unpickle(path: Path) -> tuple[object, str | None]:
     """Returns the content of a pickle and None, or None and why it cannot be read."""
     # timm's and DINO's trainers store their arguments in a Namespace, a plain container.
     allowed = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5 and later

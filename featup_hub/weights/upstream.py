@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from featup_hub.files import sha256_of_file
-from featup_hub.weights.checkpoints import unpickle
+from featup_hub.weights.checkpoints import read_state
 from featup_hub.weights.files import differences, write
 
 __all__ = ["ConvertedCheckpoint", "convert", "convert_upstream"]
@@ -62,8 +62,7 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
         ValueError: If it is not a PyTorch file, needs to run code, or has unknown names, missing
             names or wrong shapes.
     """
-    path = Path(path).expanduser()
-    state = _state(path)
+    state = read_state(path)
     extras = {name: state.pop(name) for name in list(state) if name.startswith(_EXTRAS)}
     closing = state.get(f"{_UPSAMPLER}fixup_proj.1.bias")
     feat_dim = 0 if closing is None else closing.numel()
@@ -79,7 +78,10 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
     if not state.keys().isdisjoint(_NORM):
         shapes |= dict.fromkeys(_NORM, (feat_dim,))
     if problems := differences(state, {name: str(shape) for name, shape in shapes.items()}):
-        raise _refused(path, problems)
+        raise ValueError(
+            f"{path} must be a checkpoint of FeatUp's JBU upsampler; {problems}; "
+            "nothing was loaded; check that it is one, and whole"
+        )
     return ConvertedCheckpoint(
         feat_dim=feat_dim,
         upsampler={n.removeprefix(_UPSAMPLER): t for n, t in state.items() if n not in _NORM},
@@ -110,26 +112,3 @@ def convert(source: str | Path, target: str | Path) -> ConvertedCheckpoint:
     }
     write({**checkpoint.upsampler, **norm}, target, metadata=notes)
     return checkpoint
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    """Unpickles the tensors of a checkpoint."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}; check the name")
-    loaded, damage = unpickle(path)
-    if damage:
-        raise _refused(path, damage)
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not state:
-        raise _refused(path, f"{type(state).__name__} in place of named tensors")
-    for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
-            raise _refused(path, f"{type(tensor).__name__} under the name {name!r}")
-    return state
-
-
-def _refused(path: Path, got: str) -> ValueError:
-    return ValueError(
-        f"{path} must be a checkpoint of FeatUp's JBU upsampler; got {got}; "
-        "nothing was loaded; check that it is one, and whole"
-    )

@@ -36,6 +36,6 @@ def test_convert_refuses_what_it_cannot_read_or_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "missing.ckpt", str(tmp_path / "x.safetensors")]) == 1
-    assert "no checkpoint file missing.ckpt" in capsys.readouterr().err
+    assert "no weights file missing.ckpt" in capsys.readouterr().err
     assert main(["convert", "in.ckpt", "in.ckpt"]) == 2
     assert "must be named *.safetensors; got in.ckpt" in capsys.readouterr().err
