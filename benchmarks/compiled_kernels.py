@@ -56,10 +56,7 @@ def compile_with_nvrtc(program: Program, architecture: int) -> tuple[bytes, str]
     """Returns the cubin and the log that says what every kernel uses."""
     source, headers, options = program.contents()
     options = (*options, "--ptxas-options=-v")
-    compiled = nvrtc.load().compile(
-        source, name=program.source, architecture=architecture, options=options, headers=headers
-    )
-    return compiled.image, compiled.log
+    return nvrtc.load().compile(source, program.source, architecture, options, headers)
 
 
 def compile_with_nvcc(program: Program, architecture: int) -> tuple[bytes, str]:

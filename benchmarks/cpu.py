@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -47,7 +48,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featup_hub import JBUStack, load_upsampler
 from featup_hub.ops import StageWeights
 from featup_hub.ops.cuda import backend
-from featup_hub.ops.cuda.cache import Cubin
 from featup_hub.ops.cuda.driver import CudaDriver
 from featup_hub.ops.cuda.programs import FusedKernels, Program
 from featup_hub.ops.reference import jbu_apply, spatial_logits
@@ -228,19 +228,17 @@ def measure_host() -> None:
     """Counts operators and launches of a forward pass, and measures its time without a device."""
     with mock.patch("ctypes.CDLL", return_value=Silent()):
         driver = CudaDriver()
-    driver._contexts[-1] = 1  # torch's index of the CPU
-    launch = mock.Mock(wraps=driver.launch)
+    stream = SimpleNamespace(cuda_stream=0)
 
     @functools.cache
     def prepare(program: Program, device: torch.device) -> FusedKernels:
-        codes = {name: kernel.parameters for name, kernel in program.kernels.items()}
         return FusedKernels(
-            device=-1,
+            device=-1,  # torch's index of the CPU
             multiprocessors=132,
             program=program,
-            launcher=driver,
-            functions=driver.load(-1, b"", codes),
-            cubin=Cubin(image=b"", path=None, hit=False),
+            driver=driver,
+            functions=driver.load(-1, b"", program.kernels),
+            path=None,
             compiler="none",
         )
 
@@ -252,10 +250,11 @@ def measure_host() -> None:
 
     with (
         mock.patch.object(backend, "prepare", prepare),
-        mock.patch.object(driver, "current_stream", return_value=0),
+        mock.patch.object(torch.cuda, "current_stream", lambda device: stream),  # noqa: PT008
         torch.inference_mode(),
     ):
         seconds = best(run, 500)
+        launch = mock.Mock(wraps=driver.launch)
         with Counter() as counter, mock.patch.object(driver, "launch", launch):
             run()
     counts = {"launches of this package": launch.call_count, **counter.found}

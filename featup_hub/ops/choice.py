@@ -73,7 +73,7 @@ def _status(device: torch.device) -> ImplementationStatus:
         device=name,
         impl="cuda",
         compiler=programs[0].compiler,
-        cubins=tuple(p.cubin.path for p in programs if p.cubin.path is not None),
+        cubins=tuple(p.path for p in programs if p.path is not None),
     )
 
 

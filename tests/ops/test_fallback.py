@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,19 +40,19 @@ def choose(impl: str, source: Any = SOURCE, kernel: Any = KERNEL) -> Any:
 class Driver:
     """Loads anything."""
 
-    def load(self, device: int, image: bytes, kernels: dict[str, str]) -> dict[str, Any]:
-        return dict.fromkeys(kernels)
+    def load(self, device: int, image: bytes, names: Iterable[str]) -> dict[str, Any]:
+        return dict.fromkeys(names)
 
 
 class Compiler:
     """Compiles anything at once, for sm_75 to sm_120."""
 
-    version = (13, 0)
+    version = "13.0"
     path = "libnvrtc.so.13"
     architectures = (75, 80, 90, 120)
 
-    def compile(self, source: str, **options: Any) -> nvrtc.Compilation:
-        return nvrtc.Compilation(b"\x7fELF" + options["name"].encode(), "")
+    def compile(self, source: str, name: str, *others: Any) -> tuple[bytes, str]:
+        return b"\x7fELF" + name.encode(), ""
 
 
 def forget() -> None:
@@ -101,7 +101,7 @@ def no_nvrtc(patch: pytest.MonkeyPatch) -> None:
 
 
 def compile_error(patch: pytest.MonkeyPatch) -> None:
-    def fail(self: Compiler, source: str, **options: Any) -> None:
+    def fail(self: Compiler, *args: Any) -> None:
         raise nvrtc.NvrtcError("could not compile jbu.cu for sm_90: jbu.cu(1): error")
 
     patch.setattr(Compiler, "compile", fail)
@@ -201,7 +201,7 @@ def test_a_failure_to_load_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("device", "code"), [(90, 90), (89, 80), (121, 120)])
 def test_a_newer_minor_version_runs_code_for_an_older_one(device: int, code: int) -> None:
-    path = programs.compile_program(backend.usual_programs()[0], device)[0].path
+    path = programs.compile_program(backend.usual_programs()[0], device)[1]
     assert path is not None
     assert f"-sm_{code}-" in path.name
 
@@ -254,13 +254,13 @@ def test_a_damaged_cubin_is_replaced_before_it_reaches_the_driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     program = backend.usual_programs()[0]
-    path = programs.compile_program(program, 90)[0].path
+    path = programs.compile_program(program, 90)[1]
     assert path is not None
     path.write_bytes(path.read_bytes()[:-40] + bytes(40))
     images = []
-    monkeypatch.setattr(Driver, "load", lambda self, device, image, kernels: images.append(image))
+    monkeypatch.setattr(Driver, "load", lambda self, device, image, names: images.append(image))
     programs.prepare(program, CUDA)
-    assert images == [cache.fetch(path.name, lambda: b"never").image]
+    assert images == [cache.fetch(path.name, lambda: b"never")[0]]
     assert images[0].startswith(b"\x7fELF")
 
 

@@ -1,7 +1,7 @@
 """The ``cuda`` implementation: launches the fused kernels on torch's current stream.
 
 No function waits for the device. The first comment of each ``.cu`` file defines layouts, grids and
-outputs.
+outputs. Functions have the signatures that :mod:`featup_hub.ops.registration` calls.
 """
 
 from __future__ import annotations
@@ -12,25 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.ops.cuda.programs import (
-    FusedKernels,
-    Kernel,
-    Program,
-    UnavailableError,
-    blocks,
-    prepare,
-)
+from featup_hub.ops.cuda.programs import FusedKernels, Kernel, Program, UnavailableError, prepare
 from featup_hub.ops.reference import StageWeights
 from featup_hub.ops.tables import bicubic_matrix
-
-__all__ = [
-    "apply",
-    "apply_backward",
-    "apply_unsupported_reason",
-    "kernel",
-    "kernel_unsupported_reason",
-    "usual_programs",
-]
 
 DIAMETER, TAPS, KEYS = 7, 49, 32
 MOST_GUIDANCE_CHANNELS = 14
@@ -43,20 +27,15 @@ FEATURE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 @functools.cache
 def kernel_program(channels: int) -> Program:
     """Returns the program that predicts kernels from ``channels`` guidance channels."""
-    kernels = {
-        "range_forward": Kernel("PPPPPPi", 128),
-        "kernel_forward": Kernel("PPPPPPPPPii", 224, 768 * (TAPS + channels)),
-    }
+    shared = 768 * (TAPS + channels)
+    kernels = {"range_forward": Kernel(128), "kernel_forward": Kernel(224, shared)}
     return Program("jbu_kernel.cu", f"JBU_GUIDANCE={channels}", kernels)
 
 
 @functools.cache
 def apply_program(dtype: torch.dtype) -> Program:
     """Returns the program that filters features of a dtype."""
-    kernels = {
-        "apply_forward_7": Kernel("PPPPiiiiii", 128, 29840),
-        "apply_forward_8": Kernel("PPPPiiiiii", 128, 38704),
-    }
+    kernels = {"apply_forward_7": Kernel(128, 29840), "apply_forward_8": Kernel(128, 38704)}
     return Program("jbu_apply.cu", f"JBU_TYPE={FEATURE_TYPES[dtype]}", kernels)
 
 
@@ -64,12 +43,12 @@ def apply_program(dtype: torch.dtype) -> Program:
 def apply_backward_program(dtype: torch.dtype) -> Program:
     """Returns the program with the adjoints of filtering features of a dtype."""
     kernels = {
-        "fold_7": Kernel("PPiiii", 256, 29840),
-        "fold_8": Kernel("PPiiii", 256, 38704),
-        "apply_backward_source_7": Kernel("PPPiiiiii", 128, 25280),
-        "apply_backward_source_8": Kernel("PPPiiiiii", 128, 41712),
-        "apply_backward_kernel_7": Kernel("PPPiiiii", 224, 29840),
-        "apply_backward_kernel_8": Kernel("PPPiiiii", 256, 38704),
+        "fold_7": Kernel(256, 29840),
+        "fold_8": Kernel(256, 38704),
+        "apply_backward_source_7": Kernel(128, 25280),
+        "apply_backward_source_8": Kernel(128, 41712),
+        "apply_backward_kernel_7": Kernel(224, 29840),
+        "apply_backward_kernel_8": Kernel(256, 38704),
     }
     return Program("jbu_apply_backward.cu", f"JBU_TYPE={FEATURE_TYPES[dtype]}", kernels)
 
@@ -195,8 +174,8 @@ def apply_backward(
 def _fit(source: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
     """Returns the source channels last, (B, h, w, C), and the width of the kernels' window.
 
-    The kernels support axes that keep their size or grow by 1.75 to 2. A source of another ratio is
-    resized first; in a stack only the first, smallest stage needs this.
+    A source whose axes neither keep their size nor grow by 1.75 to 2 is resized first; in a stack
+    only the first, smallest stage needs this.
     """
     size = kernel.shape[-2:]
     axes = list(zip(source.shape[-2:], size, strict=True))
@@ -219,9 +198,8 @@ def _resize_backward(grad: Tensor, source: Tensor) -> Tensor:
     return grad.to(source.dtype).permute(0, 3, 1, 2)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(64)  # on the device: a captured graph must not copy it
 def _resizing(size_in: int, size_out: int, device: torch.device) -> Tensor:
-    """Keeps the matrix on the device, so that a captured graph needs no copy."""
     return bicubic_matrix(size_in, size_out).to(device, torch.float32)
 
 
@@ -229,7 +207,12 @@ def _span(channels: int, tiles: int, fused: FusedKernels) -> int:
     """Divides channels among blocks, so that few tiles still use the whole device."""
     chunks = blocks(channels, CHANNEL_TILE)
     wanted = blocks(BLOCKS_PER_MULTIPROCESSOR * fused.multiprocessors, tiles)
-    return CHANNEL_TILE * blocks(chunks, min(max(wanted, 1), chunks))
+    return CHANNEL_TILE * blocks(chunks, min(wanted, chunks))
+
+
+def blocks(count: int, size: int) -> int:
+    """Returns the number of blocks of ``size`` that cover ``count``."""
+    return -(-count // size)
 
 
 def _cell_tiles(height: int, width: int) -> int:

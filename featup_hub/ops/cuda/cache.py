@@ -2,39 +2,22 @@
 
 A file's name has a digest of all that its contents depend on. It is written under a temporary name
 and renamed, so readers never see a partial file. It ends with the digest of its contents: a damaged
-file is detected, deleted and made again.
+file is detected and replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cubin", "cache_folder", "cubin_name", "fetch"]
+__all__ = ["cache_folder", "cubin_name", "fetch"]
 
 DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cubin:
-    """Machine code and its file.
-
-    Attributes:
-        image: The code.
-        path: Its file; None if it could not be written.
-        hit: Whether it came from the cache.
-    """
-
-    image: bytes
-    path: Path | None
-    hit: bool
 
 
 def cache_folder() -> Path | None:
@@ -44,54 +27,42 @@ def cache_folder() -> Path | None:
     """
     if folder := os.environ.get("FEATUP_HUB_CACHE"):
         return Path(folder)
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder, "featup_hub")
     try:
-        return Path.home() / ".cache" / "featup_hub"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "featup_hub")
     except RuntimeError:
         return None
 
 
 def cubin_name(stem: str, architecture: int, *dependencies: object) -> str:
-    """Makes a file name from the program and all that its contents depend on.
-
-    Args:
-        stem: A readable word.
-        architecture: Compute capability times ten.
-        dependencies: Source, options, compiler version: values with a complete ``repr``.
-
-    Returns:
-        A file name such as ``jbu-sm_90-0123456789abcdef01234567.cubin``.
-    """
+    """Names a file by a word, the architecture, and a digest of all that its contents depend on."""
     digest = hashlib.sha256(repr((architecture, *dependencies)).encode()).hexdigest()
     return f"{stem}-sm_{architecture}-{digest[:24]}.cubin"
 
 
-def fetch(name: str, make: Callable[[], bytes]) -> Cubin:
-    """Returns the cubin of this name, from the cache or from the compiler.
-
-    If the cache cannot be written, the cubin is kept in memory only, with one warning.
+def fetch(name: str, make: Callable[[], bytes]) -> tuple[bytes, Path | None]:
+    """Returns machine code and its file.
 
     Args:
         name: From :func:`cubin_name`.
-        make: Compiles it.
+        make: Compiles it, if it is not in the cache.
 
     Returns:
-        The cubin.
+        The code, and its path; None, with one warning, if it could not be written.
     """
     folder = cache_folder()
-    path = None if folder is None else folder / name
-    if path is not None and (image := _read(path)) is not None:
-        return Cubin(image=image, path=path, hit=True)
+    if folder is None:
+        _warn_once("no home folder")
+        return make(), None
+    path = folder / name
+    if image := _read(path):
+        return image, path
     image = make()
     try:
-        if path is None:
-            raise OSError("no home folder")
         _write(path, image)
     except OSError as error:
-        _warn_once(f"{error.strerror or error}: {folder}")
-        path = None
-    return Cubin(image=image, path=path, hit=False)
+        _warn_once(f"{error.strerror}: {folder}")
+        return image, None
+    return image, path
 
 
 @functools.cache
@@ -104,16 +75,13 @@ def _warn_once(reason: str) -> None:
 
 
 def _read(path: Path) -> bytes | None:
+    """Returns the code in a file; None if there is none, or the file is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     image, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-    if image and hashlib.sha256(image).digest() == digest:
-        return image
-    with contextlib.suppress(OSError):
-        path.unlink()
-    return None
+    return image if image and hashlib.sha256(image).digest() == digest else None
 
 
 def _write(path: Path, image: bytes) -> None:

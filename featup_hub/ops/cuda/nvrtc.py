@@ -12,69 +12,54 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-__all__ = ["Compilation", "Nvrtc", "NvrtcError", "load", "search_path"]
+__all__ = ["Nvrtc", "NvrtcError", "load", "search_path"]
 
 
 class NvrtcError(RuntimeError):
     """NVRTC is missing, or rejected a program; the message includes the log."""
 
 
-class Compilation(NamedTuple):
-    """NVRTC's output for a program.
-
-    Attributes:
-        image: The cubin, an ELF image.
-        log: Its warnings, and with ``--ptxas-options=-v`` the resources of every kernel.
-    """
-
-    image: bytes
-    log: str
-
-
 class Nvrtc:
-    """One loaded NVRTC library.
+    """One NVRTC library.
 
     Args:
-        library: The library, loaded.
         path: Its file, or its name for the system's loader.
 
     Attributes:
         path: As given.
-        version: Major and minor version of CUDA.
+        version: Version of CUDA, such as "13.0".
+        architectures: Those it can compile for; 90 is compute capability 9.0.
+
+    Raises:
+        OSError: If there is no such library.
+        AttributeError: If it is not NVRTC since CUDA 11.2.
     """
 
-    def __init__(self, library: ctypes.CDLL, path: str) -> None:
-        self._library = library
-        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    def __init__(self, path: str) -> None:
         self.path = path
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._check(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-        self.version = (major.value, minor.value)
-
-    @functools.cached_property
-    def architectures(self) -> tuple[int, ...]:
-        """Architectures this version can compile for: 90 is compute capability 9.0."""
-        count = ctypes.c_int()
+        self._library = ctypes.CDLL(path)
+        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+        self.version = f"{major.value}.{minor.value}"
         self._check(self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         found = (ctypes.c_int * count.value)()
         self._check(self._library.nvrtcGetSupportedArchs(found))
-        return tuple(found)
+        self.architectures = tuple(found)
 
     def compile(
         self,
         source: str,
-        *,
         name: str,
         architecture: int,
-        options: Sequence[str] = (),
-        headers: Mapping[str, str] | None = None,
-    ) -> Compilation:
+        options: Sequence[str],
+        headers: Mapping[str, str],
+    ) -> tuple[bytes, str]:
         """Compiles a program to machine code.
 
         Args:
@@ -82,52 +67,41 @@ class Nvrtc:
             name: Name of the program in messages.
             architecture: Compute capability times ten, for example 90.
             options: Further options of NVRTC, for example ``-DNAME=1``.
-            headers: Texts the source may ``#include`` by name.
+            headers: Mapping[str, str] the source may ``#include`` by name.
 
         Returns:
-            The cubin and the log.
+            The cubin, an ELF image; and the log: warnings, and with ``--ptxas-options=-v`` the
+            resources of every kernel.
 
         Raises:
             NvrtcError: If NVRTC rejects the architecture, an option or the program.
         """
         lib = self._library
-        names = [key.encode() for key in headers or {}]
-        texts = [text.encode() for text in (headers or {}).values()]
+        texts = _strings(headers.values()), _strings(headers)
         arguments = [f"--gpu-architecture=sm_{architecture}", *options]
         program = ctypes.c_void_p()
-        self._check(
-            lib.nvrtcCreateProgram(
-                ctypes.byref(program),
-                source.encode(),
-                name.encode(),
-                len(names),
-                _strings(texts),
-                _strings(names),
-            )
+        status = lib.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), name.encode(), len(headers), *texts
         )
+        self._check(status)
         try:
-            status = lib.nvrtcCompileProgram(
-                program, len(arguments), _strings([text.encode() for text in arguments])
-            )
+            status = lib.nvrtcCompileProgram(program, len(arguments), _strings(arguments))
+            log = self._output(program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
             if status:
                 raise NvrtcError(
-                    f"NVRTC {self.version[0]}.{self.version[1]} could not compile {name} for "
-                    f"sm_{architecture}: {self._describe(status)}\n{self._log(program)}"
+                    f"NVRTC {self.version} could not compile {name} for sm_{architecture}: "
+                    f"{self._describe(status)}\n{log}"
                 )
-            size = ctypes.c_size_t()
-            self._check(lib.nvrtcGetCUBINSize(program, ctypes.byref(size)))
-            cubin = ctypes.create_string_buffer(size.value)
-            self._check(lib.nvrtcGetCUBIN(program, cubin))
-            return Compilation(cubin.raw, self._log(program))
+            return self._output(program, "CUBIN"), log
         finally:
             lib.nvrtcDestroyProgram(ctypes.byref(program))
 
-    def _log(self, program: ctypes.c_void_p) -> str:
+    def _output(self, program: ctypes.c_void_p, what: str) -> bytes:
         size = ctypes.c_size_t()
-        self._check(self._library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
-        log = ctypes.create_string_buffer(size.value)
-        self._check(self._library.nvrtcGetProgramLog(program, log))
-        return log.value.decode(errors="replace").strip()
+        self._check(self._library[f"nvrtcGet{what}Size"](program, ctypes.byref(size)))
+        content = ctypes.create_string_buffer(size.value)
+        self._check(self._library[f"nvrtcGet{what}"](program, content))
+        return content.raw
 
     def _describe(self, status: int) -> str:
         return (self._library.nvrtcGetErrorString(status) or b"unknown error").decode()
@@ -139,10 +113,7 @@ class Nvrtc:
 
 @functools.cache
 def load() -> Nvrtc:
-    """Loads NVRTC, once for the process.
-
-    Returns:
-        torch's own library if it has one; else the best installed one.
+    """Loads NVRTC, once for the process: torch's own library if it has one.
 
     Raises:
         NvrtcError: If there is none; the message lists the places searched.
@@ -151,7 +122,7 @@ def load() -> Nvrtc:
     for candidate in search_path():
         try:
             _load_builtins(candidate)
-            return Nvrtc(ctypes.CDLL(candidate), candidate)
+            return Nvrtc(candidate)
         except (OSError, AttributeError) as error:  # absent; or no NVRTC since CUDA 11.2
             tried.append(f"  {candidate}: {error}")
     raise NvrtcError(
@@ -194,5 +165,5 @@ def _load_builtins(candidate: str) -> None:
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
-def _strings(texts: Sequence[bytes]) -> ctypes.Array[ctypes.c_char_p]:
-    return (ctypes.c_char_p * len(texts))(*texts)
+def _strings(texts: Collection[str]) -> ctypes.Array[ctypes.c_char_p]:
+    return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))

@@ -15,17 +15,9 @@ import torch
 from torch import Tensor
 
 from featup_hub.ops.cuda import cache, nvrtc
-from featup_hub.ops.cuda.driver import CudaDriverError, Function, Launcher, open_driver
+from featup_hub.ops.cuda.driver import CudaDriver, CudaDriverError, Function, open_driver
 
-__all__ = [
-    "FusedKernels",
-    "Kernel",
-    "Program",
-    "UnavailableError",
-    "blocks",
-    "compile_program",
-    "prepare",
-]
+__all__ = ["FusedKernels", "Kernel", "Program", "UnavailableError", "compile_program", "prepare"]
 
 OPTIONS = ("--std=c++17",)
 OLDEST_ARCHITECTURE = 70
@@ -36,15 +28,8 @@ class UnavailableError(RuntimeError):
 
 
 class Kernel(NamedTuple):
-    """Launch parameters of a kernel, without the grid.
+    """Threads and bytes of dynamic shared memory of a kernel's blocks."""
 
-    Attributes:
-        parameters: Types, as letters of :class:`featup_hub.ops.cuda.driver.Signature`.
-        threads: Threads of a block.
-        shared_bytes: Dynamic shared memory of a block.
-    """
-
-    parameters: str
     threads: int
     shared_bytes: int = 0
 
@@ -87,24 +72,24 @@ class FusedKernels:
         device: Index of the device.
         multiprocessors: Number of multiprocessors of the device.
         program: Their program.
-        launcher: The driver.
+        driver: The driver.
         functions: The kernels by name.
-        cubin: Their machine code.
+        path: File of their machine code; None if it is in memory only.
         compiler: Readable name of their compiler.
     """
 
     device: int
     multiprocessors: int
     program: Program
-    launcher: Launcher
+    driver: CudaDriver
     functions: Mapping[str, Function]
-    cubin: cache.Cubin
+    path: Path | None
     compiler: str
 
     def launch(
         self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int | None
     ) -> None:
-        """Queues a kernel on torch's current stream of the device.
+        """Queues a kernel on torch's current stream of the device; returns at once.
 
         Args:
             name: The kernel.
@@ -113,38 +98,35 @@ class FusedKernels:
 
         Raises:
             RuntimeError: If a tensor is on another device.
+            ValueError: If a number has more than 32 bits.
         """
+        values = [self._value(argument) for argument in arguments]
         kernel = self.program.kernels[name]
-        self.launcher.launch(
-            self.functions[name],
-            grid,
-            (kernel.threads, 1, 1),
-            kernel.shared_bytes,
-            self.launcher.current_stream(self.device),
-            [x if isinstance(x, int) else self._address(x) for x in arguments],
-        )
+        self.driver.launch(self.functions[name], grid, kernel.threads, kernel.shared_bytes, values)
 
-    def _address(self, tensor: Tensor | None) -> int:
-        if tensor is None:
+    def _value(self, argument: Tensor | int | None) -> int:
+        """Returns a number, or the address of a tensor."""
+        if argument is None:
             return 0
-        if tensor.get_device() != self.device:
+        if isinstance(argument, int):
+            if argument >= 1 << 31:
+                raise ValueError(
+                    f"the fused kernels take sizes below 2³¹; got {argument}; split the image, or "
+                    "use impl='torch'"
+                )
+            return argument
+        if argument.get_device() != self.device:
             raise RuntimeError(
                 f"all tensors must be on one device, cuda:{self.device}; got one on "
-                f"{tensor.device}; move it there"
+                f"{argument.device}; move it there"
             )
-        return tensor.data_ptr()
+        return argument.data_ptr()
 
 
 def prepare(program: Program, device: torch.device) -> FusedKernels:
-    """Returns a program's kernels for a device, ready to launch.
+    """Returns a program's kernels for a device.
 
-    Args:
-        program: The program.
-        device: Device of the tensors.
-
-    Returns:
-        The kernels. The first call for a device compiles them, in some seconds, if they are not in
-        the cache.
+    The first call for a device compiles them, in some seconds, if they are not in the cache.
 
     Raises:
         UnavailableError: If they cannot run on the device.
@@ -162,57 +144,46 @@ def prepare(program: Program, device: torch.device) -> FusedKernels:
     return _load(program, torch.cuda.current_device() if device.index is None else device.index)
 
 
-def blocks(count: int, size: int) -> int:
-    """Returns the number of blocks of ``size`` that cover ``count``."""
-    return -(-count // size)
-
-
 @functools.cache  # exceptions are not cached: the next call tries again
 def _load(program: Program, index: int) -> FusedKernels:
     major, minor = torch.cuda.get_device_capability(index)
-    parameters = {name: kernel.parameters for name, kernel in program.kernels.items()}
     compiled = _compile_once(program, 10 * major + minor)
     if isinstance(compiled, str):
         raise UnavailableError(compiled)
-    cubin, compiler = compiled
+    image, path, compiler = compiled
     try:
-        launcher = open_driver()
-        functions = launcher.load(index, cubin.image, parameters)
+        driver = open_driver()
+        functions = driver.load(index, image, program.kernels)
     except CudaDriverError as error:
         raise UnavailableError(str(error)) from error
     return FusedKernels(
         device=index,
         multiprocessors=torch.cuda.get_device_properties(index).multi_processor_count,
         program=program,
-        launcher=launcher,
+        driver=driver,
         functions=functions,
-        cubin=cubin,
+        path=path,
         compiler=compiler,
     )
 
 
 @functools.cache  # failures are cached, too: they take seconds and would repeat
-def _compile_once(program: Program, architecture: int) -> tuple[cache.Cubin, str] | str:
+def _compile_once(program: Program, architecture: int) -> tuple[bytes, Path | None, str] | str:
     try:
         return compile_program(program, architecture)
     except (UnavailableError, nvrtc.NvrtcError) as error:
         return str(error)
 
 
-def compile_program(program: Program, architecture: int) -> tuple[cache.Cubin, str]:
-    """Compiles a program, or finds it in the cache.
-
-    Args:
-        program: The program.
-        architecture: Compute capability times ten.
+def compile_program(program: Program, architecture: int) -> tuple[bytes, Path | None, str]:
+    """Compiles a program for a compute capability times ten, or finds it in the cache.
 
     Returns:
-        The cubin, and the name of the compiler.
+        The cubin, its file (see :func:`featup_hub.ops.cuda.cache.fetch`), and the compiler's name.
 
     Raises:
-        UnavailableError: If the architecture is too old for the kernels, or unknown to the
-            compiler.
-        NvrtcError: If there is no compiler, or it fails.
+        UnavailableError: If the architecture is too old for the kernels, or unknown to NVRTC.
+        NvrtcError: If there is no NVRTC, or it fails.
     """
     if architecture < OLDEST_ARCHITECTURE:
         raise UnavailableError(
@@ -220,29 +191,20 @@ def compile_program(program: Program, architecture: int) -> tuple[cache.Cubin, s
             f"this device has {architecture / 10}; impl='torch' runs on it"
         )
     compiler = nvrtc.load()
-    version = ".".join(map(str, compiler.version))
     known = compiler.architectures
     # Machine code also runs on later minor versions of its architecture.
     fitting = [a for a in known if a <= architecture and a // 10 == architecture // 10]
     if not fitting:
         raise UnavailableError(
-            f"NVRTC {version} compiles for sm_{known[0]} to sm_{known[-1]}, not for this "
+            f"NVRTC {compiler.version} compiles for sm_{known[0]} to sm_{known[-1]}, not for this "
             f"device's sm_{architecture}; install a PyTorch built for "
             f"{'an older' if architecture < known[0] else 'a newer'} CUDA, or use impl='torch'"
         )
-    architecture = max(fitting)
     source, headers, options = program.contents()
-    stem = Path(program.source).stem
-    name = cache.cubin_name(stem, architecture, source, headers, options, compiler.version)
-
-    def make() -> bytes:
-        return compiler.compile(
-            source,
-            name=program.source,
-            architecture=architecture,
-            options=options,
-            headers=headers,
-        ).image
-
-    cubin = cache.fetch(name, make)
-    return cubin, f"NVRTC {version} ({compiler.path})"
+    dependencies = source, headers, options, compiler.version
+    name = cache.cubin_name(Path(program.source).stem, max(fitting), *dependencies)
+    image, path = cache.fetch(
+        name,
+        lambda: compiler.compile(source, program.source, max(fitting), options, headers)[0],
+    )
+    return image, path, f"NVRTC {compiler.version} ({compiler.path})"

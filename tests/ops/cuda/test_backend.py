@@ -1,13 +1,13 @@
-"""The launcher: arguments of the fused kernels, read back through the pointers."""
+"""What the fused kernels are launched with, read back through the pointers."""
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,70 +16,53 @@ from torch import Tensor
 
 from featup_hub.ops import torch_backend
 from featup_hub.ops.cuda import backend, programs
-from featup_hub.ops.cuda.cache import Cubin
-from featup_hub.ops.cuda.driver import Function, Signature
+from featup_hub.ops.cuda.driver import Function
 from featup_hub.ops.cuda.programs import FusedKernels, Program
 from featup_hub.upsamplers import JBUStage
 
 CPU = -1  # the index torch gives a tensor on the CPU
-BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @dataclass
 class Launch:
-    """One launch: what was asked for."""
+    """What one kernel was launched with, and the first bytes behind its first argument."""
 
-    name: str
+    function: Function
     grid: tuple[int, int, int]
-    block: tuple[int, int, int]
+    threads: int
     shared_bytes: int
-    stream: int
-    device: int
-    arguments: list[float]
+    arguments: list[int]
+    seen: bytes
 
 
 @dataclass
 class Recorder:
-    """Stands in for the driver, and reads what the kernels would read."""
+    """Stands in for the driver, and reads ``read`` bytes of what a kernel would read."""
 
     launches: list[Launch] = field(default_factory=list)
-    seen: list[bytes] = field(default_factory=list)
-    read: tuple[str, int, int] = ("", 0, 0)  # kernel, argument, bytes to keep
-
-    def current_stream(self, device: int) -> int:
-        return 1000 + device
+    read: int = 0
 
     def launch(
         self,
         function: Function,
         grid: tuple[int, int, int],
-        block: tuple[int, int, int],
+        threads: int,
         shared_bytes: int,
-        stream: int,
-        arguments: Sequence[float],
+        arguments: Sequence[int],
     ) -> None:
-        function.signature.pack(arguments)  # refuses a wrong count or a number too large
-        self.launches.append(
-            Launch(function.name, grid, block, shared_bytes, stream, function.device, [*arguments])
-        )
-        name, index, size = self.read
-        if name == function.name:
-            self.seen.append(ctypes.string_at(int(arguments[index]), size))
-
-    def load(self, device: int, image: bytes, kernels: dict[str, str]) -> dict[str, Function]:
-        return {
-            name: Function(name, device, 0, Signature(codes)) for name, codes in kernels.items()
-        }
+        seen = ctypes.string_at(arguments[0], self.read)
+        self.launches.append(Launch(function, grid, threads, shared_bytes, [*arguments], seen))
 
     def prepare(self, program: Program, device: torch.device) -> FusedKernels:
-        parameters = {name: kernel.parameters for name, kernel in program.kernels.items()}
+        index = CPU if device.type == "cpu" else device.index
         return FusedKernels(
-            device=CPU if device.type == "cpu" else device.index,
+            device=index,
             multiprocessors=132,
             program=program,
-            launcher=self,
-            functions=self.load(CPU, b"", parameters),
-            cubin=Cubin(image=b"", path=None, hit=False),
+            driver=self,
+            functions={name: Function(name, index, 0) for name in program.kernels},
+            path=None,
             compiler="none",
         )
 
@@ -87,8 +70,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    for module in (programs, backend):
-        monkeypatch.setattr(module, "prepare", recorder.prepare)
+    monkeypatch.setattr(backend, "prepare", recorder.prepare)
     return recorder
 
 
@@ -96,31 +78,30 @@ def as_tensor(content: bytes, like: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=like.dtype).view(like.shape)
 
 
-def layouts(x: Tensor) -> dict[str, Tensor]:
+def sliced(x: Tensor) -> Tensor:
     wide = torch.zeros(x.shape[0], x.shape[1] + 3, x.shape[2], 2 * x.shape[3], dtype=x.dtype)
-    sliced = wide[:, 1:-2, :, ::2]
-    sliced.copy_(x)
-    return {
-        "contiguous": x,
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
-        "sliced": sliced,
-        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
-        "expanded": x[:1].expand_as(x),
-    }
+    wide[:, 1:-2, :, ::2] = x
+    return wide[:, 1:-2, :, ::2]
 
 
-@pytest.mark.parametrize("dtype", BYTES)
-@pytest.mark.parametrize(
-    "layout", ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
-)
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": sliced,
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_read_sources_channels_last_whatever_their_layout(
     recorder: Recorder, layout: str, dtype: torch.dtype
 ) -> None:
-    source = layouts(torch.randn(2, 5, 3, 4).to(dtype))[layout]
-    recorder.read = ("apply_forward_7", 0, source.numel() * BYTES[dtype])
+    source = LAYOUTS[layout](torch.randn(2, 5, 3, 4).to(dtype))
+    recorder.read = source.nbytes
     output = backend.apply(source, torch.randn(2, 49, 6, 8), None)
     expected = source.permute(0, 2, 3, 1).contiguous()
-    assert torch.equal(as_tensor(recorder.seen[0], expected), expected)
+    assert torch.equal(as_tensor(recorder.launches[0].seen, expected), expected)
     assert (output.shape, output.dtype) == ((2, 5, 6, 8), dtype)
     assert output.is_contiguous(memory_format=torch.channels_last)
 
@@ -130,27 +111,14 @@ def test_channels_last_sources_and_kernels_are_not_copied(recorder: Recorder) ->
     kernel = torch.randn(2, 49, 6, 8).contiguous(memory_format=torch.channels_last)
     bias = torch.randn(5)
     output = backend.apply(source, kernel, bias)
-    (launch,) = recorder.launches
-    assert launch.arguments[:4] == [x.data_ptr() for x in (source, kernel, bias, output)]
-    assert launch.arguments[4:9] == [3, 4, 6, 8, 5]
+    backend.apply(source, kernel, None)
+    first, second = (launch.arguments for launch in recorder.launches)
+    assert first[:4] == [x.data_ptr() for x in (source, kernel, bias, output)]
+    assert first[4:9] == [3, 4, 6, 8, 5]
+    assert second[2] == 0  # a null pointer, where there is no bias
 
 
-def test_launches_go_to_the_current_stream_of_the_tensors_device(recorder: Recorder) -> None:
-    backend.apply(torch.randn(1, 5, 3, 4), torch.randn(1, 49, 6, 8), None)
-    backend.kernel(torch.randn(1, 3, 6, 8), JBUStage().weights())
-    assert {(launch.stream, launch.device) for launch in recorder.launches} == {(999, CPU)}
-    assert [launch.name for launch in recorder.launches] == [
-        "apply_forward_7",
-        "range_forward",
-        "kernel_forward",
-    ]
-
-
-def test_without_a_bias_the_kernel_gets_a_null_pointer(recorder: Recorder) -> None:
-    backend.apply(torch.randn(1, 5, 3, 4), torch.randn(1, 49, 6, 8), None)
-    assert recorder.launches[0].arguments[2] == 0
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("size", "window", "resized"),
     [
@@ -164,34 +132,24 @@ def test_without_a_bias_the_kernel_gets_a_null_pointer(recorder: Recorder) -> No
         ((9, 7), 8, True),
     ],
 )
-def test_the_ratio_decides_the_window_and_few_sources_are_resized_first(
-    recorder: Recorder, size: tuple[int, int], window: int, resized: bool
+def test_the_ratio_decides_the_window_and_few_sources_are_resized_first_in_float32(
+    recorder: Recorder, size: tuple[int, int], window: int, resized: bool, dtype: torch.dtype
 ) -> None:
-    source, kernel = torch.randn(1, 5, *size), torch.randn(1, 49, 8, 14)
+    source, kernel = torch.randn(1, 5, *size).to(dtype), torch.randn(1, 49, 8, 14)
     given = source
     if resized:
-        given = F.interpolate(source, (8, 14), mode="bicubic", align_corners=False)
-    recorder.read = (f"apply_forward_{window}", 0, 4 * given.numel())
-    backend.apply(source, kernel, None)
+        given = F.interpolate(source.float(), (8, 14), mode="bicubic", align_corners=False)
+    recorder.read = given.nbytes
+    output = backend.apply(source, kernel, None)
     (launch,) = recorder.launches
+    assert launch.function.name == f"apply_forward_{window}"
     assert launch.arguments[4:8] == [*given.shape[-2:], 8, 14]
     expected = given.permute(0, 2, 3, 1).contiguous()
-    assert torch.equal(as_tensor(recorder.seen[0], expected), expected)
+    assert torch.equal(as_tensor(launch.seen, expected), expected)
+    assert output.dtype == dtype
 
 
-def test_half_precision_sources_of_an_odd_ratio_are_resized_in_float32(
-    recorder: Recorder,
-) -> None:
-    source = torch.randn(1, 5, 4, 5).bfloat16()
-    given = F.interpolate(source.float(), (6, 8), mode="bicubic", align_corners=False)
-    recorder.read = ("apply_forward_8", 0, 4 * given.numel())
-    output = backend.apply(source, torch.randn(1, 49, 6, 8), None)
-    expected = given.permute(0, 2, 3, 1).contiguous()
-    assert torch.equal(as_tensor(recorder.seen[0], expected), expected)
-    assert output.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(3, 4), (6, 8), (4, 5)])
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_backward_results_look_like_the_torch_backends(
@@ -203,26 +161,16 @@ def test_backward_results_look_like_the_torch_backends(
     expected = torch_backend.apply_backward(grad, source, kernel, *needs)
     for a, b in zip(found, expected, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-    names = {launch.name.rpartition("_")[0] for launch in recorder.launches}
+    names = {launch.function.name.rpartition("_")[0] for launch in recorder.launches}
     assert ("apply_backward_source" in names, "apply_backward_kernel" in names) == needs
-
-
-def test_the_gradient_of_a_resized_source_is_the_adjoint_of_resizing() -> None:
-    source, grad = torch.randn(2, 5, 4, 5, requires_grad=True), torch.randn(2, 5, 6, 8)
-    resized = F.interpolate(source, (6, 8), mode="bicubic", align_corners=False)
-    (expected,) = torch.autograd.grad(resized, source, grad)
-    found = backend._resize_backward(grad.permute(0, 2, 3, 1).contiguous(), source)
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("channels", [1, 127, 128, 129, 384, 1024])
 @pytest.mark.parametrize("tiles", [1, 10, 528, 5000])
 def test_spans_cover_every_channel_and_keep_the_device_busy(channels: int, tiles: int) -> None:
-    kernels = dataclasses.replace(
-        Recorder().prepare(backend.usual_programs()[1], torch.device("cpu")), multiprocessors=132
-    )
+    kernels = Recorder().prepare(backend.apply_program(torch.float32), torch.device("cpu"))
     span = backend._span(channels, tiles, kernels)
-    spans = programs.blocks(channels, span)
+    spans = backend.blocks(channels, span)
     assert span % 128 == 0
     assert (spans - 1) * span < channels <= spans * span
     assert spans == 1 or tiles * (spans - 1) < 2 * 4 * 132
@@ -243,47 +191,59 @@ def test_empty_maps_launch_nothing_and_give_empty_or_zero_results(recorder: Reco
     assert recorder.launches == []
 
 
-def test_a_tensor_on_another_device_is_refused(recorder: Recorder) -> None:
-    kernels = recorder.prepare(backend.usual_programs()[0], torch.device("cuda", 1))
-    with pytest.raises(RuntimeError, match="must be on one device, cuda:1; got one on cpu; move"):
-        kernels.launch("kernel_forward", (1, 1, 1), torch.zeros(1))
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        (torch.zeros(1), RuntimeError, "must be on one device, cuda:1; got one on cpu; move"),
+        (1 << 31, ValueError, "sizes below 2³¹; got 2147483648; split the image"),
+    ],
+)
+def test_arguments_that_no_kernel_can_take_are_refused(
+    recorder: Recorder, argument: object, error: type[Exception], message: str
+) -> None:
+    kernels = recorder.prepare(backend.kernel_program(3), torch.device("cuda", 1))
+    with pytest.raises(error, match=message):
+        kernels.launch("kernel_forward", (1, 1, 1), argument)
 
 
-@pytest.mark.parametrize("guidance", [1, 3, 14])
-def test_every_launch_matches_its_kernels_parameters(recorder: Recorder, guidance: int) -> None:
-    stage = JBUStage(guidance)
-    image = torch.randn(2, guidance, 9, 70)
-    backend.kernel(image, stage.weights())
-    counts = {launch.name: launch.arguments for launch in recorder.launches}
-    program = backend.kernel_program(guidance)
-    assert set(counts) == set(program.kernels)
-    for name, kernel_info in program.kernels.items():
-        assert len(counts[name]) == len(kernel_info.parameters)
-    # 2 samples, 9x70 pixels in blocks of 32x4 and of 512.
-    grids = {launch.name: launch.grid for launch in recorder.launches}
-    assert grids["range_forward"] == (2, 2, 1)
-    assert grids["kernel_forward"] == (3, 3, 2)
-
-
-def declared(source: str) -> dict[str, str]:
-    """Reads the kernels a source declares, and their parameters in the letters of Signature."""
+def declared(source: str) -> dict[str, list[str]]:
+    """Reads the kernels a source declares: of each parameter whether it is a pointer."""
     text = (Path(programs.__file__).with_name("csrc") / source).read_text().replace("\\\n", "\n")
     for macro in re.findall(r"#define \w+\(WINDOW\)(.*?)\n\n", text, re.DOTALL):
         text += macro.replace("##WINDOW", "7") + macro.replace("##WINDOW", "8")
     found = re.findall(
         r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(([^)]*)\)', text
     )
-    letter = {"int": "i", "long long": "q", "float": "f"}
     return {
-        name: "".join(
-            "P" if "*" in part else letter[part.strip().rsplit(" ", 1)[0]]
-            for part in parameters.split(",")
-        )
+        name: ["pointer" if "*" in part else part.split()[0] for part in parameters.split(",")]
         for name, parameters in found
     }
 
 
-@pytest.mark.parametrize("program", backend.usual_programs(), ids=str)
-def test_the_launcher_knows_the_parameters_each_source_declares(program: Program) -> None:
-    expected = {name: kernel.parameters for name, kernel in program.kernels.items()}
-    assert declared(program.source) == expected
+@pytest.mark.parametrize("guidance", [1, 3, 14])
+def test_every_launch_has_the_parameters_that_its_source_declares(
+    monkeypatch: pytest.MonkeyPatch, guidance: int
+) -> None:
+    found: dict[str, dict[str, list[str]]] = {}
+    grids = {}
+
+    def prepare(program: Program, device: torch.device) -> object:
+        def launch(name: str, grid: tuple[int, int, int], *arguments: object) -> None:
+            kinds = ["int" if isinstance(x, int) else "pointer" for x in arguments]
+            found.setdefault(program.source, {})[name] = kinds
+            grids[name] = grid
+
+        return SimpleNamespace(multiprocessors=132, launch=launch)
+
+    monkeypatch.setattr(backend, "prepare", prepare)
+    backend.kernel(torch.randn(2, guidance, 9, 70), JBUStage(guidance).weights())
+    for size in ((3, 4), (6, 8)):
+        maps = torch.randn(2, 5, *size), torch.randn(2, 49, 6, 8)
+        backend.apply(*maps, None)
+        backend.apply_backward(torch.randn(2, 5, 6, 8), *maps, True, True)
+    made = [backend.kernel_program(guidance), *backend.usual_programs()]
+    assert found == {program.source: declared(program.source) for program in made}
+    for program in made:
+        assert set(program.kernels) == set(found[program.source])
+    # 2 samples, 9x70 pixels in blocks of 512 and of 32x4.
+    assert (grids["range_forward"], grids["kernel_forward"]) == ((2, 2, 1), (3, 3, 2))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from featup_hub.ops.cuda import programs
-from featup_hub.ops.cuda.driver import Signature
+from featup_hub.ops.cuda.driver import addresses, pack
 from featup_hub.ops.cuda.programs import Program
 
 HERE = Path(__file__).parent
@@ -105,8 +105,7 @@ class EmulatedKernels:
     ) -> None:
         """Launches on the tensors themselves, without guards; where ``block``, that block only."""
         kernel, how = self.program.kernels[name], self.emulator
-        signature = Signature(kernel.parameters)
-        numbers = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
+        values = pack([x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments])
         file, line = how.barrier or ("", 0)
         alone = (int(block is not None), *map(ctypes.c_uint, block or (0, 0, 0)))
         path = str(Path(self.library._name).parent / file).encode()
@@ -114,7 +113,7 @@ class EmulatedKernels:
         launch = self.library[f"launch_{name}"]
         launch.restype = ctypes.c_char_p
         block_size = (ctypes.c_uint(kernel.threads), ctypes.c_size_t(kernel.shared_bytes))
-        message = launch(*map(ctypes.c_uint, grid), *block_size, signature.pack(numbers))
+        message = launch(*map(ctypes.c_uint, grid), *block_size, addresses(values))
         if message:
             raise EmulationError(f"{name}: {message.decode()}")
 
