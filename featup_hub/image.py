@@ -81,9 +81,12 @@ def read_image(
 
 def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> None:
     """Raises ValueError unless every given side is a positive multiple of the patch size."""
-    for side in () if size is None else size if isinstance(size, (tuple, list)) else (size,):
-        if not isinstance(side, Integral):
-            raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1; got {multiple_of}")
+    sides = () if size is None else size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) not in (0, 2) or not all(isinstance(side, Integral) for side in sides):
+        raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
+    for side in sides:
         if side < 1 or side % multiple_of:
             below = max(side // multiple_of, 1) * multiple_of
             need = "positive" if multiple_of == 1 else f"a positive multiple of {multiple_of}"
@@ -173,6 +176,9 @@ def preprocess(
     """
     import numpy as np
 
+    from featup_hub.ops.jbu import check_normalisation
+
+    check_normalisation(mean, std)
     check_size(size, multiple_of=multiple_of)
     image = read_image(image)
     pixels = torch.from_numpy(np.array(resize(image, size, multiple_of=multiple_of)))

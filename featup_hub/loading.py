@@ -138,9 +138,8 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     card = find_card(name)
-    looks_per_side = math.isqrt(max(looks, 0))
-    if looks < 1 or looks_per_side**2 != looks:
-        raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks}")
+    if not isinstance(looks, int) or looks < 1 or math.isqrt(looks) ** 2 != looks:
+        raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks!r}")
     own = _one_of(upsampler, weights)
     with _undisturbed(pretrained):
         # The small file first, so that its errors come before a large download.
@@ -163,7 +162,7 @@ def load(
             layer=layer,
         )
         if looks > 1:
-            backbone = ShiftAndStitch(backbone, looks_per_side)
+            backbone = ShiftAndStitch(backbone, math.isqrt(looks))
         stride = backbone.patch_size
         model = UpsampledBackbone(
             backbone,
@@ -267,7 +266,7 @@ def _read_upsampler(
     """Builds an upsampler; returns it with the tensors of its norm."""
     if own is None and not pretrained:
         return JBUStack(joint_first=True, unit_sum=True), None
-    tensors, norm = split_norm(load_weights(own or JBU_UNIVERSAL))
+    tensors, norm = split_norm(load_weights(JBU_UNIVERSAL if own is None else own))
     upsampler = JBUStack.fitting(tensors)
     load_into(upsampler, tensors, origin=own or JBU_UNIVERSAL.filename)
     return upsampler, norm

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone, ChannelNorm
+from featup_hub.backbones.contract import check_backbone
 from featup_hub.ops import Implementation
 from featup_hub.upsamplers import FoldedHead, JBUStack
-from featup_hub.upsamplers.head import check_channels
+from featup_hub.upsamplers.head import check_head
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,10 +58,11 @@ class UpsampledBackbone(nn.Module):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, Backbone):
+        check_backbone(backbone)
+        if not isinstance(upsampler, (JBUStack, FoldedHead)):
             raise TypeError(
-                f"a backbone must be a featup_hub.Backbone; got {type(backbone).__name__}; "
-                "wrap it: ModuleBackbone(module, feat_dim=..., patch_size=...)"
+                f"an upsampler must be a JBUStack, such as featup_hub.load_upsampler(); got "
+                f"{type(upsampler).__name__}"
             )
         self.backbone = backbone
         self.norm = norm
@@ -116,22 +118,7 @@ class UpsampledBackbone(nn.Module):
 
         The image is the one of :meth:`forward`.
         """
-        if not isinstance(image, Tensor):
-            raise TypeError(
-                f"a model takes a normalised image as a tensor, (B, 3, H, W); got "
-                f"{type(image).__name__}; call model(model.preprocess(photo))"
-            )
-        try:
-            source: Tensor = self.backbone(image)
-        except RuntimeError as error:
-            dtypes = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
-            if len(dtypes) != 1 or image.dtype in dtypes:
-                raise
-            own = dtypes.pop()
-            raise TypeError(
-                f"this backbone needs images in its own precision, {own}; got {image.dtype}; "
-                f"convert one of them: image.to({own}) or model.to({image.dtype})"
-            ) from error
+        source: Tensor = self.backbone(image)
         return source if self.norm is None else self.norm(source)
 
     def forward(
@@ -189,7 +176,7 @@ class UpsampledBackbone(nn.Module):
         if isinstance(self.upsampler, FoldedHead):
             raise ValueError("this model has a head already; fold one into the model it came from")
         upsampler = self.upsampler.fold_head(head)
-        check_channels(head, self.feat_dim)
+        check_head(head, self.feat_dim)
         folded = UpsampledBackbone(
             self.backbone, upsampler, norm=self.norm, image_size=self.image_size
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -46,10 +48,14 @@ class Pixels:
         """Takes three bands, counted from 1, as red, green and blue."""
         stacked = self.values if self.values.ndim == 3 else self.values[..., None]
         count = stacked.shape[2]
-        if len(bands) != 3 or not all(1 <= band <= count for band in bands):
+        if not (
+            isinstance(bands, Sequence)
+            and len(bands) == 3
+            and all(isinstance(band, Integral) and 1 <= band <= count for band in bands)
+        ):
             raise ValueError(
                 f"bands must be three numbers from 1 to {count}, which {self.name} has; "
-                f"got {', '.join(map(str, bands))}"
+                f"got {bands!r}"
             )
         chosen = stacked[..., [band - 1 for band in bands]]
         return replace(self, values=chosen, alpha=None)
@@ -67,9 +73,11 @@ class Pixels:
             )
         if value_range is None and values.dtype == np.uint8:
             return values
-        low, high = self._full_range() if value_range is None else value_range
-        if not low < high:
-            raise ValueError(f"value_range needs a low and a higher value; got {low}, {high}")
+        ends = self._full_range() if value_range is None else value_range
+        pair = isinstance(ends, Sequence) and len(ends) == 2 and not isinstance(ends, str)
+        if not pair or not -math.inf < ends[0] < ends[1] < math.inf:
+            raise ValueError(f"value_range needs a low and a higher value; got {ends!r}")
+        low, high = ends
         scaled = (values.astype(np.float64).clip(low, high) - low) * (255 / (high - low))
         if not np.isfinite(scaled).all():
             raise ValueError(f"pixels must be numbers; {self.name} has NaN, which has no colour")

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featup_hub.ops.jbu import check_numbers
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -59,9 +61,10 @@ def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
         >>> pca_rgb(source, fit_pca(source)).shape
         torch.Size([1, 3, 14, 14])
     """
-    shapes = [tuple(f.shape) for f in features]
-    if not shapes or any(len(s) != 4 for s in shapes) or len({s[1] for s in shapes}) != 1:
+    shapes = [_shape(f) for f in features]
+    if not shapes or any(len(s) != 4 or 0 in s for s in shapes) or len({s[1] for s in shapes}) != 1:
         raise ValueError(f"fit_pca needs maps (B, C, H, W) with the same channels; got {shapes}")
+    check_numbers(1, k=k)
     rows = torch.cat([_sample(f) for f in features])
     if not rows.isfinite().all():
         raise ValueError("features must be finite; got NaN or infinity, what made them is broken")
@@ -86,9 +89,9 @@ def pca_rgb(features: Tensor, basis: PCABasis) -> Tensor:
         Colours in [0, 1], (B, k, H, W), float32; 0.5 for components without variation.
     """
     channels = len(basis.mean)
-    if features.dim() != 4 or features.shape[1] != channels:
+    if len(_shape(features)) != 4 or features.shape[1] != channels:
         raise ValueError(
-            f"this basis is for features (B, {channels}, H, W); got {tuple(features.shape)}; "
+            f"this basis is for features (B, {channels}, H, W); got {_shape(features)}; "
             "fit one on these"
         )
     return _colours(_project(features, basis), basis)
@@ -159,6 +162,11 @@ def contact_sheet(
         how = Image.Resampling.NEAREST if grows else Image.Resampling.BOX
         sheet.paste(picture.resize((width, height), how), (x, y + caption))
     return sheet
+
+
+def _shape(features: Tensor) -> tuple[int | str, ...]:
+    """Returns a tensor's shape, or what an array or list in place of one is."""
+    return tuple(features.shape) if isinstance(features, Tensor) else (type(features).__name__,)
 
 
 def _sample(features: Tensor) -> Tensor:

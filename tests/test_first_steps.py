@@ -63,8 +63,17 @@ def test_what_is_no_tensor_is_refused_with_what_to_call(
 
 def test_an_image_of_another_precision_is_refused(small: UpsampledBackbone) -> None:
     for dtype in (torch.float16, torch.float64):
-        with pytest.raises(TypeError, match=rf"own precision, torch.float32; got {dtype}; conv"):
+        with pytest.raises(TypeError, match=rf"torch.float32 on cpu; got {dtype} on cpu; conv"):
             small(torch.randn(1, 3, 16, 16).to(dtype))
+
+
+def test_an_image_on_another_device_is_refused(
+    model: UpsampledBackbone, small: UpsampledBackbone
+) -> None:
+    with pytest.raises(TypeError, match=r"torch.float32 on cpu; got torch.float32 on meta; conv"):
+        model(torch.randn(1, 3, 16, 16, device="meta"))
+    with pytest.raises(ValueError, match=r"on one device are needed; got guidance on meta and wei"):
+        small(torch.randn(1, 3, 16, 16), guidance=torch.randn(1, 3, 16, 16, device="meta"))
 
 
 def test_an_image_that_was_not_normalised_brings_one_warning(small: UpsampledBackbone) -> None:

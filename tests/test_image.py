@@ -245,11 +245,19 @@ def test_what_is_no_image_is_refused_with_what_to_do(
         read_image(image)
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.5, 0.5), ((0.5,) * 2, (1,) * 3), ((0,) * 3, (0,) * 3)]
+)
+def test_a_normalisation_is_three_numbers_that_divide(mean: object, std: object) -> None:
+    with pytest.raises(ValueError, match="mean and std must be three numbers each, none of std ze"):
+        preprocess(Image.new("RGB", (8, 8)), mean=mean, std=std)
+
+
 def test_a_size_is_a_number_or_height_and_width() -> None:
     photo = Image.new("RGB", (60, 40))
     assert resize(photo, [20, 30]).size == (30, 20)
     assert resize(photo, np.int64(20)).size == (30, 20)
-    for size in ("20", 20.5, (20.0, 30)):
+    for size in ("20", 20.5, (20.0, 30), (20,), (20, 30, 3)):
         with pytest.raises(TypeError, match="size must be a number of pixels"):
             resize(photo, size)
 

@@ -103,8 +103,18 @@ def test_a_second_head_is_refused() -> None:
 
 
 def test_a_plain_module_is_no_backbone() -> None:
-    with pytest.raises(TypeError, match=r"got Conv2d; wrap it: ModuleBackbone\("):
+    with pytest.raises(TypeError, match=r"got Conv2d; take .* or wrap a module: ModuleBackbone\("):
         UpsampledBackbone(nn.Conv2d(3, 3, 1), JBUStack())  # type: ignore[arg-type]
+
+
+def test_what_is_no_upsampler_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"an upsampler must be a JBUStack, .*; got Upsample"):
+        tiny(nn.Upsample(scale_factor=8))
+    for given in (JBUStack(), 5, False):
+        with pytest.raises(TypeError, match="weights are named by a path; got "):
+            load_upsampler(given)
+    with pytest.raises(ValueError, match=r"weights must be a file; . is a folder"):
+        load(NAME, upsampler="")
 
 
 def test_an_upsampler_for_other_features_is_refused() -> None:
@@ -298,7 +308,7 @@ def test_four_looks_are_a_source_of_half_the_stride() -> None:
     assert model(image).shape == (1, 112, 64, 48)
 
 
-@pytest.mark.parametrize("looks", [0, -1, 2])
+@pytest.mark.parametrize("looks", [0, -1, 2, 4.0, "4"])
 def test_looks_that_are_no_square_number_are_refused(looks: int) -> None:
-    with pytest.raises(ValueError, match=rf"looks must be a square number, .*; got {looks}"):
+    with pytest.raises(ValueError, match=rf"looks must be a square number, .*; got {looks!r}"):
         load("efficientnet_lite0", looks=looks)

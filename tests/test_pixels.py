@@ -105,8 +105,10 @@ def test_8_bits_with_a_sign_and_32_without_are_read_as_the_tiff_says(
 
 
 def test_a_range_must_rise_and_pixels_be_numbers() -> None:
-    with pytest.raises(ValueError, match="a low and a higher value; got 5, 5"):
-        read_image(RAMP, value_range=(5, 5))
+    for ends in ((5, 5), 255, "0-255", (0, 1, 2), (0, np.inf), (np.nan, 1)):
+        with pytest.raises(ValueError, match="a low and a higher value; got ") as caught:
+            read_image(RAMP, value_range=ends)
+        assert str(caught.value).endswith(f"got {ends!r}")
     with pytest.raises(ValueError, match="the array has NaN"):
         read_image(np.array([[np.nan, 1.0]]), value_range=(0, 1))
 
@@ -126,8 +128,9 @@ def test_three_of_thirteen_bands_are_chosen(tmp_path: Path, planes: bool) -> Non
     found = read_image(path, bands=(4, 3, 13), value_range=(0, 1300))
     assert found.size == (9, 8)
     assert found.getpixel((0, 0)) == (78, 59, 255)
-    with pytest.raises(ValueError, match=r"three numbers from 1 to 13, which .* has; got 0, 1, 14"):
-        read_image(path, bands=(0, 1, 14))
+    for bands in ((0, 1, 14), (1, 2), 1, "123", (1.0, 2.0, 3.0)):
+        with pytest.raises(ValueError, match=r"three numbers from 1 to 13, which .* has; got "):
+            read_image(path, bands=bands)
 
 
 def test_without_tifffile_the_error_names_what_reads_many_bands(

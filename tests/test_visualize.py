@@ -104,6 +104,11 @@ def test_features_that_are_broken_or_do_not_match_are_refused() -> None:
         fit_pca(torch.ones(1, 4, 2, 2), torch.ones(1, 5, 2, 2))
     with pytest.raises(ValueError, match=r"\(B, C, H, W\).*got \[\]"):
         fit_pca()
+    for given, got in ((np.ones((1, 4, 2, 2)), "'ndarray'"), (torch.ones(0, 4, 2, 2), "0, 4, 2")):
+        with pytest.raises(ValueError, match=rf"\(B, C, H, W\).*got .*{got}"):
+            fit_pca(given)
+    with pytest.raises(ValueError, match=r"features \(B, 4, H, W\); got \('ndarray',\)"):
+        pca_rgb(np.ones((1, 4, 2, 2)), fit_pca(torch.ones(1, 4, 2, 2)))
     with pytest.raises(ValueError, match=r"basis is for features \(B, 4, H, W\).*fit one on these"):
         pca_rgb(torch.ones(1, 5, 2, 2), fit_pca(torch.ones(1, 4, 2, 2)))
 

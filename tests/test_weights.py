@@ -198,6 +198,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         weights.write(some(), tmp_path)
     with pytest.raises(TypeError, match=r"metadata must be strings; got feat_dim=3; use str"):
         weights.write(some(), tmp_path / "x.safetensors", metadata={"feat_dim": 3})
+    for wrong in (nn.Linear(3, 2), [torch.ones(1)], {"a": [1.0]}):
+        with pytest.raises(TypeError, match=r"tensors by name are needed, such as module.state_d"):
+            weights.write(wrong, tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

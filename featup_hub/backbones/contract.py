@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featup_hub.ops.jbu import check_normalisation, check_numbers
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["Backbone", "ChannelNorm"]
+__all__ = ["Backbone", "ChannelNorm", "check_backbone"]
 
 
 class Backbone(nn.Module):
@@ -58,6 +59,11 @@ class Backbone(nn.Module):
         fixed_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        check_numbers(1, feat_dim=feat_dim, patch_size=patch_size, in_chans=in_chans)
+        if in_chans == 3:
+            check_normalisation(mean, std)
+        if fixed_size is not None and not isinstance(fixed_size, (tuple, list)):
+            raise TypeError(f"fixed_size must be (height, width); got {fixed_size!r}")
         self.feat_dim = feat_dim
         self.patch_size = patch_size
         self.in_chans = in_chans
@@ -74,6 +80,11 @@ class Backbone(nn.Module):
             Features, (B, C, ceil(H/p), ceil(W/p)) with p the patch size; a fixed size if
             ``fixed_size`` is set.
         """
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"a backbone takes a normalised image as a tensor, (B, {self.in_chans}, H, W); got "
+                f"{type(image).__name__}; call model(model.preprocess(photo))"
+            )
         if image.dim() != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
             needed = "be RGB" if self.in_chans == 3 else f"have {self.in_chans} bands"
             hint = ""
@@ -100,7 +111,17 @@ class Backbone(nn.Module):
             image = F.interpolate(
                 image, new, mode="bicubic", align_corners=False, antialias=smaller
             )
-        return self.features(self._to_native(image))
+        try:
+            return self.features(self._to_native(image))
+        except RuntimeError as error:
+            own = {(p.dtype, p.device) for p in self.parameters() if p.is_floating_point()}
+            if len(own) != 1 or (image.dtype, image.device) in own:
+                raise
+            dtype, device = own.pop()
+            raise TypeError(
+                f"this backbone needs images as its own weights are, {dtype} on {device}; got "
+                f"{image.dtype} on {image.device}; convert one of them with .to(device, dtype)"
+            ) from error
 
     def features(self, image: Tensor) -> Tensor:
         """Computes the features of an image, (B, C, H/p, W/p).
@@ -118,6 +139,16 @@ class Backbone(nn.Module):
         scale = like([s / n for s, n in zip(self.std, std, strict=True)])
         shift = like([(m - n) / d for m, n, d in zip(self.mean, mean, std, strict=True)])
         return image * scale[:, None, None] + shift[:, None, None]
+
+
+def check_backbone(backbone: object) -> None:
+    """Raises TypeError unless the argument is a backbone."""
+    if not isinstance(backbone, Backbone):
+        raise TypeError(
+            f"a backbone must be a featup_hub.Backbone; got {type(backbone).__name__}; take "
+            "model.backbone of a loaded model, or wrap a module: "
+            "ModuleBackbone(module, feat_dim=..., patch_size=...)"
+        )
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.backbones.contract import Backbone
+from featup_hub.backbones.contract import Backbone, check_backbone
+from featup_hub.ops.jbu import check_numbers
 
 __all__ = ["ShiftAndStitch"]
 
@@ -49,15 +50,15 @@ class ShiftAndStitch(Backbone):
     def __init__(
         self, backbone: Backbone, looks_per_side: int = 2, *, looks_at_once: int = 1
     ) -> None:
-        if looks_per_side < 1 or backbone.patch_size % looks_per_side:
+        check_backbone(backbone)
+        check_numbers(1, looks_per_side=looks_per_side, looks_at_once=looks_at_once)
+        if backbone.patch_size % looks_per_side:
             stride = backbone.patch_size
             divisors = ", ".join(str(k) for k in range(1, stride + 1) if stride % k == 0)
             raise ValueError(
                 f"looks_per_side must divide the backbone's stride of {stride} pixels; got "
                 f"{looks_per_side}; take one of {divisors}"
             )
-        if looks_at_once < 1:
-            raise ValueError(f"looks_at_once must be at least 1; got {looks_at_once}")
         if backbone.fixed_size is not None:
             raise ValueError(
                 f"shifted looks need a backbone that takes any size of image; this one sees every "

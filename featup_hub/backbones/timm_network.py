@@ -143,6 +143,8 @@ def find_config(name: str) -> Any:
     import timm
     from timm.models import PretrainedCfg, load_model_config_from_hf
 
+    if not isinstance(name, str):
+        raise TypeError(f"a timm network is named by a string; got {type(name).__name__}")
     if name.startswith(_HUB):
         place = name.partition(":")[2]
         with explained(f"config.json of {place}"):

@@ -72,7 +72,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_backbone(parser)
     add = parser.add_argument
     add("--backbone-weights", metavar="FILE", help=argparse.SUPPRESS)
-    add("--upsampler", metavar="NAME|FILE", help="jbu_denoise (default), jbu_faithful, or a file")
+    add(
+        "--upsampler",
+        default="jbu_denoise",
+        metavar="NAME|FILE",
+        help="%(default)s (default), jbu_faithful, or a file",
+    )
     add("--weights", dest="upsampler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--no-norm", action="store_true", help="do not normalise features before upsampling")
     add("--layer", type=int, metavar="N", help="take the features of this block of the backbone")
@@ -97,7 +102,7 @@ def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
     spec = f"{args.model}={args.backbone_weights}" if args.backbone_weights else args.model
     card, file = choose_backbone(spec)
     with usage_errors():
-        upsampler = resolve(args.upsampler or "jbu_denoise")
+        upsampler = resolve(args.upsampler)
     return card, {
         "backbone_weights": file,
         "upsampler": upsampler,

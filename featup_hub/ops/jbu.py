@@ -16,6 +16,8 @@ operators, so the file runs without this package.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,6 +52,7 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights, *, impl: Implementation 
     """
     _check_impl(impl)
     check_floating(guidance, "guidance")
+    _check_device(guidance=guidance, weights=weights.range_w0)
     channels = weights.range_w0.shape[1]
     if guidance.dim() != 4 or guidance.shape[1] != channels:
         raise ValueError(
@@ -88,11 +91,15 @@ def jbu_apply(
     """
     _check_impl(impl)
     check_floating(source, "source")
+    check_floating(kernel, "kernel")
+    _check_device(source=source, kernel=kernel)
     if source.dim() != 4 or kernel.dim() != 4 or source.shape[0] != kernel.shape[0]:
         raise ValueError(
             "source (B, C, h, w) and kernel (B, D², H, W) must be maps of one batch size; "
             f"got {tuple(source.shape)} and {tuple(kernel.shape)}"
         )
+    if round(kernel.shape[1] ** 0.5) ** 2 != kernel.shape[1] or kernel.shape[1] % 2 == 0:
+        raise ValueError(f"a kernel has D² taps with D odd, such as 49; got {kernel.shape[1]}")
     dtype = torch.promote_types(torch.promote_types(source.dtype, kernel.dtype), torch.float32)
     kernel = kernel.to(dtype)
     bias = bias if bias is None else bias.to(dtype)
@@ -151,21 +158,46 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(image, size)
 
 
-def check_floating(values: Tensor, name: str) -> None:
-    """Refuses integers: colours from 0 to 255 would give wrong kernels without an error.
+def check_floating(values: object, name: str) -> None:
+    """Raises TypeError unless the values are a tensor of floating-point numbers.
 
-    Args:
-        values: The guidance or the source.
-        name: Its name in the error.
-
-    Raises:
-        TypeError: If they are integers.
+    Colours from 0 to 255 would give wrong kernels without an error.
     """
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor; got {type(values).__name__}; "
+            "see featup_hub.preprocess for images"
+        )
     if not values.is_floating_point():
         raise TypeError(
             f"{name} must be floating-point, an image normalised RGB; got {values.dtype}; divide "
             "an image by 255, subtract the mean and divide by the deviation"
         )
+
+
+def check_numbers(least: int, **numbers: object) -> None:
+    """Raises ValueError unless all are whole numbers of at least ``least``."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or number < least:
+            raise ValueError(f"{name} must be at least {least}, a whole number; got {number!r}")
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError unless both are one number a channel, RGB, those of ``std`` not zero."""
+    if not all(hasattr(values, "__len__") and len(values) == 3 for values in (mean, std)) or (
+        0 in std
+    ):
+        raise ValueError(
+            "mean and std must be three numbers each, none of std zero, such as model.mean and "
+            f"model.std; got {mean} and {std}"
+        )
+
+
+def _check_device(**tensors: Tensor) -> None:
+    """Refuses tensors on several devices: a kernel would read wrong addresses."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = " and ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"tensors on one device are needed; got {places}; move one: x.to(device)")
 
 
 def _check_impl(impl: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featup_hub.backbones import Backbone
+from featup_hub.backbones.contract import check_backbone
 from featup_hub.files import sha256_of_tensors
 from featup_hub.loading import load_upsampler
 from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
@@ -76,11 +77,7 @@ def fit(
         >>> fitted.features((64, 80)).shape
         torch.Size([1, 8, 64, 80])
     """
-    if not isinstance(backbone, Backbone):
-        raise TypeError(
-            f"fit takes a backbone; got {type(backbone).__name__}; use model.backbone of a loaded "
-            "model, or wrap a module of your own in featup_hub.ModuleBackbone"
-        )
+    check_backbone(backbone)
     if not isinstance(image, Tensor) or image.dtype != torch.float32:
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featup_hub.ops.jbu import check_floating
 from featup_hub.upsamplers.coordinates import sample
 from featup_hub.upsamplers.jbu import JBUStack
+from featup_hub.upsamplers.plan import output_size
 from featup_hub.weights import load_into, metadata, read, write
 
 __all__ = ["FittedFeatures", "JBUFit"]
@@ -48,6 +50,7 @@ class FittedFeatures(nn.Module):
         scores: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        check_floating(image, "image")
         if image.dim() != 4 or image.shape[:2] != (1, 3):
             raise ValueError(
                 f"fitted features belong to one RGB image, (1, 3, H, W); "
@@ -67,15 +70,15 @@ class FittedFeatures(nn.Module):
         """Channels of the features."""
         raise NotImplementedError
 
-    def forward(self, size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, size: int | tuple[int, int] | None = None) -> Tensor:
         """Returns :meth:`features`."""
         return self.features(size)
 
-    def features(self, size: tuple[int, int] | None = None) -> Tensor:
+    def features(self, size: int | tuple[int, int] | None = None) -> Tensor:
         """Returns the features of the whole image.
 
         Args:
-            size: Height and width of the result; default: the image's.
+            size: Height and width of the result, or its short side; default: the image's.
 
         Returns:
             Features, ``(1, C, *size)``.
@@ -161,6 +164,15 @@ class FittedFeatures(nn.Module):
                 )
         return module.eval().requires_grad_(False)
 
+    def _wanted(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Returns the size of a result; raises ValueError unless it is positive."""
+        wanted = output_size(self.image, size)
+        if min(wanted) < 1:
+            raise ValueError(
+                f"size must be positive; got {size}; leave it out for the image's own size"
+            )
+        return wanted
+
     def _at(self, position: Tensor) -> Tensor:
         """Returns features, (N, C), at fractions of height and width, (N, 2)."""
         raise NotImplementedError
@@ -209,6 +221,7 @@ class JBUFit(FittedFeatures):
         scores: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(image, backbone=backbone, backbone_digest=backbone_digest, scores=scores)
+        check_floating(source, "source")
         if source.dim() != 4 or source.shape[0] != 1 or 0 in source.shape:
             raise ValueError(f"source must be (1, C, h, w); got {tuple(source.shape)}")
         self.register_buffer("source", source.detach().clone())
@@ -219,12 +232,13 @@ class JBUFit(FittedFeatures):
         """Channels of the features."""
         return self.source.shape[1]
 
-    def features(self, size: tuple[int, int] | None = None) -> Tensor:
+    def features(self, size: int | tuple[int, int] | None = None) -> Tensor:
         """Returns the features of the whole image, differentiable in ``source``.
 
         Args:
-            size: Height and width of the result; default: the image's. For another size, the
-                features at the image's size are resized bilinearly, with antialiasing.
+            size: Height and width of the result, or its short side; default: the image's. For
+                another size, the features at the image's size are resized bilinearly, with
+                antialiasing.
 
         Returns:
             Features, ``(1, C, *size)``.
@@ -232,12 +246,9 @@ class JBUFit(FittedFeatures):
         Raises:
             ValueError: If ``size`` is not positive.
         """
-        if size is not None and min(size) < 1:
-            raise ValueError(
-                f"size must be positive; got {size}; leave it out for the image's own size"
-            )
+        size = self._wanted(size)
         features: Tensor = self.upsampler(self.source, self.image)
-        if size is None or size == self.image_size:
+        if size == self.image_size:
             return features
         return F.interpolate(features, size, mode="bilinear", antialias=True)
 

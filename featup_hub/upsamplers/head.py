@@ -12,7 +12,7 @@ from featup_hub.ops import Implementation
 if TYPE_CHECKING:
     from featup_hub.upsamplers.jbu import JBUStack
 
-__all__ = ["FoldedHead", "apply_matrices", "check_channels", "head_matrices"]
+__all__ = ["FoldedHead", "apply_matrices", "check_head", "head_matrices"]
 
 
 class FoldedHead(nn.Module):
@@ -28,16 +28,7 @@ class FoldedHead(nn.Module):
 
     def __init__(self, upsampler: JBUStack, head: nn.Module) -> None:
         super().__init__()
-        if not isinstance(head, nn.Linear) and not (
-            isinstance(head, nn.Conv2d)
-            and (head.kernel_size, head.groups, head.stride) == ((1, 1), 1, (1, 1))
-            and head.padding in ((0, 0), "valid", "same")
-        ):
-            raise ValueError(
-                "only a linear head commutes with the upsampler: an nn.Linear, or a 1×1 nn.Conv2d "
-                f"without groups, stride or padding; got {head}"
-            )
-        check_channels(head, upsampler.feat_dim)
+        check_head(head, upsampler.feat_dim)
         self.upsampler = upsampler
         self.head = head
 
@@ -53,16 +44,17 @@ class FoldedHead(nn.Module):
         return cast(Tensor, self.upsampler(source, guidance, size=size, impl=impl, head=self.head))
 
 
-def check_channels(head: nn.Module, channels: int | None) -> None:
-    """Checks the number of input channels of a head.
-
-    Args:
-        head: A linear head.
-        channels: Channels of the features; None for any number.
-
-    Raises:
-        ValueError: If the head has another number of inputs.
-    """
+def check_head(head: nn.Module, channels: int | None) -> None:
+    """Raises ValueError unless a head is linear and takes so many channels; None: any number."""
+    if not isinstance(head, nn.Linear) and not (
+        isinstance(head, nn.Conv2d)
+        and (head.kernel_size, head.groups, head.stride) == ((1, 1), 1, (1, 1))
+        and head.padding in ((0, 0), "valid", "same")
+    ):
+        raise ValueError(
+            "only a linear head commutes with the upsampler: an nn.Linear, or a 1×1 nn.Conv2d "
+            f"without groups, stride or padding; got {head}"
+        )
     taken = head_matrices(head)[0].shape[1]
     if channels not in (None, taken):
         raise ValueError(

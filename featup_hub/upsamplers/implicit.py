@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featup_hub.ops.jbu import check_numbers
 from featup_hub.upsamplers.coordinates import FourierFeatures, pixel_centres, sample
 from featup_hub.upsamplers.fitted import FittedFeatures
 
@@ -93,12 +94,12 @@ class ImplicitUpsampler(FittedFeatures):
         return len(self.mean)
 
     @torch.no_grad()
-    def features(self, size: tuple[int, int] | None = None, *, tile: int = _TILE) -> Tensor:
+    def features(self, size: int | tuple[int, int] | None = None, *, tile: int = _TILE) -> Tensor:
         """Returns the features of the whole image.
 
         Args:
-            size: Height and width of the result; default: the image's. For a smaller size the image
-                is reduced with antialiasing first.
+            size: Height and width of the result, or its short side; default: the image's. For a
+                smaller size the image is reduced with antialiasing first.
             tile: Positions per pass of the network; bounds the working memory.
 
         Returns:
@@ -107,7 +108,7 @@ class ImplicitUpsampler(FittedFeatures):
         Raises:
             ValueError: If ``size`` or ``tile`` is not positive.
         """
-        height, width = self._wanted(size, tile)
+        height, width = self._wanted(size)
         features = self.mean.new_empty(1, self.feat_dim, height, width)
         for top, strip in self.strips(size, tile=tile):
             features[:, :, top : top + strip.shape[2]] = strip
@@ -115,12 +116,12 @@ class ImplicitUpsampler(FittedFeatures):
 
     @torch.no_grad()
     def strips(
-        self, size: tuple[int, int] | None = None, *, tile: int = _TILE
+        self, size: int | tuple[int, int] | None = None, *, tile: int = _TILE
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields the features strip by strip, for sizes that do not fit in memory.
 
         Args:
-            size: Height and width of the result; default: the image's.
+            size: Height and width of the result, or its short side; default: the image's.
             tile: Positions per strip, rounded down to whole rows, at least one row.
 
         Yields:
@@ -129,7 +130,8 @@ class ImplicitUpsampler(FittedFeatures):
         Raises:
             ValueError: At the first strip, if ``size`` or ``tile`` is not positive.
         """
-        height, width = self._wanted(size, tile)
+        check_numbers(1, tile=tile)
+        height, width = self._wanted(size)
         image = self._resized((height, width))
         rows = max(tile // width, 1)
         for top in range(0, height, rows):
@@ -202,16 +204,6 @@ class ImplicitUpsampler(FittedFeatures):
             self.base.dim() != 4 or self.base.shape[:2] != (1, coordinates)
         ):
             raise ValueError(f"base: {tuple(self.base.shape)}, needed (1, {coordinates}, h, w)")
-
-    def _wanted(self, size: tuple[int, int] | None, tile: int) -> tuple[int, int]:
-        """Returns the size, or raises ValueError unless it and ``tile`` are positive."""
-        height, width = self.image_size if size is None else size
-        if height < 1 or width < 1 or tile < 1:
-            raise ValueError(
-                f"size and tile must be positive; got {(height, width)} and {tile}; "
-                "leave them out for the image's own size"
-            )
-        return height, width
 
     def _resized(self, size: tuple[int, int]) -> Tensor:
         if size == self.image_size:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
-from featup_hub.ops.jbu import _without_autocast, check_floating
-from featup_hub.upsamplers.head import FoldedHead, apply_matrices, check_channels, head_matrices
+from featup_hub.ops.jbu import _without_autocast, check_floating, check_numbers
+from featup_hub.upsamplers.head import FoldedHead, apply_matrices, check_head, head_matrices
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
-from featup_hub.upsamplers.plan import JBUKernels, JBUPlan, plan_sizes, shrunk
+from featup_hub.upsamplers.plan import JBUKernels, JBUPlan, check_kernels, plan_sizes, shrunk
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.stage import JBUStage, has_zero_mean
 
@@ -86,8 +86,14 @@ class JBUStack(Pretrained):
         unit_sum: bool = False,
     ) -> None:
         super().__init__()
-        if num_stages < 1:
-            raise ValueError(f"num_stages must be at least 1; got {num_stages}")
+        check_numbers(
+            1,
+            feat_dim=1 if feat_dim is None else feat_dim,
+            num_stages=num_stages,
+            guidance_dim=guidance_dim,
+            key_dim=key_dim,
+        )
+        check_numbers(0, radius=radius)
         self.feat_dim = feat_dim
         self.num_stages = num_stages
         self.guidance_dim = guidance_dim
@@ -169,7 +175,7 @@ class JBUStack(Pretrained):
         """
         self.check(source, guidance)
         if head is not None:
-            check_channels(head, source.shape[1])
+            check_head(head, source.shape[1])
         plan = self.plan(guidance, _size(source), size=size, impl=impl)
         if impl == "reference":
             source = self.pass_first(source, plan.first, impl=impl)
@@ -205,7 +211,10 @@ class JBUStack(Pretrained):
         plan = self.plan(guidance, source_size, size=size, impl=impl)
         kernels = tuple(stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
         return JBUKernels(
-            source_size=source_size, stages=kernels, first=plan.first, shrink=plan.shrink
+            source_size=(source_size[0], source_size[1]),
+            stages=kernels,
+            first=plan.first,
+            shrink=plan.shrink,
         )
 
     def upsample(
@@ -225,7 +234,7 @@ class JBUStack(Pretrained):
             ValueError: If the kernels were computed for features of another size, or by a stack of
                 another kind.
         """
-        kernels.check(_size(source), joint_first=self.joint_first)
+        check_kernels(kernels, source, joint_first=self.joint_first)
         return self._pass(source, kernels, kernels.stages, impl)
 
     def pyramid(
@@ -253,7 +262,7 @@ class JBUStack(Pretrained):
             >>> [level.shape[-1] for level in levels]
             [6, 12, 24, 48, 96]
         """
-        kernels.check(_size(source), joint_first=self.joint_first)
+        check_kernels(kernels, source, joint_first=self.joint_first)
         source, bias = self.before(source)
         levels = [source]
         if self.first is not None and kernels.first is not None:
@@ -294,15 +303,11 @@ class JBUStack(Pretrained):
             guidance: The image, (B, G, H, W).
 
         Raises:
-            TypeError: If one of them is not a tensor.
+            TypeError: If one of them is not a tensor of floating-point numbers.
             ValueError: If the shapes do not fit this stack or do not match.
         """
-        for name, given in (("source", source), ("guidance", guidance)):
-            if not isinstance(given, Tensor):
-                raise TypeError(
-                    f"{name} must be a tensor; got {type(given).__name__}; "
-                    "see featup_hub.preprocess for images"
-                )
+        check_floating(source, "source")
+        check_floating(guidance, "guidance")
         if source.dim() == 3 and guidance.dim() == 4:
             raise ValueError(
                 f"source must be features, (B, C, h, w); got tokens, {tuple(source.shape)}? Leave "
@@ -313,7 +318,7 @@ class JBUStack(Pretrained):
                 f"guidance must be an image, (B, {self.guidance_dim}, H, W); "
                 f"got {tuple(guidance.shape)}, were source and guidance swapped?"
             )
-        if source.dim() != 4 or source.shape[0] != guidance.shape[0]:
+        if source.dim() != 4 or source.shape[0] != guidance.shape[0] or 0 in source.shape[1:]:
             raise ValueError(
                 f"source must be features, (B, C, h, w), with the guidance's batch size "
                 f"{guidance.shape[0]}; got {tuple(source.shape)}"

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from featup_hub.ops.jbu import check_floating
 from featup_hub.upsamplers.joint import JointKernels
 from featup_hub.upsamplers.stage import JBUStage
 
-__all__ = ["JBUKernels", "JBUPlan", "output_size", "plan_sizes", "shrunk", "stage_sizes"]
+__all__ = [
+    "JBUKernels",
+    "JBUPlan",
+    "check_kernels",
+    "output_size",
+    "plan_sizes",
+    "shrunk",
+    "stage_sizes",
+]
 
 
 def stage_sizes(
@@ -43,6 +53,8 @@ def stage_sizes(
         [(23, 30), (45, 60), (90, 120), (180, 240), (360, 480)]
     """
     (h, w), (height, width) = source_size, output_size
+    if h < 1 or w < 1:
+        raise ValueError(f"a source has at least one row and one column; got {h}×{w}")
     if height < h or width < w:
         raise ValueError(
             f"the output must be at least as large as the source, {h}×{w}; "
@@ -79,10 +91,15 @@ def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[i
         size = int(size)
         short = min(height, width)
         return (height * size + short // 2) // short, (width * size + short // 2) // short
-    pair = isinstance(size, (tuple, list)) and len(size) == 2
-    if not pair or any(isinstance(side, float) for side in size):
+    if not _is_pair(size):
         raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
     return size[0], size[1]
+
+
+def _is_pair(size: object) -> bool:
+    """Whether a size is two whole numbers, which may be symbolic."""
+    is_sequence = isinstance(size, (tuple, list)) and len(size) == 2
+    return is_sequence and all(hasattr(side, "__index__") for side in cast("list[Any]", size))
 
 
 def plan_sizes(
@@ -103,6 +120,8 @@ def plan_sizes(
     Returns:
         The output's size, one size per stage, and :attr:`JBUPlan.shrink`.
     """
+    if not _is_pair(source_size):
+        raise TypeError(f"source_size must be (height, width), whole numbers; got {source_size!r}")
     size = output_size(guidance, size)
     small = size != tuple(source_size) and all(
         cells <= side <= whole // 2
@@ -146,27 +165,27 @@ class JBUKernels:
     first: JointKernels | None = None
     shrink: int = 1
 
-    def check(self, source_size: tuple[int, int], *, joint_first: bool) -> None:
-        """Checks the size of the features and the kind of stack.
 
-        Args:
-            source_size: Height and width of the features.
-            joint_first: Whether the stack has a joint bilateral stage.
-
-        Raises:
-            ValueError: If the kernels are for another size or kind.
-        """
-        if source_size != self.source_size:
-            raise ValueError(
-                f"these kernels are for features of size {self.source_size}; "
-                f"got {source_size}; compute kernels(guidance, {source_size})"
-            )
-        computed_with = self.first is not None
-        if computed_with != joint_first and (computed_with or self.stages):
-            raise ValueError(
-                f"this stack has {'a' if joint_first else 'no'} joint bilateral stage, unlike the "
-                "one that computed these kernels; compute them with this stack's own kernels()"
-            )
+def check_kernels(kernels: JBUKernels, source: Tensor, *, joint_first: bool) -> None:
+    """Raises an error unless these are kernels for such features and for such a stack."""
+    if not isinstance(kernels, JBUKernels):
+        raise TypeError(
+            "kernels must come from kernels(guidance, source_size); got "
+            f"{type(kernels).__name__}; call the upsampler for one image"
+        )
+    check_floating(source, "source")
+    size = source.shape[-2:]
+    if tuple(size) != kernels.source_size:
+        raise ValueError(
+            f"these kernels are for features of size {kernels.source_size}; "
+            f"got {tuple(size)}; compute kernels(guidance, {tuple(size)})"
+        )
+    computed_with = kernels.first is not None
+    if computed_with != joint_first and (computed_with or kernels.stages):
+        raise ValueError(
+            f"this stack has {'a' if joint_first else 'no'} joint bilateral stage, unlike the "
+            "one that computed these kernels; compute them with this stack's own kernels()"
+        )
 
 
 def shrunk(features: Tensor, factor: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featup_hub.ops import Implementation, jbu_apply
+from featup_hub.ops.jbu import check_floating
 from featup_hub.ops.tables import bicubic_row
 from featup_hub.upsamplers.jbu import JBUStack
 from featup_hub.upsamplers.plan import shrunk
@@ -83,6 +84,9 @@ def upsample_tiled(
         >>> upsample_tiled(stack, source, image, max_bytes=4_000_000).shape
         torch.Size([1, 5, 64, 90])
     """
+    if not isinstance(upsampler, JBUStack):
+        got = type(upsampler).__name__
+        raise TypeError(f"tiles are for a JBUStack; got {got}; take model.upsampler of a model")
     if upsampler.training:
         raise ValueError("tiles are for inference; the upsampler is training; call eval()")
     upsampler.check(source, guidance)
@@ -96,6 +100,8 @@ def upsample_tiled(
             out = source.new_empty(shape)
         elif tuple(out.shape) != shape:
             raise ValueError(f"out must have the output's shape, {shape}; got {tuple(out.shape)}")
+        elif isinstance(out, Tensor):
+            check_floating(out, "out")
         shrink = plan.shrink
         side = _side(max_bytes, source.shape[1]) // shrink
         for sample in range(shape[0]):

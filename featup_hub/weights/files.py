@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -65,12 +65,11 @@ def resolve(source: WeightFile | str | Path) -> Path:
                 "--model NAME=FILE"
             )
         return path
-    path = Path(str(source)).expanduser()
-    if not path.suffix and not path.exists():
+    if isinstance(source, str) and not Path(source).suffix and not Path(source).exists():
         raise FileNotFoundError(
-            f"no weights file {path}; check the name; shipped are {', '.join(UPSAMPLERS)}"
+            f"no weights file {source}; check the name; shipped are {', '.join(UPSAMPLERS)}"
         )
-    return existing(path)
+    return existing(cast("str | Path", source))
 
 
 def shipped_upsampler(name: str) -> WeightFile | None:
@@ -140,6 +139,12 @@ def write(
     from safetensors.torch import save
 
     path = Path(path).expanduser()
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(tensor, Tensor) for tensor in tensors.values()
+    ):
+        raise TypeError(
+            f"tensors by name are needed, such as module.state_dict(); got {type(tensors).__name__}"
+        )
     for key, note in (metadata or {}).items():
         if not isinstance(note, str):
             raise TypeError(f"metadata must be strings; got {key}={note!r}; use str(...)")
@@ -222,6 +227,8 @@ def _form(tensor: Tensor) -> str:
 
 def existing(path: str | Path) -> Path:
     """Returns the path with ``~`` expanded, if it is a file; raises if it is not."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"weights are named by a path; got {type(path).__name__}; save them first")
     path = Path(path).expanduser()
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.safetensors"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,27 @@ def test_what_is_no_rgb_image_is_refused_with_the_mend(shape: tuple[int, ...], m
 def test_integer_images_are_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"got torch.uint8; divide by 255, subtract model.mean"):
         Seen(feat_dim=3, patch_size=16)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("image", ["a.jpg", np.zeros((16, 16, 3)), None])
+def test_what_is_no_tensor_is_refused_with_what_to_call(image: object) -> None:
+    with pytest.raises(TypeError, match=r"; got \w+; call model\(model\.preprocess\(photo\)\)"):
+        Seen(feat_dim=3, patch_size=16)(image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": (8, 8)}, r"patch_size must be at least 1, a whole number; got \(8, 8\)"),
+        ({"feat_dim": 0}, "feat_dim must be at least 1, a whole number; got 0"),
+        ({"fixed_size": 64}, r"fixed_size must be \(height, width\); got 64"),
+        ({"mean": 0.5}, "mean and std must be three numbers each"),
+        ({"std": (1, 0, 1)}, r"none of std zero, such as .*; got .* and \(1, 0, 1\)"),
+    ],
+)
+def test_options_that_describe_no_network_are_refused(options: dict, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Backbone(**{"feat_dim": 3, "patch_size": 8, **options})
 
 
 def test_a_backbone_without_features_says_so() -> None:

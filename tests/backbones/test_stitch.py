@@ -103,11 +103,17 @@ def test_a_folded_head_equals_the_head_behind_stitched_features() -> None:
 @pytest.mark.parametrize(
     ("per_side", "at_once", "message"),
     [
-        (0, 1, r"must divide .* of 8 .*; got 0; take one of 1, 2, 4, 8"),
         (3, 1, r"must divide .* of 8 .*; got 3; take one of 1, 2, 4, 8"),
-        (2, 0, "looks_at_once must be at least 1; got 0"),
+        (0, 1, "looks_per_side must be at least 1, a whole number; got 0"),
+        (1.5, 1, "looks_per_side must be at least 1, a whole number; got 1.5"),
+        (2, 0, "looks_at_once must be at least 1, a whole number; got 0"),
     ],
 )
 def test_looks_that_cannot_be_are_refused(per_side: int, at_once: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShiftAndStitch(averages(8), per_side, looks_at_once=at_once)
+
+
+def test_what_is_no_backbone_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"a backbone must be a featup_hub.Backbone; got AvgPool2d"):
+        ShiftAndStitch(nn.AvgPool2d(8), 2)

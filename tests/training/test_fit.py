@@ -166,7 +166,7 @@ def test_wrong_images_and_options_are_refused() -> None:
         fit(picture().to(torch.uint8), Blur())
     with pytest.raises(TypeError, match=r"as a float32 tensor; got str; make it with"):
         fit("photo.jpg", Blur())
-    with pytest.raises(TypeError, match=r"takes a backbone; got UpsampledBackbone; use model.b"):
+    with pytest.raises(TypeError, match=r"a featup_hub.Backbone; got UpsampledBackbone; take mod"):
         fit(picture(), featup_hub.load("efficientnet_lite0"))
     with pytest.raises(
         ValueError, match=r"stages alone; got .* closing convolution for 5 channels"

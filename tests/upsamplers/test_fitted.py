@@ -69,6 +69,7 @@ def test_wrong_queries_are_refused(make) -> None:
         fitted.features_at([[8.5, 12.5], [1.0, 13.0]])
     with pytest.raises(ValueError, match=r"8.5 by -0.5 to 12.5 pixels; got \[nan, 0.0\]"):
         fitted.features_at([[math.nan, 0.0]])
+    assert fitted.features(18).shape[2:] == fitted.features((18, 26)).shape[2:]
     for size in ((0, 3), (5, -1)):
         with pytest.raises(ValueError, match=rf"must be positive; got \({size[0]}, {size[1]}\)"):
             fitted.features(size)
@@ -80,6 +81,10 @@ def test_wrong_parts_are_refused() -> None:
             jbu_fit(scores=scores)
     with pytest.raises(ValueError, match=r"\(1, 3, H, W\); got \(2, 3, 4, 4\); fit one per image"):
         ImplicitUpsampler(torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.eye(2))
+    with pytest.raises(
+        TypeError, match=r"image must be a tensor; got PosixPath; see featup_hub.pre"
+    ):
+        JBUFit(Path("a.jpg"), torch.zeros(1, 7, 3, 4), JBUStack())
     with pytest.raises(ValueError, match=r"source must be \(1, C, h, w\); got \(2, 7, 3, 4\)"):
         JBUFit(torch.zeros(1, 3, 9, 13), torch.zeros(2, 7, 3, 4), JBUStack())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -261,6 +262,48 @@ def test_an_empty_batch_is_refused() -> None:
         JBUStack().eval()(torch.randn(0, 4, 2, 2), torch.randn(0, 3, 32, 32))
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 0, 2), (1, 4, 2, 0), (1, 0, 2, 2)])
+def test_features_without_cells_or_channels_are_refused(shape: tuple[int, ...]) -> None:
+    stack, image = JBUStack().eval(), torch.randn(1, 3, 32, 32)
+    with pytest.raises(
+        ValueError, match=rf"must be features, .*; got \(1, {shape[1]}, {shape[2]}, "
+    ):
+        stack(torch.randn(shape), image)
+    with pytest.raises(ValueError, match="at least one row and one column; got 0×2"):
+        stack.kernels(image, (0, 2))
+
+
+def test_wrong_sizes_and_kernels_are_refused() -> None:
+    stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
+    for size in ("32", 32.0, (32,), (32, 32, 1), ("32", "32"), (None, 32)):
+        with pytest.raises(TypeError, match=r"size must be a number of pixels, or .*; got "):
+            stack(source, image, size=size)
+    for size in (2, (2.0, 2.0), (2, 2, 2)):
+        with pytest.raises(
+            TypeError, match=r"source_size must be \(height, width\), whole numbers"
+        ):
+            stack.kernels(image, size)
+    for method in (stack.upsample, stack.pyramid):
+        with pytest.raises(
+            TypeError, match=r"kernels must come from kernels\(.*; got Tensor; call"
+        ):
+            method(source, image)
+        with pytest.raises(TypeError, match="source must be a tensor; got ndarray; see"):
+            method(source.numpy(), stack.kernels(image, (2, 2)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"num_stages": 0}, {"key_dim": 1.5}, {"feat_dim": "a"}, {"guidance_dim": 0}, {"feat_dim": -1}],
+)
+def test_numbers_that_make_no_stack_are_refused(option: dict[str, Any]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(
+        ValueError, match=f"{name} must be at least 1, a whole number; got {value!r}"
+    ):
+        JBUStack(**option)
+
+
 def test_tokens_and_what_is_no_tensor_are_told_what_to_do() -> None:
     stack, image = JBUStack(), torch.randn(2, 3, 32, 32)
     with pytest.raises(
@@ -284,8 +327,6 @@ def test_swapped_arguments_are_named() -> None:
         JBUStack(8)(torch.rand(1, 5, 2, 2), torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"batch size 2; got \(1, 5, 2, 2\)"):
         JBUStack()(torch.rand(1, 5, 2, 2), torch.rand(2, 3, 32, 32))
-    with pytest.raises(ValueError, match="num_stages must be at least 1; got 0"):
-        JBUStack(num_stages=0)
 
 
 def test_dropout_in_training_drops_whole_hidden_channels_of_a_sample() -> None:

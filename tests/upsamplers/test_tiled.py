@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featup_hub.upsamplers import JBUStack, tiled
@@ -101,5 +102,9 @@ def test_what_cannot_be_tiled_is_refused(stack: JBUStack) -> None:
         upsample_tiled(stack, features, image, max_bytes=1000)
     with pytest.raises(ValueError, match=r"out must have the output's shape, \(1, 6, 48, 64\)"):
         upsample_tiled(stack, features, image, out=torch.empty(1, 6, 48, 63))
+    with pytest.raises(TypeError, match=r"out must be floating-point, .*; got torch.uint8"):
+        upsample_tiled(stack, features, image, out=torch.empty(1, 6, 48, 64).byte())
+    with pytest.raises(TypeError, match=r"for a JBUStack; got FoldedHead; take model.upsampler"):
+        upsample_tiled(stack.fold_head(nn.Linear(6, 2)), features, image)
     with pytest.raises(ValueError, match=r"the upsampler is training; call eval"):
         upsample_tiled(stack.train(), features, image)
