@@ -30,7 +30,7 @@ from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.statistics import ratio
-from featup_hub.evaluation.sums import Measurement
+from featup_hub.evaluation.sums import Results
 from featup_hub.image import list_images, preprocess, read_image
 from featup_hub.loading import find_card
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
@@ -42,15 +42,13 @@ MIN_TERM = 1e-6
 
 
 def measure_cam(
-    photos: Dataset, name: str, classifier: Classifier, candidates: Sequence[Candidate]
-) -> list[Measurement]:
-    """Measures every upsampler on photographs; ``name`` is that of the classifier."""
-    found = Measurement(protocol="class activation maps", data=photos.name, backbone=name)
+    photos: Dataset, classifier: Classifier, candidates: Sequence[Candidate]
+) -> Results:
+    """Measures every upsampler on photographs."""
     for path in photos.images:
         image = preprocess(read_image(path), (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
         for each in candidates:
-            found.add(each.name, cam_sums(image, classifier, each))
-    return [found]
+            yield "class activation maps", each.name, cam_sums(image, classifier, each)
 
 
 def open_photos(config: EvaluationConfig) -> Dataset:

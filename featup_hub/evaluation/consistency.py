@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.backbones import Backbone
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench, with_looks
 from featup_hub.evaluation.statistics import ratio
-from featup_hub.evaluation.sums import Measurement
+from featup_hub.evaluation.sums import Results
 
 __all__ = ["CONSISTENCY", "measure_consistency"]
 
@@ -39,39 +38,20 @@ MAX_TAPS = 16
 RIDGE = 1e-4
 
 
-def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
-    """Fits downsamplers on training images and scores the others, all cropped to about 224²."""
-    found = bench.measurement("consistency")
-    side = max(round(SIDE / bench.stride), 1) * bench.stride
+@torch.inference_mode()
+def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> Results:
+    """Fits downsamplers on training images and scores the others, all cropped to about 224².
+
+    The sums of a photograph are ``consistency`` (2,): squared error and squared variation.
+    """
+    backbone, stride = bench.source.backbone, bench.stride
+    side = max(round(SIDE / stride), 1) * stride
     fit, test = (
         [images[index].square(side) for index in range(len(images))]
         for images in (bench.train.spread(FIT_IMAGES), bench.val)
     )
-    backbone, seed = bench.source.backbone, bench.config.seed
-    for name, sums in consistency_sums(fit, test, backbone, candidates, seed=seed):
-        found.add(name, sums)
-    return [found]
-
-
-@torch.inference_mode()
-def consistency_sums(
-    fit: Sequence[Tensor],
-    test: Sequence[Tensor],
-    backbone: Backbone,
-    candidates: Sequence[Candidate],
-    *,
-    seed: int = 0,
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Measures every upsampler on photographs of one size, normalised, (1, 3, H, W) each.
-
-    The downsamplers are fitted on ``fit``. The seed is that of directions and views.
-
-    Yields:
-        Upsampler's name, ``consistency`` (2,) of a photograph: squared error, squared variation.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(bench.config.seed)
     weight, mean = _directions([backbone(image) for image in fit], generator)
-    stride = backbone.patch_size
     plans = [[_View.draw(generator) for _ in range(VIEWS)] for _ in (*fit, *test)]
     encoders = {looks: with_looks(backbone, looks) for looks in {1, *(c.looks for c in candidates)}}
 
@@ -100,7 +80,7 @@ def consistency_sums(
             error = inputs @ kernels[each.name] - targets
             variation = targets - mean.repeat_interleave(len(targets) // DIRECTIONS)
             sums = torch.stack([error.square().sum(), variation.square().sum()])
-            yield each.name, {"consistency": sums.double()}
+            yield "consistency", each.name, {"consistency": sums.double()}
 
 
 class _View(NamedTuple):

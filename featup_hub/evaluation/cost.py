@@ -19,20 +19,19 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench
 from featup_hub.evaluation.statistics import ratio
-from featup_hub.evaluation.sums import Measurement
+from featup_hub.evaluation.sums import Results
 
 __all__ = ["COST", "measure_cost"]
 
 MIB = 2**20
 
 
-def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
+def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> Results:
     """Measures upsamplers in turn on a few images, after one warm-up image.
 
     Raises:
         ValueError: If there are no images.
     """
-    found = bench.measurement("cost")
     dataset = bench.val.spread(bench.config.cost_images + 1)
     if not len(dataset):
         raise ValueError(f"time and memory need at least one image; {bench.val.name} has none")
@@ -43,8 +42,7 @@ def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurem
             source = bench.source.encode(image, each.looks)
             sums = cost_sums(source, image, each, encoding=time.process_time() - start)
             if turn:
-                found.add(each.name, sums)
-    return [found]
+                yield "cost", each.name, sums
 
 
 @torch.inference_mode()

@@ -16,7 +16,6 @@ from featup_hub.backbones import Backbone, ShiftAndStitch
 from featup_hub.evaluation.candidates import plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
-from featup_hub.evaluation.sums import Measurement
 from featup_hub.loading import find_card, load_backbone, name_and_file
 from featup_hub.weights import digest, read, write
 
@@ -67,15 +66,6 @@ class Bench:
     def stride(self) -> int:
         """The stride of one look, in pixels."""
         return self.source.backbone.patch_size
-
-    def measurement(self, protocol: str) -> Measurement:
-        """Returns an empty measurement."""
-        return Measurement(
-            protocol=protocol,
-            data=self.val.name,
-            backbone=f"{self.source.name} /{self.stride}",
-            block=self.val.block,
-        )
 
     def features(
         self, dataset: Dataset, looks: set[int], *, mirror: bool = False

@@ -18,7 +18,7 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import Reduction
 from featup_hub.evaluation.dataset import Dataset, Sample
-from featup_hub.evaluation.sums import Measurement
+from featup_hub.evaluation.sums import Results
 
 __all__ = ["measure_oracle"]
 
@@ -26,14 +26,8 @@ __all__ = ["measure_oracle"]
 @torch.inference_mode()
 def measure_oracle(
     val: Dataset, candidates: Sequence[Candidate], *, stride: int, reductions: Sequence[Reduction]
-) -> list[Measurement]:
-    """Runs the label oracle at one stride: one measurement per way to downsample."""
-    every = [
-        Measurement(
-            protocol=f"{way} oracle", data=val.name, backbone=f"stride {stride}", block=val.block
-        )
-        for way in reductions
-    ]
+) -> Results:
+    """Runs the label oracle at one stride: one protocol per way to downsample."""
     for index in range(len(val)):
         sample = val[index].crop(stride)
         image = sample.normalised()
@@ -44,10 +38,9 @@ def measure_oracle(
                 fine = each(torch.cat(coarse, 1), image, sample.size).split(maps.shape[0], 1)
             else:
                 fine = tuple(each(source, image, sample.size) for source in coarse)
-            for found, output in zip(every, fine, strict=True):
+            for way, output in zip(reductions, fine, strict=True):
                 labels = present[output[0, : len(present)].argmax(0)] if len(present) else None
-                found.add(each.name, sample.sums(labels, output[0, -1], val.classes))
-    return every
+                yield f"{way} oracle", each.name, sample.sums(labels, output[0, -1], val.classes)
 
 
 def _reduced(values: Tensor, stride: int, way: Reduction) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.dataset import Sample
 from featup_hub.evaluation.features import Bench
-from featup_hub.evaluation.sums import Measurement
+from featup_hub.evaluation.sums import Results
 
 __all__ = ["measure_preservation", "measure_transfer"]
 
@@ -37,17 +37,17 @@ Head = tuple[Tensor, Tensor]
 """Weight (K, C) and bias (K,)."""
 
 
-def measure_preservation(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
+def measure_preservation(bench: Bench, candidates: Sequence[Candidate]) -> Results:
     """Fits a probe on low-resolution cells and applies it, frozen, to upsampled features."""
     config, train = bench.config, bench.train.spread(bench.config.train_images)
     examples = (
         cells(sample, sources[1], train.classes) for sample, sources in bench.features(train, {1})
     )
     probe = fit_probe(examples, steps=config.probe_steps, seed=config.seed)
-    return [_score(bench, "frozen probe", [(each, probe) for each in candidates])]
+    yield from _score(bench, "frozen probe", [(each, probe) for each in candidates])
 
 
-def measure_transfer(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
+def measure_transfer(bench: Bench, candidates: Sequence[Candidate]) -> Results:
     """Fits a probe on each upsampler's own features; every second training image is mirrored."""
     config, train = bench.config, bench.train.spread(bench.config.transfer_images)
     probed = []
@@ -61,22 +61,18 @@ def measure_transfer(bench: Bench, candidates: Sequence[Candidate]) -> list[Meas
             ]
         probe = fit_probe(examples, steps=config.probe_steps, seed=config.seed)
         probed.append((each, probe))
-    return [_score(bench, "transfer probe", probed)]
+    yield from _score(bench, "transfer probe", probed)
 
 
 @torch.inference_mode()
-def _score(
-    bench: Bench, protocol: str, probed: Sequence[tuple[Candidate, LinearProbe]]
-) -> Measurement:
+def _score(bench: Bench, protocol: str, probed: Sequence[tuple[Candidate, LinearProbe]]) -> Results:
     """Applies every upsampler's probe to its features of every image."""
-    found = bench.measurement(protocol)
     for sample, sources in bench.features(bench.val, {each.looks for each, _ in probed}):
         image = sample.normalised()
         for each, probe in probed:
             projected = each.project(sources[each.looks], image, sample.size, probe.weight)
             labels, depth = probe.read(projected)
-            found.add(each.name, sample.sums(labels, depth, probe.classes))
-    return found
+            yield protocol, each.name, sample.sums(labels, depth, probe.classes)
 
 
 class ProbeExamples(NamedTuple):

@@ -20,7 +20,7 @@ from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.dataset import Sample, evenly
 from featup_hub.evaluation.features import Bench
 from featup_hub.evaluation.statistics import ratio
-from featup_hub.evaluation.sums import Measurement
+from featup_hub.evaluation.sums import Results
 
 __all__ = ["PROPAGATION", "measure_propagation", "propagate"]
 
@@ -31,9 +31,8 @@ RADIUS = 16
 TILE = 16
 
 
-def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[Measurement]:
+def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> Results:
     """Propagates the labels of the first frame of every video to its other frames."""
-    found = bench.measurement("propagation")
     looks = {each.looks for each in candidates}
     videos = bench.val.videos()
     for number in evenly(len(videos), bench.config.val_images):
@@ -50,8 +49,7 @@ def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> list[M
                     labels = _shares(sample, video.classes, size)
                 else:
                     mask = propagate(first[each.name], labels, features)
-                    found.add(each.name, _frame_sums(mask, sample, video.classes))
-    return [found]
+                    yield "propagation", each.name, _frame_sums(mask, sample, video.classes)
 
 
 @torch.inference_mode()

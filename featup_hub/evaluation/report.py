@@ -77,19 +77,17 @@ def rows(
 def _row(
     found: Measurement, metric: Metric, upsampler: str, versus: Sequence[str], resamples: int
 ) -> Row:
+    own = found.sums[upsampler][metric.sums]
+
     def against(reference: str | None = None) -> Estimate:
-        own, theirs = (
-            None if name is None else torch.stack(found.sums[name][metric.sums])
-            for name in (upsampler, reference)
-        )
-        assert own is not None
+        theirs = found.sums[reference][metric.sums] if reference else None
         return estimate(metric, own, theirs, resamples=resamples, block=found.block)
 
     return Row(
         protocol=found.protocol,
         data=found.data,
         backbone=found.backbone,
-        images=len(found.sums[upsampler][metric.sums]),
+        images=len(own),
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
         percent=metric.percent,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from featup_hub.evaluation.cam import measure_cam, open_classifier, open_photos
 from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
@@ -18,7 +19,7 @@ from featup_hub.evaluation.oracle import measure_oracle
 from featup_hub.evaluation.probes import measure_preservation, measure_transfer
 from featup_hub.evaluation.propagation import measure_propagation
 from featup_hub.evaluation.report import Row, rows
-from featup_hub.evaluation.sums import Measurement, measure_new
+from featup_hub.evaluation.sums import Measurement, Results, measure_new
 
 __all__ = ["evaluate", "measure"]
 
@@ -35,9 +36,16 @@ SETTINGS = (
 )
 """Fields of the configuration that sums depend on."""
 
-Stage = tuple[str, Callable[[Sequence[Candidate]], Sequence[Measurement]], dict[str, object] | None]
-"""A protocol on a data set and a backbone: its title, and ``run`` and ``settings`` as in
-:func:`featup_hub.evaluation.sums.measure_new`."""
+
+class Stage(NamedTuple):
+    """Protocols on a data set and a backbone; ``run`` and ``settings`` as in measure_new."""
+
+    title: str
+    data: str
+    backbone: str
+    block: int
+    run: Callable[[Sequence[Candidate]], Results]
+    settings: dict[str, object] | None
 
 
 def evaluate(
@@ -95,12 +103,15 @@ def measure(
     """
     stages = list(_stages(data, sources, config))
 
-    def run() -> Iterator[Measurement]:
-        for title, run, settings in stages:
+    def measured() -> Iterator[Measurement]:
+        for title, data, backbone, block, run, settings in stages:
             progress(title)
-            yield from measure_new(run, candidates, settings, config.cache)
+            for protocol, sums in measure_new(run, candidates, settings, config.cache).items():
+                yield Measurement(
+                    protocol=protocol, data=data, backbone=backbone, block=block, sums=sums
+                )
 
-    return run()
+    return measured()
 
 
 def _stages(
@@ -118,28 +129,31 @@ def _stages(
         common: dict[str, object] = {name: getattr(config, name) for name in SETTINGS}
         common |= {"train": _stamp(train), "val": _stamp(every)}
         for stride in config.strides if "oracle" in wanted else ():
-            yield (
-                f"oracle {where}, stride {stride}",
-                partial(measure_oracle, val, stride=stride, reductions=config.reductions),
-                {**common, "oracle": stride, "reductions": config.reductions},
-            )
+            run = partial(measure_oracle, val, stride=stride, reductions=config.reductions)
+            settings = {**common, "oracle": stride, "reductions": config.reductions}
+            title, row = f"oracle {where}, stride {stride}", f"stride {stride}"
+            yield Stage(title, val.name, row, val.block, run, settings)
         for source in sources:
             for protocol in (name for name in ON_FEATURES if name in wanted):
                 scored = every if protocol == "propagation" else val
                 bench = Bench(source=source, train=train, val=scored, config=config)
                 kept = source.identity is not None and protocol != "cost"
-                settings = {**common, protocol: source.name, "source": source.identity}
-                title = f"{protocol} {where}, {source.name}"
-                yield title, partial(ON_FEATURES[protocol], bench), settings if kept else None
+                yield Stage(
+                    f"{protocol} {where}, {source.name}",
+                    scored.name,
+                    f"{source.name} /{bench.stride}",
+                    scored.block,
+                    partial(ON_FEATURES[protocol], bench),
+                    {**common, protocol: source.name, "source": source.identity} if kept else None,
+                )
     if "cam" in wanted:
         with _about("classifier", ValueError):
             classifier = open_classifier(config.classifier)
         photos = open_photos(config)
-        yield (
-            f"class activation maps of {config.classifier}",
-            partial(measure_cam, photos, config.classifier, classifier),
-            {"cam": config.classifier, "photos": _stamp(photos)},
-        )
+        run = partial(measure_cam, photos, classifier)
+        settings = {"cam": config.classifier, "photos": _stamp(photos)}
+        title = f"class activation maps of {config.classifier}"
+        yield Stage(title, photos.name, config.classifier, photos.block, run, settings)
 
 
 def _stamp(dataset: Dataset) -> dict[str, object]:

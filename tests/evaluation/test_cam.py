@@ -80,8 +80,7 @@ def test_photographs_are_needed_and_other_files_may_lie_beside_them(tmp_path):
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
     photos = open_photos(config)
     assert [path.name for path in photos.images] == ["a.png", "b.JPG"]
-    (found,) = measure_cam(photos, "red", RED, [candidate("nearest")])
-    assert len(found.sums["nearest"]["cam"]) == 2
+    assert len(list(measure_cam(photos, RED, [candidate("nearest")]))) == 2
 
 
 def random_weights(name, *, pretrained, weights):

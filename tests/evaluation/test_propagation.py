@@ -10,9 +10,9 @@ from PIL import Image
 
 from featup_hub.evaluation.candidates import Candidate, candidate
 from featup_hub.evaluation.config import EvaluationConfig
-from featup_hub.evaluation.features import Bench, Source
+from featup_hub.evaluation.features import Source
 from featup_hub.evaluation.layouts import open_data
-from featup_hub.evaluation.propagation import measure_propagation, propagate
+from featup_hub.evaluation.propagation import propagate
 from featup_hub.evaluation.report import rows
 from featup_hub.evaluation.run import measure
 from tests.evaluation.conftest import MeanColour
@@ -69,8 +69,8 @@ def test_exact_features_carry_the_mask_and_coarse_ones_blur_it(video):
         name="exact",
         function=lambda source, image, size: F.interpolate(image, size, mode="area"),
     )
-    bench = Bench(source=SOURCE, train=video, val=video, config=EvaluationConfig())
-    measured = measure_propagation(bench, [exact, candidate("bilinear")])
+    config = EvaluationConfig(protocols=("propagation",))
+    measured = measure([(video, video)], [SOURCE], [exact, candidate("bilinear")], config)
     found = {
         (row.upsampler, row.metric): row.score.value
         for row in rows(measured, versus=(), resamples=20)

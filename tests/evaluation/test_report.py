@@ -23,11 +23,12 @@ class Config:
 
 def measured(**sums):
     """Sums of every image by upsampler."""
-    found = Measurement(protocol="frozen probe", data="rooms/val", backbone="net /16")
-    for name, images in sums.items():
-        for each in images:
-            found.add(name, {key: torch.tensor(value) for key, value in each.items()})
-    return [found]
+    stacked = {
+        name: {key: torch.tensor([each[key] for each in images]) for key in images[0]}
+        for name, images in sums.items()
+    }
+    named = {"protocol": "frozen probe", "data": "rooms/val", "backbone": "net /16"}
+    return [Measurement(**named, sums=stacked)]
 
 
 @pytest.fixture
