@@ -6,6 +6,7 @@ Importing this package has no side effects. Its modules are imported at first us
     features = model(image)  # (1, 3, H, W) normalised by model.mean, model.std -> (1, C, H, W)
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,16 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a name at its first use, so that the command line starts without loading torch."""
-    for module, names in _HOMES.items():
-        if name in names:
-            value = getattr(import_module(f"{__name__}.{module}"), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _imported(__name__, name, [home for home, names in _HOMES.items() if name in names])
+
+
+def _imported(package: str, name: str, modules: Iterable[str]) -> Any:
+    """Returns a name of a package from the first of its modules that has it."""
+    for module in modules:
+        found = import_module(f"{package}.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -12,16 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featup_hub.backbones import (
-    Backbone,
-    ChannelNorm,
-    ClipBackbone,
-    MaskClipBackbone,
-    ShiftAndStitch,
-    TimmBackbone,
-    is_timm_model,
-    timm_card,
-)
+from featup_hub.backbones import Backbone, ChannelNorm, TimmBackbone, is_timm_model, timm_card
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard
 from featup_hub.upsamplers import JBUStack
@@ -162,6 +153,8 @@ def load(
             layer=layer,
         )
         if looks > 1:
+            from featup_hub.backbones import ShiftAndStitch
+
             backbone = ShiftAndStitch(backbone, math.isqrt(looks))
         stride = backbone.patch_size
         model = UpsampledBackbone(
@@ -206,6 +199,8 @@ def load_backbone(
             "backbone_kwargs": backbone_kwargs,
         }
         if card.kind != "timm":
+            from featup_hub.backbones import ClipBackbone, MaskClipBackbone
+
             clip = ClipBackbone if card.kind == "clip" else MaskClipBackbone
             return clip(card.backbone, **options).eval()
         stride = card.patch_size if layer is None else None

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from featup_hub.weights import explained, read_state
 from featup_hub.weights.files import listed_problems
 
 __all__ = ["build", "cached_file", "create", "find_config", "is_timm_model"]
@@ -32,6 +31,8 @@ def create(
     timm loads the weights, so its conversions apply: it resamples position embeddings and reads the
     authors' files. The arguments are those of :class:`TimmBackbone`.
     """
+    from featup_hub.weights import explained, read_state
+
     config = find_config(name)
     kwargs = dict(backbone_kwargs or {})
     if weights is None:
@@ -146,6 +147,8 @@ def find_config(name: str) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"a timm network is named by a string; got {type(name).__name__}")
     if name.startswith(_HUB):
+        from featup_hub.weights import explained
+
         place = name.partition(":")[2]
         with explained(f"config.json of {place}"):
             return PretrainedCfg(**load_model_config_from_hf(place)[0])

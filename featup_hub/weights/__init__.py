@@ -4,21 +4,26 @@ Shipped files are safetensors. Their digest is in the registry and checked on ev
 timm loads its own weights, see :mod:`featup_hub.backbones`.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from featup_hub import _imported
 from featup_hub.files import sha256_of_file as digest
-from featup_hub.weights.checkpoints import read_state
-from featup_hub.weights.files import (
-    load,
-    load_into,
-    metadata,
-    read,
-    resolve,
-    shipped_folder,
-    shipped_upsampler,
-    split_norm,
-    write,
-)
-from featup_hub.weights.hub import download, explained
-from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream
+
+if TYPE_CHECKING:
+    from featup_hub.weights.checkpoints import read_state
+    from featup_hub.weights.files import (
+        load,
+        load_into,
+        metadata,
+        read,
+        resolve,
+        shipped_folder,
+        shipped_upsampler,
+        split_norm,
+        write,
+    )
+    from featup_hub.weights.hub import download, explained
+    from featup_hub.weights.upstream import ConvertedCheckpoint, convert, convert_upstream
 
 __all__ = [
     "ConvertedCheckpoint",
@@ -38,3 +43,15 @@ __all__ = [
     "split_norm",
     "write",
 ]
+
+
+_MODULES = ("files", "checkpoints", "hub", "upstream")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name at its first use, because a model needs few of them."""
+    return _imported(__name__, name, _MODULES if name in __all__ else ())
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
