@@ -129,8 +129,7 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     card = find_card(name)
-    if not isinstance(looks, int) or looks < 1 or math.isqrt(looks) ** 2 != looks:
-        raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks!r}")
+    looks_per_side = _looks_per_side(looks)
     own = _one_of(upsampler, weights)
     with _undisturbed(pretrained):
         # The small file first, so that its errors come before a large download.
@@ -155,17 +154,41 @@ def load(
         if looks > 1:
             from featup_hub.backbones import ShiftAndStitch
 
-            backbone = ShiftAndStitch(backbone, math.isqrt(looks))
-        stride = backbone.patch_size
+            backbone = ShiftAndStitch(backbone, looks_per_side)
         model = UpsampledBackbone(
             backbone,
             stack,
             norm=ChannelNorm(backbone.feat_dim) if use_norm else None,
-            image_size=max(round(card.image_size / stride), 1) * stride,
+            image_size=_default_size(card, backbone.patch_size),
         )
         if norm is not None and model.norm is not None:
             load_into(model.norm, norm, origin=str(own))
     return model.to(device or "cpu").eval()
+
+
+def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[int, int]:
+    """Returns a model's stride and its default short side, in pixels, without its weights."""
+    stride = card.patch_size if layer is None or card.kind != "timm" else None
+    if stride is None:
+        with torch.device("meta"):
+            stride = TimmBackbone(card.backbone, layer=layer).patch_size
+    if (looks_per_side := _looks_per_side(looks)) > 1:
+        from featup_hub.backbones import ShiftAndStitch
+
+        one_look = Backbone(feat_dim=1, patch_size=stride)
+        stride = ShiftAndStitch(one_look, looks_per_side).patch_size
+    return stride, _default_size(card, stride)
+
+
+def _looks_per_side(looks: int) -> int:
+    if not isinstance(looks, int) or looks < 1 or math.isqrt(looks) ** 2 != looks:
+        raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks!r}")
+    return math.isqrt(looks)
+
+
+def _default_size(card: ModelCard, stride: int) -> int:
+    """Returns the multiple of the stride that is nearest to the card's size."""
+    return max(round(card.image_size / stride), 1) * stride
 
 
 def load_backbone(

@@ -56,8 +56,8 @@ class ShiftAndStitch(Backbone):
             stride = backbone.patch_size
             divisors = ", ".join(str(k) for k in range(1, stride + 1) if stride % k == 0)
             raise ValueError(
-                f"looks_per_side must divide the backbone's stride of {stride} pixels; got "
-                f"{looks_per_side}; take one of {divisors}"
+                f"looks_per_side, the root of looks, must divide the stride of {stride} pixels; "
+                f"got {looks_per_side}; take one of {divisors}"
             )
         if backbone.fixed_size is not None:
             raise ValueError(

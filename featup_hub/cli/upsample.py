@@ -90,34 +90,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from featup_hub.image import read_image, resize
-    from featup_hub.loading import load
+    from featup_hub.image import check_size, read_image, resize
+    from featup_hub.loading import load, stride_and_size
 
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     card, options = choose_model(args)
-    stride = card.patch_size if args.layer is None and args.looks == 1 else None
-    size = card.image_size if args.size is None else args.size
-    if args.size is not None:
-        _check_size(size, stride or 1, card.name)
+    with usage_errors():
+        stride, size = stride_and_size(card, layer=args.layer, looks=args.looks)
+    size = size if args.size is None else args.size
+    with usage_errors("--", f"; {stride} is the stride of {card.name}"):
+        check_size(size, multiple_of=stride)
     device = open_device(args.device)
     if args.impl == "cuda" and device.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {device}; leave --impl out")
     make_folder(args.out)
-    model = None
-    if args.size is None and stride is None:  # only the loaded model tells a size that fits
-        model = load(card, **options, device=device)
-        size = model.image_size or size
     settings = _settings(args, card, options, size)
     progress = _Progress(len(jobs))
     todo = jobs if args.overwrite else _unfinished(jobs, settings, progress)
-    if todo and model is None:
-        model = load(card, **options, device=device)
-        if args.size is not None:
-            _check_size(size, model.patch_size, card.name)
+    model = load(card, **options, device=device) if todo else None
 
     def read(job: Job) -> Image.Image:
         image = read_image(job.image, bands=args.bands, value_range=args.value_range)
-        return resize(image, size, multiple_of=model.patch_size if model else 1)
+        return resize(image, size, multiple_of=stride)
 
     for job, reading in _read_ahead(todo, read):
         progress.begin(str(job.image))
@@ -267,10 +261,3 @@ def _bands(text: str) -> tuple[int, ...]:
             f"bands are three numbers from 1, such as 4,3,2; got {text!r}"
         )
     return tuple(int(number) for number in numbers)
-
-
-def _check_size(size: int | tuple[int, int], stride: int, name: str) -> None:
-    from featup_hub.image import check_size
-
-    with usage_errors("--", f"; {stride} is the stride of {name}"):
-        check_size(size, multiple_of=stride)

@@ -63,7 +63,7 @@ def explained(wanted: str) -> Iterator[None]:
     try:
         yield
     except failures as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS):
             reason += "; set HF_HUB_CACHE to a folder that takes new files"
         raise RuntimeError(

@@ -128,16 +128,21 @@ def test_errors_of_loading_advise_flags(
         assert advice in done.err
 
 
-def test_a_size_the_network_cannot_take_is_refused_once_its_stride_is_known(
-    upsample: Command,
+@pytest.mark.parametrize(
+    ("flags", "multiple", "near"),
+    [
+        ("--model timm/resnet18", 32, "32 or 64"),
+        ("--layer 1", 4, "40 or 44"),
+        ("--looks 4", 8, "40 or 48"),
+    ],
+)
+def test_a_size_the_network_cannot_take_is_refused_before_weights_are_loaded(
+    upsample: Command, loads: list[str], flags: str, multiple: int, near: str
 ) -> None:
-    done = upsample("photos --model timm/resnet18 --size 40")
-    assert done == (
-        2,
-        "",
-        "error: --size must be a positive multiple of 16; got 40; try 32 or 48; "
-        "16 is the stride of timm/resnet18\n",
-    )
+    code, _, error = upsample(f"photos --size 42 {flags}")
+    assert code == 2
+    assert f"a positive multiple of {multiple}; got 42; try {near}; {multiple} is the st" in error
+    assert loads == []
 
 
 def test_without_a_size_the_stride_s_multiple_nearest_to_the_card_s_is_taken(
