@@ -41,6 +41,8 @@ from featup_hub.weights import load_into, write
 
 __all__ = ["JBUTrainingConfig", "train"]
 
+SCALE_PHOTOS = 32  # on which the scale of features is measured
+
 
 def train(
     photos: str | Path,
@@ -144,12 +146,9 @@ class _Run:
                 joint_first=any(name.startswith("first.") for name in start),
                 unit_sum=config.unit_sum,
             )
-            self.sources = nn.ModuleDict(
-                {
-                    str(index): TrainingSource(backbone.to(config.device))
-                    for index, backbone in enumerate(backbones.values())
-                }
-            )
+            self.sources = nn.ModuleDict()
+            for index, backbone in enumerate(backbones.values()):
+                self.sources[str(index)] = TrainingSource(backbone.to(config.device))
         # Equal configs may name different files, so a checkpoint must also match these digests.
         self.digests = {"photographs": stream.digest}
         if config.start:
@@ -257,12 +256,16 @@ class _Run:
         }
 
     def restore(self, path: Path) -> tuple[int, int]:
-        """Loads the checkpoint, if there is one; returns the first step to take.
+        """Loads the checkpoint, if there is one; else measures the scale of backbones' features.
 
-        Also returns the size of the metrics of the steps before.
+        Returns the first step to take, and the size of the metrics of the steps before.
         """
         if not path.exists():
-            self._measure()
+            for source in self.sources.values():
+                assert isinstance(source, TrainingSource)
+                even = max(round(self.config.image_size / source.patch_size), 2) * source.patch_size
+                crops = (self.stream.sample(n, (even, even)) for n in range(SCALE_PHOTOS))
+                source.measure(crop[None].to(self.config.device) for crop in crops)
             return 0, 0
         state = load_checkpoint(path, self._comparable())
         with restoring(path):
@@ -273,16 +276,6 @@ class _Run:
             self.mean = {name: value.to(self.config.device) for name, value in mean}
             self.done = step = int(state["step"])
             return step, int(state.get("metrics", sys.maxsize))  # older checkpoints lack it
-
-    def _measure(self, photos: int = 32) -> None:
-        """Measures the scale of every backbone's features on the first photographs."""
-        for source in self.sources.values():
-            assert isinstance(source, TrainingSource)
-            even = max(round(self.config.image_size / source.patch_size), 2) * source.patch_size
-            source.measure(
-                self.stream.sample(n, (even, even))[None].to(self.config.device)
-                for n in range(photos)
-            )
 
     def export(self, path: Path) -> None:
         """Writes the stages (the running mean of the weights) for any backbone."""
