@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,15 @@ assert torch.is_grad_enabled() == flags
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("package", ["", ".backbones", ".upsamplers", ".weights"])
+def test_every_name_that_a_package_lists_is_found_and_no_other(package: str) -> None:
+    module = importlib.import_module(f"featup_hub{package}")
+    assert set(module.__all__) <= set(dir(module))
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module 'featup_hub{package}' has no attribute 'no'"):
+        _ = module.no
 
 
 def test_setup_does_not_import_torch() -> None:
