@@ -234,12 +234,10 @@ def _upsample(
     import torch
 
     from featup_hub.files import write_atomically
-    from featup_hub.image import preprocess
     from featup_hub.visualize import comparison
 
     start = time.monotonic()
-    image = preprocess(shown, mean=model.mean, std=model.std)
-    image = image.to(next(model.parameters()).device)
+    image = model.preprocess(shown, shown.size[::-1])
     with torch.inference_mode():
         source = model.source(image)
         features = model.upsampler(source, image, impl=impl)
