@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -184,15 +183,3 @@ def serving() -> Iterator[LocalHub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
-
-
-if __name__ == "__main__":  # python tests/local_hub.py OWNER/NAME FILE: a hub to try by hand
-    import sys
-    from pathlib import Path
-
-    with serving() as running:
-        repo, *files = sys.argv[1:]
-        running.files[repo] = {Path(file).name: Path(file).read_bytes() for file in files}
-        print(f"HF_ENDPOINT={running.endpoint}")
-        while True:
-            time.sleep(1)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
 from tests.exported import IMAGES, PAIRS, assert_same, in_onnxruntime, model, pair, stack
+
+Traced = tuple[nn.Module, ExportedProgram, list[tuple[Tensor, ...]]]
 
 
 @pytest.fixture(scope="module")
@@ -24,44 +26,45 @@ def upsampler() -> JBUStack:
     return stack()
 
 
-@pytest.fixture(scope="module")
-def complete() -> UpsampledBackbone:
+@pytest.fixture(scope="module", params=["upsampler", "model"])
+def traced(request: pytest.FixtureRequest, upsampler: JBUStack) -> Traced:
+    """An upsampler or a whole model, its program, and inputs of other sizes than the example's."""
+    if request.param == "upsampler":
+        program = trace(upsampler, *pair(1, (5, 5), (18, 18)))
+        return upsampler, program, [pair(*sizes) for sizes in PAIRS]
     torch.manual_seed(2)
-    return model()
+    complete = model()
+    images = [(torch.randn(batch, 3, height, width),) for batch, height, width in IMAGES]
+    return complete, trace(complete, torch.randn(1, 3, 24, 24)), images
 
 
-@pytest.fixture(scope="module")
-def upsampler_program(upsampler: JBUStack) -> ExportedProgram:
-    return trace(upsampler, *pair(1, (5, 5), (18, 18)))
+def test_a_program_serves_other_sizes_after_a_round_trip(traced: Traced, tmp_path: Path) -> None:
+    eager, program, others = traced
+    write_pt2(program, tmp_path / "program.pt2")
+    run = torch.export.load(tmp_path / "program.pt2").module()
+    for inputs in others:
+        assert_same(run, eager, *inputs)
 
 
-@pytest.fixture(scope="module")
-def complete_program(complete: UpsampledBackbone) -> ExportedProgram:
-    return trace(complete, torch.randn(1, 3, 24, 24))
+@pytest.mark.slow
+def test_onnxruntime_agrees_at_other_sizes(traced: Traced, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    eager, program, others = traced
+    write_onnx(program, tmp_path / "graph.onnx")
+    run = in_onnxruntime(tmp_path / "graph.onnx")
+    for inputs in others:
+        assert_same(run, eager, *inputs)
 
 
-def test_a_program_of_the_upsampler_serves_other_sizes_after_a_round_trip(
-    upsampler: JBUStack, upsampler_program: ExportedProgram, tmp_path: Path
+def test_programs_hold_standard_operators_only_and_refuse_another_number_of_stages(
+    traced: Traced,
 ) -> None:
-    write_pt2(upsampler_program, tmp_path / "upsampler.pt2")
-    run = torch.export.load(tmp_path / "upsampler.pt2").module()
-    for sizes in PAIRS:
-        assert_same(run, upsampler, *pair(*sizes))
-
-
-def test_a_program_of_a_whole_model_serves_other_sizes(
-    complete: UpsampledBackbone, complete_program: ExportedProgram
-) -> None:
-    run = complete_program.module()
-    for batch, height, width in IMAGES:
-        assert_same(run, complete, torch.randn(batch, 3, height, width))
-
-
-def test_a_program_refuses_what_takes_another_number_of_stages(
-    upsampler_program: ExportedProgram,
-) -> None:
-    with pytest.raises((RuntimeError, AssertionError)):
-        upsampler_program.module()(*pair(1, (4, 4), (33, 33)))
+    eager, program, _ = traced
+    calls = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert not any("featup_hub" in call for call in calls)
+    if isinstance(eager, JBUStack):
+        with pytest.raises((RuntimeError, AssertionError)):
+            program.module()(*pair(1, (4, 4), (33, 33)))
 
 
 def test_a_static_program_takes_its_own_size_only(upsampler: JBUStack) -> None:
@@ -85,33 +88,6 @@ def test_a_traced_model_runs_without_this_package(upsampler: JBUStack, tmp_path:
         "assert 'featup_hub' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-
-
-def test_programs_hold_standard_operators_only(upsampler_program: ExportedProgram) -> None:
-    calls = {str(n.target) for n in upsampler_program.graph.nodes if n.op == "call_function"}
-    assert not any("featup_hub" in call for call in calls)
-
-
-@pytest.mark.slow
-def test_onnxruntime_agrees_on_the_upsampler_at_other_sizes(
-    upsampler: JBUStack, upsampler_program: ExportedProgram, tmp_path: Path
-) -> None:
-    pytest.importorskip("onnxscript")
-    write_onnx(upsampler_program, tmp_path / "upsampler.onnx")
-    run = in_onnxruntime(tmp_path / "upsampler.onnx")
-    for sizes in PAIRS:
-        assert_same(run, upsampler, *pair(*sizes))
-
-
-@pytest.mark.slow
-def test_onnxruntime_agrees_on_a_whole_model_at_other_sizes(
-    complete: UpsampledBackbone, complete_program: ExportedProgram, tmp_path: Path
-) -> None:
-    pytest.importorskip("onnxscript")
-    write_onnx(complete_program, tmp_path / "model.onnx")
-    run = in_onnxruntime(tmp_path / "model.onnx")
-    for batch, height, width in IMAGES:
-        assert_same(run, complete, torch.randn(batch, 3, height, width))
 
 
 def test_large_weights_lie_in_a_second_file_that_moves_with_the_graph(
@@ -150,11 +126,13 @@ def test_what_onnx_lacks_is_said_before_a_model_is_traced(
 
 
 @pytest.fixture
-def _tiny_model(complete: UpsampledBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featup_hub.loading.load", lambda *_, **__: complete)
+def complete(monkeypatch: pytest.MonkeyPatch) -> UpsampledBackbone:
+    """A tiny model, which the command loads."""
+    tiny = model()
+    monkeypatch.setattr("featup_hub.loading.load", lambda *_, **__: tiny)
+    return tiny
 
 
-@pytest.mark.usefixtures("_tiny_model")
 @pytest.mark.slow
 def test_the_command_writes_a_program_for_every_size(
     complete: UpsampledBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -165,7 +143,6 @@ def test_the_command_writes_a_program_for_every_size(
     assert_same(torch.export.load(path).module(), complete, torch.randn(3, 3, 20, 32))
 
 
-@pytest.mark.usefixtures("_tiny_model")
 def test_the_command_shows_its_progress_and_writes_a_program_for_one_size(
     complete: UpsampledBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
