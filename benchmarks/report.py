@@ -87,7 +87,7 @@ def evaluations(folder: str) -> list[dict[str, Any]]:
 
 
 def looks() -> str:
-    """Four looks against one look of jbu_denoise: one line per data set and features."""
+    """Four looks against one: one line per data set, features and upsampler."""
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in evaluations("looks"):
         key = (row["data"].split("/")[0], row["backbone"], row["protocol"], row["metric"])
@@ -107,19 +107,28 @@ def looks() -> str:
     for data, backbone in dict.fromkeys(key[:2] for key in found):
         rows = [found.get((data, backbone, *column), {}) for column in columns]
         images = next(r["images"] for by_name in rows for r in by_name.values())
-        cells = [_looks_cell(row, metric) for row, (_, metric) in zip(rows, columns, strict=True)]
-        lines.append([data, backbone, str(images), *cells])
+        for upsampler in ("jbu_denoise", "jbu_faithful"):
+            cells = [
+                _looks_cell(row, metric, upsampler)
+                for row, (_, metric) in zip(rows, columns, strict=True)
+            ]
+            if set(cells) != {"–"}:
+                lines.append([data, backbone, str(images), upsampler, *cells])
     head = [f"{protocol}, {metric}" for protocol, metric in columns]
-    return markdown(["data", "features", "images", *head], lines)
+    return markdown(["data", "features", "images", "upsampler", *head], lines)
 
 
-def _looks_cell(rows: dict[str, dict[str, Any]], metric: str) -> str:
-    """Writes bilinear, one look and four looks, and the paired difference of the last two."""
-    names = ("bilinear", "jbu_denoise", "jbu_denoise ×4")
+def _looks_cell(rows: dict[str, dict[str, Any]], metric: str, upsampler: str) -> str:
+    """Writes bilinear, one look and four looks, and a paired difference of the last.
+
+    The reference is one look of the upsampler, or bilinear for the view error.
+    """
+    names = ("bilinear", upsampler, f"{upsampler} ×4")
     if not set(names) <= set(rows):
         return "–"
     values = [f"{100 * rows[name]['score']['value']:.1f}" for name in names]
-    return f"{', '.join(bold_best(values, metric))} ({difference(rows[names[2]], names[1])})"
+    reference = "bilinear" if metric == "view error" else upsampler
+    return f"{', '.join(bold_best(values, metric))} ({difference(rows[names[2]], reference)})"
 
 
 def difference(row: dict[str, Any], reference: str) -> str:

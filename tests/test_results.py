@@ -76,7 +76,7 @@ def test_looks_are_compared_on_one_line_per_data_set_and_features(rows_in):
     scores = {"bilinear": 0.4, "jbu_denoise": 0.5, "jbu_denoise ×4": 0.6}
     rows_in("looks", evaluated("frozen probe", "mIoU", scores))
     assert report.looks().splitlines()[-1] == (
-        "| camvid | net /16 | 20 | 40.0, 50.0, **60.0** (+10.0 [-1.0, +20.0]) |"
+        "| camvid | net /16 | 20 | jbu_denoise | 40.0, 50.0, **60.0** (+10.0 [-1.0, +20.0]) |"
     )
 
 
