@@ -22,19 +22,19 @@ _NAMES = ("x_norm_patchtokens", "feature_maps", "last_hidden_state", "out")
 class ModuleBackbone(Backbone):
     """Wraps a network that computes features of an image.
 
-    The network may return maps, (B, C, h, w) or (B, h, w, C), or tokens, (B, N, C) in row-major
-    order after any class and register tokens. They may be the output itself, the last entry of a
-    list or tuple, or in a dictionary or an output of Hugging Face Transformers. Every call checks
-    the shape.
+    The network may return maps, (B, C, h, w) or (B, h, w, C), or tokens, (B, N, C) or (B, C, N) in
+    row-major order after any class and register tokens. They may be the output itself, the last
+    entry of a list or tuple, or in a dictionary or an output of Hugging Face Transformers. Every
+    call checks the shape.
 
     Args:
         module: The network; it is called with the image.
         feat_dim: Channels of its features.
         patch_size: Their stride in pixels.
         prefix_tokens: Class and register tokens to leave out.
-        layout: Where the channels of a map are: ``"nchw"``, (B, C, h, w), or ``"nhwc"``,
-            (B, h, w, C). By default its shape decides. An ambiguous map, such as 96×96 cells with
-            96 channels, is decided by a test with a smaller image.
+        layout: Where the channels are: ``"nchw"``, first, or ``"nhwc"``, last. By default the shape
+            decides. An ambiguous one, such as 96×96 cells, or 96 tokens, with 96 channels, is
+            decided by a test with a smaller image.
         mean: As for :class:`Backbone`, like the next three.
         std: See there.
         in_chans: See there.
@@ -91,21 +91,21 @@ class ModuleBackbone(Backbone):
     def features(self, image: Tensor) -> Tensor:
         """Calls the network and converts its output to (B, C, h, w)."""
         features, grid = self._call(image), self._grid(image)
-        if features.dim() == 3:
-            if features.shape[1] - self.prefix_tokens != grid[0] * grid[1]:
+        layouts = [self.layout] if self.layout else self._layouts(features, grid)
+        if len(layouts) == 2:
+            self.layout = self._decided(image)
+            layouts = [self.layout]
+        is_tokens = features.dim() == 3
+        if layouts == ["nhwc"] or (is_tokens and not layouts):
+            features = features.movedim(-1, 1)
+        if is_tokens:
+            if features.shape[2] - self.prefix_tokens != grid[0] * grid[1]:
                 raise ValueError(
                     f"needed {grid[0]}×{grid[1]} tokens after {self.prefix_tokens} others; got "
-                    f"{features.shape[1]} in all; set prefix_tokens to the number of class and "
+                    f"{features.shape[2]} in all; set prefix_tokens to the number of class and "
                     "register tokens, or correct patch_size"
                 )
-            features = features[:, self.prefix_tokens :].unflatten(1, grid).movedim(-1, 1)
-        elif features.dim() == 4:
-            layouts = [self.layout] if self.layout else self._layouts(features, grid)
-            if len(layouts) == 2:
-                self.layout = self._decided(image)
-                layouts = [self.layout]
-            if layouts == ["nhwc"]:
-                features = features.movedim(-1, 1)
+            features = features[:, :, self.prefix_tokens :].unflatten(2, grid)
         if tuple(features.shape[1:]) != (self.feat_dim, *grid):
             raise ValueError(
                 f"needed features (B, {self.feat_dim}, {grid[0]}, {grid[1]}), as feat_dim and "
@@ -122,11 +122,12 @@ class ModuleBackbone(Backbone):
         return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
 
     def _layouts(self, features: Tensor, grid: tuple[int, int]) -> list[Layout]:
-        """Lists the layouts that a map's shape allows."""
+        """Lists the layouts that the shape of a map, or of tokens, allows."""
         shape = tuple(features.shape[1:])
+        places = grid if len(shape) == 3 else (self.prefix_tokens + grid[0] * grid[1],)
         shapes: dict[Layout, tuple[int, ...]] = {
-            "nchw": (self.feat_dim, *grid),
-            "nhwc": (*grid, self.feat_dim),
+            "nchw": (self.feat_dim, *places),
+            "nhwc": (*places, self.feat_dim),
         }
         return [layout for layout, due in shapes.items() if shape == due]
 
@@ -139,8 +140,8 @@ class ModuleBackbone(Backbone):
             found = self._layouts(self._call(smaller), self._grid(smaller))
         if len(found) != 1:
             raise ValueError(
-                f"a map of {self.feat_dim} channels and as many rows and columns can be (B, C, h, "
-                "w) or (B, h, w, C); say which: layout='nchw' or layout='nhwc'"
+                f"features of {self.feat_dim} channels and as many rows and columns, or tokens, "
+                "can have the channels first or last; say which: layout='nchw' or layout='nhwc'"
             )
         return found[0]
 

@@ -31,6 +31,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
     "NCHW": lambda x: x,
     "NHWC": lambda x: x.permute(0, 2, 3, 1),
     "tokens": tokens,
+    "tokens last": lambda x: x.flatten(2),
     "list": lambda x: [x.new_zeros(1), x],
     "tuple of a list": lambda x: (x.new_zeros(1), [tokens(x)]),
     "dict of one": lambda x: {"anything": x},
@@ -92,11 +93,22 @@ def test_a_map_of_as_many_rows_and_columns_as_channels_is_taken_rightly(form: st
     torch.testing.assert_close(later(image), module.conv(image))
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("last", [False, True])
+def test_as_many_tokens_as_channels_are_taken_rightly(prefix: int, last: bool) -> None:
+    module = Patches(lambda x: tokens(x, prefix=prefix).movedim(1, 2 if last else 1))
+    image = torch.randn(2, 3, 8 * (5 - prefix), 8)
+    source = ModuleBackbone(module, feat_dim=5, patch_size=8, prefix_tokens=prefix)(image)
+    torch.testing.assert_close(source, module.conv(image))
+
+
 @pytest.mark.parametrize("form", ["NCHW", "NHWC"])
 def test_a_map_that_could_be_either_is_taken_as_said_or_refused(form: str) -> None:
     module, image = Patches(FORMS[form]), torch.randn(1, 3, 40, 40)
     options: dict[str, Any] = {"feat_dim": 5, "patch_size": 8, "fixed_size": (40, 40)}
-    with pytest.raises(ValueError, match=r"a map of 5 channels and as many .*: layout='nchw' or "):
+    with pytest.raises(
+        ValueError, match=r"features of 5 channels and as many .*: layout='nchw' or "
+    ):
         ModuleBackbone(module, **options)(image)
     said: Any = form.lower()
     source = ModuleBackbone(module, **options, layout=said)(image)
