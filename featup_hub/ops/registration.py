@@ -17,7 +17,8 @@ from featup_hub.ops.choice import choose
 from featup_hub.ops.cuda import backend as cuda
 from featup_hub.ops.reference import StageWeights
 
-_library = torch.library.Library("featup_hub", "DEF")
+# torch allows one of a name; when this module is reloaded, it is kept, with its operators.
+_library = globals().get("_library") or torch.library.Library("featup_hub", "DEF")
 _WEIGHTS = ", ".join(f"Tensor {name}" for name in StageWeights._fields)
 _GRADIENTS = ", ".join(["Tensor"] * (1 + len(StageWeights._fields)))
 
@@ -166,6 +167,8 @@ def _register(
 ) -> None:
     name = schema.split("(")[0]
     full_name = f"featup_hub::{name}"
+    if hasattr(torch.ops.featup_hub, name):
+        return
     _library.define(schema)
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(full_name, fake, lib=_library)
