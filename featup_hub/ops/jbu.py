@@ -98,8 +98,9 @@ def jbu_apply(
             "source (B, C, h, w) and kernel (B, D², H, W) must be maps of one batch size; "
             f"got {tuple(source.shape)} and {tuple(kernel.shape)}"
         )
-    if round(kernel.shape[1] ** 0.5) ** 2 != kernel.shape[1] or kernel.shape[1] % 2 == 0:
-        raise ValueError(f"a kernel has D² taps with D odd, such as 49; got {kernel.shape[1]}")
+    taps = int(kernel.shape[1])  # a tensor while torch.jit traces
+    if round(taps**0.5) ** 2 != taps or taps % 2 == 0:
+        raise ValueError(f"a kernel has D² taps with D odd, such as 49; got {taps}")
     dtype = torch.promote_types(torch.promote_types(source.dtype, kernel.dtype), torch.float32)
     kernel = kernel.to(dtype)
     bias = bias if bias is None else bias.to(dtype)
