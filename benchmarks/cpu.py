@@ -17,7 +17,7 @@ With ``--sizes`` the default upsampler is measured alone, by CPU time per output
 that photographs have, beside this machine's rates of matrix products and copies in the same run.
 
 With ``--floor`` it is compared with the time that its multiply-adds and bytes would take at those
-rates, with one thread (CPU time) and two (time on the clock).
+rates: CPU time with OMP_NUM_THREADS=1, else time on the clock.
 
 With ``--host`` the CUDA kernels are launched on a driver that does nothing: what remains of a
 forward pass is Python and torch's dispatch. Maps are so small that their arithmetic takes no time.
@@ -183,24 +183,20 @@ def floor(low: int, channels: int) -> tuple[int, int]:
 def measure_floor() -> None:
     """Compares the default upsampler's forward pass with what this machine could do."""
     torch.manual_seed(0)
-    upsampler, channels = load_upsampler(), 384
-    for threads, clock in ((1, time.process_time), (2, time.perf_counter)):
-        torch.set_num_threads(threads)
-        for low in (14, 32):
-            source, image = (
-                torch.randn(1, channels, low, low),
-                torch.randn(1, 3, 16 * low, 16 * low),
-            )
-            with torch.inference_mode():
-                seconds = best(lambda x=source, y=image: upsampler(x, y), 5, clock)
-            rate, (products, moved) = rates(clock), floor(low, channels)
-            least = 2e-9 * products / rate["sgemm_gflops"] + 1e-9 * moved / rate["copy_gbytes"]
-            print(
-                f"{threads} threads, {low}²→{16 * low}²: {1000 * seconds:.0f} ms, floor "
-                f"{1000 * least:.0f} ms, {seconds / least:.1f} times; "
-                + ", ".join(f"{name} {value:.1f}" for name, value in rate.items()),
-                flush=True,
-            )
+    upsampler, channels, threads = load_upsampler(), 384, torch.get_num_threads()
+    clock = time.process_time if threads == 1 else time.perf_counter
+    for low in (14, 32):
+        source, image = torch.randn(1, channels, low, low), torch.randn(1, 3, 16 * low, 16 * low)
+        with torch.inference_mode():
+            seconds = best(lambda x=source, y=image: upsampler(x, y), 5, clock)
+        rate, (products, moved) = rates(clock), floor(low, channels)
+        least = 2e-9 * products / rate["sgemm_gflops"] + 1e-9 * moved / rate["copy_gbytes"]
+        figures = ", ".join(f"{name} {value:.1f}" for name, value in rate.items())
+        print(
+            f"{threads} threads, {low}²→{16 * low}²: {1000 * seconds:.0f} ms, floor "
+            f"{1000 * least:.0f} ms, {seconds / least:.1f} times; {figures}",
+            flush=True,
+        )
 
 
 class Silent:

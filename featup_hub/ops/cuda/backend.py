@@ -27,8 +27,10 @@ FEATURE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 @functools.cache
 def kernel_program(channels: int) -> Program:
     """Returns the program that predicts kernels from ``channels`` guidance channels."""
-    shared = 768 * (TAPS + channels)
-    kernels = {"range_forward": Kernel(128), "kernel_forward": Kernel(224, shared)}
+    kernels = {
+        "range_forward": Kernel(128, 128 * (KEYS + channels)),
+        "kernel_forward": Kernel(224, 768 * (TAPS + channels)),
+    }
     return Program("jbu_kernel.cu", f"JBU_GUIDANCE={channels}", kernels)
 
 
@@ -107,7 +109,7 @@ def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
     if output.numel():
         fused = prepare(kernel_program(channels), guidance.device)
         projection = guidance.new_empty(batch, KEYS, height, width)
-        grid = (blocks(height * width, 512), batch, 1)
+        grid = (blocks(height * width, 128), batch, 1)
         layers = (w.range_w0, w.range_b0, w.range_w1, w.range_b1)
         fused.launch("range_forward", grid, guidance, *layers, projection, height * width)
         grid = (blocks(width, 32), blocks(height, 4), batch)

@@ -119,9 +119,9 @@ def far_sample(emulator: Emulator) -> tuple[float, float]:
     predict = emulator.prepare(backend.kernel_program(3), device)
     layers = [weights.range_w0, weights.range_b0, weights.range_w1, weights.range_b1]
     arguments = [image, *layers, projection, size**2]
-    for x in range(2):
+    for x in range(8):
         block = (x, batch - 1, 0)
-        predict.launch_bare("range_forward", (2, batch, 1), arguments, block=block)
+        predict.launch_bare("range_forward", (8, batch, 1), arguments, block=block)
     layers = [weights.fixup_w0, weights.fixup_b0, weights.fixup_w1, weights.fixup_b1]
     numbers = [weights.range_temp, weights.sigma_spatial]
     arguments = [image, projection, *numbers, *layers, kernel, size, size]

@@ -245,5 +245,5 @@ def test_every_launch_has_the_parameters_that_its_source_declares(
     assert found == {program.source: declared(program.source) for program in made}
     for program in made:
         assert set(program.kernels) == set(found[program.source])
-    # 2 samples, 9x70 pixels in blocks of 512 and of 32x4.
-    assert (grids["range_forward"], grids["kernel_forward"]) == ((2, 2, 1), (3, 3, 2))
+    # 2 samples, 9x70 pixels in blocks of 128 and of 32x4.
+    assert (grids["range_forward"], grids["kernel_forward"]) == ((5, 2, 1), (3, 3, 2))

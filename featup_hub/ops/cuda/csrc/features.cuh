@@ -32,6 +32,8 @@ static __device__ __forceinline__ Feature narrow(float value)
     return value;
 #elif JBU_TYPE == 1
     return float_to_half(value);
+#elif __CUDA_ARCH__ >= 800
+    return (Feature)floats_to_bfloats(value, 0.f);
 #else
     const unsigned bits = __float_as_uint(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u)

@@ -16,7 +16,7 @@
 //   range_forward   PPPPP P i       guidance (B,G,H,W), range_w0 (32,G), range_b0 (32),
 //                                   range_w1 (32,32), range_b1 (32), out projection (B,32,H,W),
 //                                   pixels = H*W
-//       grid (ceil(pixels/512), B, 1)    block 128    shared 0
+//       grid (ceil(pixels/128), B, 1)    block 128    shared 128*(32+G) bytes
 //   kernel_forward  PPPP PPPP P ii  guidance, projection, range_temp (), sigma_spatial (),
 //                                   fixup_w0 (49,49+G), fixup_b0 (49), fixup_w1 (49,49),
 //                                   fixup_b1 (49), out kernel (B,H,W,49), H, W
@@ -34,49 +34,47 @@ constexpr float MIN_TEMPERATURE = 1e-4f, MAX_TEMPERATURE = 1e4f;
 constexpr float MIN_SUM = 1e-7f;
 constexpr float FIXUP_SCALE = 0.1f;
 
-constexpr int RANGE_THREADS = 128, RANGE_PIXELS = 4;
+constexpr int RANGE_THREADS = 128;
 
-// One thread: four pixels, a block's width apart, so that one read of a weight serves four.
+// One thread: one pixel. Weights are in shared memory: a read of four serves a warp.
 extern "C" __global__ void __launch_bounds__(RANGE_THREADS) range_forward(
     const float* __restrict__ guidance, const float* __restrict__ range_w0,
     const float* __restrict__ range_b0, const float* __restrict__ range_w1,
     const float* __restrict__ range_b1, float* __restrict__ projection, int pixels)
 {
-    const int first = blockIdx.x * RANGE_THREADS * RANGE_PIXELS + threadIdx.x;
-    guidance += (long long)blockIdx.y * GUIDANCE * pixels;
-    projection += (long long)blockIdx.y * KEYS * pixels;
+    extern __shared__ __align__(16) float shared[];
+    float* second = shared + KEYS * GUIDANCE;
+    for (int i = threadIdx.x; i < KEYS * GUIDANCE; i += RANGE_THREADS)
+        shared[i] = range_w0[i];
+#pragma unroll
+    for (int i = threadIdx.x; i < KEYS * KEYS; i += RANGE_THREADS)
+        second[i] = range_w1[i];
+    __syncthreads();
+    const int pixel = blockIdx.x * RANGE_THREADS + threadIdx.x;
+    if (pixel >= pixels)
+        return;
+    guidance += (long long)blockIdx.y * GUIDANCE * pixels + pixel;
+    projection += (long long)blockIdx.y * KEYS * pixels + pixel;
 
-    float color[GUIDANCE][RANGE_PIXELS], hidden[KEYS][RANGE_PIXELS];
+    float hidden[KEYS];
+#pragma unroll
+    for (int k = 0; k < KEYS; k++)
+        hidden[k] = range_b0[k];
 #pragma unroll
     for (int c = 0; c < GUIDANCE; c++)
 #pragma unroll
-        for (int p = 0; p < RANGE_PIXELS; p++)
-            color[c][p] = guidance[(long long)c * pixels + clamp(first + p * RANGE_THREADS, pixels)];
+        for (int k = 0; k < KEYS; k++)
+            hidden[k] += shared[k * GUIDANCE + c] * guidance[(long long)c * pixels];
 #pragma unroll
     for (int k = 0; k < KEYS; k++)
-#pragma unroll
-        for (int p = 0; p < RANGE_PIXELS; p++) {
-            float sum = range_b0[k];
-#pragma unroll
-            for (int c = 0; c < GUIDANCE; c++)
-                sum += range_w0[k * GUIDANCE + c] * color[c][p];
-            hidden[k][p] = gelu(sum);
-        }
-#pragma unroll 1
+        hidden[k] = gelu(hidden[k]);
+#pragma unroll 4
     for (int key = 0; key < KEYS; key++) {
-        float sum[RANGE_PIXELS];
-#pragma unroll
-        for (int p = 0; p < RANGE_PIXELS; p++)
-            sum[p] = range_b1[key];
+        float sum = range_b1[key];
 #pragma unroll
         for (int k = 0; k < KEYS; k++)
-#pragma unroll
-            for (int p = 0; p < RANGE_PIXELS; p++)
-                sum[p] += range_w1[key * KEYS + k] * hidden[k][p];
-#pragma unroll
-        for (int p = 0; p < RANGE_PIXELS; p++)
-            if (first + p * RANGE_THREADS < pixels)
-                projection[(long long)key * pixels + first + p * RANGE_THREADS] = sum[p];
+            sum += second[key * KEYS + k] * hidden[k];
+        projection[(long long)key * pixels] = sum;
     }
 }
 
