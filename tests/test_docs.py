@@ -65,6 +65,12 @@ def test_a_pages_python_runs_from_top_to_bottom(page: Path, checkout: Path) -> N
         exec(compile(block, page.name, "exec"), namespace)
 
 
+def test_pages_export_trained_weights() -> None:
+    exporting = [block for page in DOCS for block in blocks(page, "python") if "trace(" in block]
+    assert exporting
+    assert all("load" in block and "JBUStack(" not in block for block in exporting)
+
+
 @pytest.mark.slow
 def test_the_notebook_gives_the_outputs_it_stores() -> None:
     nbformat = pytest.importorskip("nbformat")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import featup_hub
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
@@ -142,6 +143,28 @@ def test_a_model_is_copied_and_sent_to_other_processes(model: UpsampledBackbone)
         expected = model(image)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(image), expected)
+
+
+class Features(Dataset[torch.Tensor]):
+    """Features of black pictures, computed in the process that asks."""
+
+    def __init__(self, model: UpsampledBackbone) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 2
+
+    @torch.no_grad()
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.model(self.model.preprocess(Image.new("RGB", (16, 16), "black")))[0]
+
+
+@pytest.mark.slow
+def test_a_model_works_in_the_workers_of_a_data_loader(small: UpsampledBackbone) -> None:
+    images = Features(small)
+    workers = DataLoader(images, batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    (batch,) = list(workers)
+    assert torch.equal(batch, torch.stack([images[0], images[1]]))
 
 
 def test_a_head_for_other_channels_is_refused_at_once(small: UpsampledBackbone) -> None:

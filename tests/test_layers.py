@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,19 @@ def imported_roots(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
     return names
+
+
+def test_an_editable_installation_is_found_from_the_folder_above_the_checkout(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("setuptools")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "weights"):
+        (tmp_path / name).symlink_to(PACKAGE.parent / name)
+    (tmp_path / "featup_hub").mkdir()
+    (tmp_path / "featup_hub/__init__.py").touch()
+    build = "from setuptools import build_meta; build_meta.build_editable('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        entries = [wheel.read(n).decode().strip() for n in wheel.namelist() if n.endswith(".pth")]
+    # A path comes before the folder above, which Python takes for an empty package of this name.
+    assert entries == [str(tmp_path)]
