@@ -111,6 +111,8 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"an image of at least one pixel is needed; got {image.size}")
         return _decode(image, None, "the image", as_stored=as_stored)
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "iuf":

@@ -236,6 +236,7 @@ def test_preprocess_takes_a_path_a_picture_of_any_mode_and_an_array(tmp_path: Pa
         (np.zeros((3, 40, 40), np.uint8), ValueError, "three bands are needed; the array has 40"),
         (np.zeros((4, 4), np.float32), ValueError, "the array has float32 pixels.*value_range"),
         (np.full((4, 4), np.nan), ValueError, "float64 pixels"),
+        (Image.new("RGB", (0, 4)), ValueError, r"at least one pixel is needed; got \(0, 4\)"),
     ],
 )
 def test_what_is_no_image_is_refused_with_what_to_do(
