@@ -16,8 +16,8 @@ from featup_hub.backbones import Backbone, ChannelNorm, TimmBackbone, is_timm_mo
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard
 from featup_hub.upsamplers import JBUStack
-from featup_hub.weights import load as load_weights
-from featup_hub.weights import load_into, split_norm
+from featup_hub.weights.files import load as load_weights
+from featup_hub.weights.files import load_into, split_norm
 
 __all__ = ["find_card", "list_models", "load", "load_backbone", "load_upsampler", "name_and_file"]
 

@@ -31,7 +31,8 @@ def create(
     timm loads the weights, so its conversions apply: it resamples position embeddings and reads the
     authors' files. The arguments are those of :class:`TimmBackbone`.
     """
-    from featup_hub.weights import explained, read_state
+    from featup_hub.weights.checkpoints import read_state
+    from featup_hub.weights.hub import explained
 
     config = find_config(name)
     kwargs = dict(backbone_kwargs or {})
@@ -147,7 +148,7 @@ def find_config(name: str) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"a timm network is named by a string; got {type(name).__name__}")
     if name.startswith(_HUB):
-        from featup_hub.weights import explained
+        from featup_hub.weights.hub import explained
 
         place = name.partition(":")[2]
         with explained(f"config.json of {place}"):

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in _COMMANDS:
         module = import_module(f"{__name__}.{name}")
         text = module.__doc__ or ""
-        command = commands.add_parser(name, help=text.partition(".\n")[0], description=text)
+        command = commands.add_parser(name, help=text.split(".")[0], description=text)
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         command.set_defaults(run=module.run)

@@ -97,7 +97,7 @@ def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
     Raises:
         UsageError: If there is no such model or file.
     """
-    from featup_hub.weights import resolve
+    from featup_hub.weights.files import resolve
 
     spec = f"{args.model}={args.backbone_weights}" if args.backbone_weights else args.model
     card, file = choose_backbone(spec)

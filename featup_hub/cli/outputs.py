@@ -87,7 +87,7 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
         FileNotFoundError: If neither output nor image exists.
         ValueError: If the outputs have other settings, or are other files.
     """
-    from featup_hub.weights import metadata
+    from featup_hub.weights.files import metadata
 
     remedy = "--overwrite replaces it, another --out keeps both"
     if job.features.exists():
@@ -124,7 +124,7 @@ def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> N
     import torch
 
     from featup_hub.files import write_atomically
-    from featup_hub.weights import write
+    from featup_hub.weights.files import write
 
     whole = features.to("cpu", getattr(torch, settings["dtype"]))
     if whole.dtype == torch.float16 and whole.isinf().any() and not features.isinf().any():

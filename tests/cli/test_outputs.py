@@ -64,7 +64,7 @@ def test_an_interruption_keeps_what_is_finished_and_leaves_nothing_half_written(
         raise KeyboardInterrupt
 
     upsample("photos/a.jpg")
-    monkeypatch.setattr("featup_hub.weights.write", interrupt)
+    monkeypatch.setattr("featup_hub.weights.files.write", interrupt)
     done = upsample("photos")
     assert done.code == 130
     assert "error: interrupted; what is finished is kept" in done.err
