@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +46,7 @@ class Program:
 
     source: str
     define: str
-    kernels: Mapping[str, Kernel]
-
-    def __hash__(self) -> int:
-        return hash((self.source, self.define))
+    kernels: Mapping[str, Kernel] = field(hash=False)
 
     def __str__(self) -> str:
         return f"{self.source} -D{self.define}"
@@ -70,8 +67,8 @@ class FusedKernels:
 
     Attributes:
         device: Index of the device.
-        multiprocessors: Number of multiprocessors of the device.
-        program: Their program.
+        multiprocessors: Their number on the device.
+        program: The program.
         driver: The driver.
         functions: The kernels by name.
         path: File of their machine code; None if it is in memory only.
@@ -203,8 +200,6 @@ def compile_program(program: Program, architecture: int) -> tuple[bytes, Path | 
     source, headers, options = program.contents()
     dependencies = source, headers, options, compiler.version
     name = cache.cubin_name(Path(program.source).stem, max(fitting), *dependencies)
-    image, path = cache.fetch(
-        name,
-        lambda: compiler.compile(source, program.source, max(fitting), options, headers)[0],
-    )
+    call = source, program.source, max(fitting), options, headers
+    image, path = cache.fetch(name, lambda: compiler.compile(*call)[0])
     return image, path, f"NVRTC {compiler.version} ({compiler.path})"
