@@ -17,6 +17,8 @@ def test_the_default_model_is_written_for_every_size(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     default = load("efficientnet_lite0")
     program = trace(default, torch.zeros(1, 3, 32, 48))
+    # Time is not asserted: it is that of about 1,800 operators, where there were 2,900.
+    assert len(program.graph.nodes) < 2000
     write_pt2(program, tmp_path / "model.pt2")
     write_onnx(program, tmp_path / "model.onnx")
     runs = (

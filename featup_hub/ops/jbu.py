@@ -209,8 +209,9 @@ def _check_impl(impl: str) -> None:
 
 def _traced() -> bool:
     """Whether a model is being exported or traced."""
-    exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
-    return bool(exporting() or torch.onnx.is_in_onnx_export() or torch._C._get_tracing_state())
+    return bool(
+        reference.exporting() or torch.onnx.is_in_onnx_export() or torch._C._get_tracing_state()
+    )
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ ICLR 2024 (arXiv 2403.10516), eqs. 4-6; numbers agree with mhamilton723/FeatUp @
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,13 +105,14 @@ def mirror(x: Tensor, radius: int, axis: int) -> Tensor:
     return x.index_select(axis, last - (last - place).abs())
 
 
-def _tap_rows(x: Tensor, radius: int) -> Iterator[Tensor]:
-    """Yields the D neighbours of every pixel for each of D rows of taps, (B, C, D, H, W)."""
-    height, width = x.shape[-2:]
-    padded, diameter = reflect_pad(x, radius), 2 * radius + 1
-    wide = torch.stack([padded[..., dx : dx + width] for dx in range(diameter)], dim=2)
-    for dy in range(diameter):
-        yield wide[:, :, :, dy : dy + height]
+def _for_rows(compare: Callable[[Tensor], Tensor], x: Tensor, radius: int) -> Tensor:
+    """Applies a function to the D neighbours in each of D rows of taps, (B, C, H, W, D).
+
+    The function returns (B, H, W, D); the result is (B, D², H, W).
+    """
+    columns = reflect_pad(x, radius).unfold(3, 2 * radius + 1, 1)
+    rows = (columns.narrow(2, dy, x.shape[2]) for dy in range(2 * radius + 1))
+    return torch.cat([compare(row) for row in rows], dim=3).permute(0, 3, 1, 2)
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -173,8 +174,8 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
 
     hidden = F.gelu(F.conv2d(guidance, w.range_w0[:, :, None, None], w.range_b0))
     projection = F.conv2d(hidden, w.range_w1[:, :, None, None], w.range_b1)
-    neighbours = _tap_rows(projection, w.radius)
-    logits = torch.cat([(row * projection[:, :, None]).sum(1) for row in neighbours], dim=1)
+    centre = projection[..., None]
+    logits = _for_rows(lambda row: (row * centre).sum(1), projection, w.radius)
     temperature = w.range_temp.exp().clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
     spatial = spatial_logits(w.sigma_spatial, w.diameter).exp()
     kernel = F.softmax(temperature * logits, dim=1) * spatial[:, None, None]
@@ -214,8 +215,8 @@ def joint_kernel(
         Kernels, (B, D², H, W), taps row-major; they sum to one.
     """
     asked, had = joint_features(query, key, spatial, range, cells)
-    logits = [-0.5 * (asked[:, :, None] - row).square().sum(1) for row in _tap_rows(had, radius)]
-    return torch.cat(logits, dim=1).softmax(1)
+    asked = asked[..., None]
+    return _for_rows(lambda row: -0.5 * (asked - row).square().sum(1), had, radius).softmax(1)
 
 
 def joint_features(
@@ -271,13 +272,37 @@ def jbu_apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Ten
     Returns:
         Features, (B, C, H, W).
     """
-    height, width = kernel.shape[-2:]
+    size = (kernel.shape[-2], kernel.shape[-1])
     diameter = round(int(kernel.shape[1]) ** 0.5)
-    resized = F.interpolate(source, (height, width), mode="bicubic", align_corners=False)
+    resized = F.interpolate(source, size, mode="bicubic", align_corners=False)
     padded = reflect_pad(resized, diameter // 2)
     output = torch.zeros_like(resized)
-    for dy, taps in enumerate(kernel.split(diameter, dim=1)):
-        rows = padded[:, :, dy : dy + height]
-        for dx, tap in enumerate(taps.split(1, dim=1)):
-            output.addcmul_(tap, rows[..., dx : dx + width])
+    if exporting() and isinstance(size[0], torch.SymInt):
+        # One operator with a loop inside: 49 taps with symbolic sizes take a minute to export.
+        from torch._higher_order_ops.scan import scan
+
+        place = torch.arange(size[0], device=kernel.device)
+
+        def step(total: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            near = padded.index_select(2, place + row[1])
+            return _add_row(total, row[0], near), total.new_zeros(())  # scan asks for an output
+
+        rows = kernel.unflatten(1, (diameter, diameter)).transpose(0, 1)
+        output, _ = scan(step, output, (rows, torch.arange(diameter, device=kernel.device)))
+    else:
+        for dy, taps in enumerate(kernel.split(diameter, dim=1)):
+            output = _add_row(output, taps, padded[:, :, dy : dy + size[0]])
     return output if bias is None else output + bias[:, None, None]
+
+
+def exporting() -> bool:
+    """Returns whether a program is being exported, for any sizes."""
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7
+
+
+def _add_row(total: Tensor, taps: Tensor, rows: Tensor) -> Tensor:
+    """Adds a row of taps, (B, D, H, W), times the pixels at them, rows of (B, C, H, W + D - 1)."""
+    width = total.shape[3]
+    for dx in range(taps.shape[1]):
+        total = torch.addcmul(total, taps.narrow(1, dx, 1), rows.narrow(3, dx, width))
+    return total
