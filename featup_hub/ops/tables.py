@@ -11,13 +11,12 @@ Source: bicubic as PyTorch's ``interpolate`` (Keys 1981, a = -0.75, ``align_corn
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["FoldedAxis", "bicubic_matrix", "bicubic_row", "fold_axis", "reflect"]
+__all__ = ["FoldedAxis", "bicubic", "bicubic_matrix", "fold_axis", "reflect"]
 
 BICUBIC_A = -0.75
 
@@ -45,18 +44,6 @@ def reflect(index: Tensor, size: int) -> Tensor:
     return torch.minimum(index, (period - index) % period) if size > 1 else torch.zeros_like(index)
 
 
-def bicubic_row(index: int, size_in: int, size_out: int) -> dict[int, float]:
-    """Returns the input pixels of output pixel ``index``, with their weights."""
-    position = (index + 0.5) * size_in / size_out - 0.5
-    first = math.floor(position)
-    row: dict[int, float] = {}
-    for offset in (-1, 0, 1, 2):
-        pixel = min(max(first + offset, 0), size_in - 1)
-        weight = _cubic(torch.tensor(position - first - offset, dtype=torch.float64).abs())
-        row[pixel] = row.get(pixel, 0.0) + weight.item()
-    return row
-
-
 def _cubic(x: Tensor) -> Tensor:
     a = BICUBIC_A
     near = ((a + 2) * x - (a + 3)) * x * x + 1
@@ -64,7 +51,7 @@ def _cubic(x: Tensor) -> Tensor:
     return torch.where(x <= 1, near, far)
 
 
-def _bicubic(size_in: int, size_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def bicubic(size_in: int, size_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns the four input pixels of each output pixel and their weights, (size_out, 4).
 
     Positions are rounded as in PyTorch for maps of this dtype.
@@ -81,7 +68,7 @@ def _bicubic(size_in: int, size_out: int, dtype: torch.dtype) -> tuple[Tensor, T
 @functools.lru_cache(64)
 def bicubic_matrix(size_in: int, size_out: int) -> Tensor:
     """Returns bicubic resizing along one axis as a matrix, (size_out, size_in), float64."""
-    pixels, weights = _bicubic(size_in, size_out, torch.float64)
+    pixels, weights = bicubic(size_in, size_out, torch.float64)
     return torch.zeros(size_out, size_in, dtype=torch.float64).scatter_add_(1, pixels, weights)
 
 
@@ -102,7 +89,7 @@ def fold_axis(
     Returns:
         Tiles, windows and weights.
     """
-    pixels, weights = _bicubic(size_in, size_out, dtype)
+    pixels, weights = bicubic(size_in, size_out, dtype)
     # If the sizes are equal, three of the four weights are zero and need no space in a window.
     pixels = torch.where(weights == 0, pixels[:, 1:2], pixels)
     taps = reflect(torch.arange(size_out)[:, None] + torch.arange(-radius, radius + 1), size_out)

@@ -59,9 +59,6 @@ def joint_bilateral(
         sigma_spatial: Width of the Gaussian over distance, in cells.
         sigma_range: Width of the Gaussian over colour, in units of the normalised image.
 
-    Returns:
-        Features, ``(B, C, *size)``.
-
     Example:
         >>> source, image = torch.ones(1, 2, 2, 2), torch.randn(1, 3, 8, 8)
         >>> joint_bilateral(source, image, (8, 8)).sub(1).abs().max() < 1e-6

@@ -75,13 +75,10 @@ class FittedFeatures(nn.Module):
         return self.features(size)
 
     def features(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Returns the features of the whole image.
+        """Returns the features of the whole image, ``(1, C, *size)``.
 
         Args:
             size: Height and width of the result, or its short side; default: the image's.
-
-        Returns:
-            Features, ``(1, C, *size)``.
 
         Raises:
             ValueError: If ``size`` is not positive.
@@ -130,10 +127,7 @@ class FittedFeatures(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a file of :meth:`save`. No random number is drawn.
-
-        Returns:
-            The features, on the CPU, in evaluation mode.
+        """Reads a file of :meth:`save`, on the CPU, in evaluation mode.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -194,12 +188,7 @@ class JBUFit(FittedFeatures):
         image: The image, normalised RGB, (1, 3, H, W).
         source: z, (1, C, h, w).
         upsampler: The stages.
-        backbone: Name of the backbone.
-        backbone_digest: Digest of its weights.
-        scores: Scores of the fit by name.
-
-    Raises:
-        ValueError: If ``image`` is not (1, 3, H, W), or ``source`` not (1, C, h, w).
+        backbone, backbone_digest, scores: See :class:`FittedFeatures`.
 
     Example:
         >>> fitted = JBUFit(torch.rand(1, 3, 6, 9), torch.rand(1, 8, 2, 3), JBUStack())
@@ -233,18 +222,9 @@ class JBUFit(FittedFeatures):
         return self.source.shape[1]
 
     def features(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Returns the features of the whole image, differentiable in ``source``.
+        """Returns the features of the whole image, ``(1, C, *size)``, differentiable in ``source``.
 
-        Args:
-            size: Height and width of the result, or its short side; default: the image's. For
-                another size, the features at the image's size are resized bilinearly, with
-                antialiasing.
-
-        Returns:
-            Features, ``(1, C, *size)``.
-
-        Raises:
-            ValueError: If ``size`` is not positive.
+        Another size than the image's is made by resizing bilinearly, with antialiasing.
         """
         size = self._wanted(size)
         features: Tensor = self.upsampler(self.source, self.image)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation
@@ -12,7 +11,7 @@ from featup_hub.ops import Implementation
 if TYPE_CHECKING:
     from featup_hub.upsamplers.jbu import JBUStack
 
-__all__ = ["FoldedHead", "apply_matrices", "check_head", "head_matrices"]
+__all__ = ["FoldedHead", "check_head", "head_matrices"]
 
 
 class FoldedHead(nn.Module):
@@ -66,8 +65,3 @@ def check_head(head: nn.Module, channels: int | None) -> None:
 def head_matrices(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns the weight of a linear head, (K, C), and its bias, (K,) or None."""
     return cast(Tensor, head.weight).flatten(1), cast("Tensor | None", head.bias)
-
-
-def apply_matrices(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Applies weight and bias of a linear head to features, (B, C, h, w) -> (B, K, h, w)."""
-    return F.conv2d(x, weight[:, :, None, None], bias)

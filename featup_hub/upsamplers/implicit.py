@@ -41,9 +41,7 @@ class ImplicitUpsampler(FittedFeatures):
         hidden: Width of the network.
         dropout: Probability of dropping an input of the network, at all points at once.
         base: Coordinates that are added to the network's, (1, K, h, w), interpolated bilinearly.
-        backbone: Name of the backbone.
-        backbone_digest: Digest of its weights.
-        scores: Scores of the fit by name.
+        backbone, backbone_digest, scores: See :class:`FittedFeatures`.
 
     Raises:
         ValueError: If ``image`` is not (1, 3, H, W), ``dropout`` not in [0, 1), or a score not a
@@ -95,15 +93,12 @@ class ImplicitUpsampler(FittedFeatures):
 
     @torch.no_grad()
     def features(self, size: int | tuple[int, int] | None = None, *, tile: int = _TILE) -> Tensor:
-        """Returns the features of the whole image.
+        """Returns the features of the whole image, ``(1, C, *size)``.
 
         Args:
             size: Height and width of the result, or its short side; default: the image's. For a
                 smaller size the image is reduced with antialiasing first.
             tile: Positions per pass of the network; bounds the working memory.
-
-        Returns:
-            Features, ``(1, C, *size)``.
 
         Raises:
             ValueError: If ``size`` or ``tile`` is not positive.
@@ -120,15 +115,11 @@ class ImplicitUpsampler(FittedFeatures):
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields the features strip by strip, for sizes that do not fit in memory.
 
-        Args:
-            size: Height and width of the result, or its short side; default: the image's.
-            tile: Positions per strip, rounded down to whole rows, at least one row.
+        Arguments and errors are those of :meth:`features`. A strip has as many whole rows as
+        ``tile`` positions hold, at least one.
 
         Yields:
             First row of a strip, and its features, (1, C, rows, width).
-
-        Raises:
-            ValueError: At the first strip, if ``size`` or ``tile`` is not positive.
         """
         check_numbers(1, tile=tile)
         height, width = self._wanted(size)
@@ -151,8 +142,7 @@ class ImplicitUpsampler(FittedFeatures):
 
         Args:
             position: Fractions of height and width, (N, 2), in [0, 1].
-            colour: Normalised RGB at the positions, (N, 3); default: the image's, interpolated
-                bilinearly.
+            colour: Normalised RGB, (N, 3); default: the image's, interpolated bilinearly.
 
         Returns:
             Coordinates, (N, K).

@@ -10,6 +10,7 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
 from featup_hub.ops.jbu import _without_autocast, check_floating, check_numbers
-from featup_hub.upsamplers.head import FoldedHead, apply_matrices, check_head, head_matrices
+from featup_hub.upsamplers.head import FoldedHead, check_head, head_matrices
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
 from featup_hub.upsamplers.plan import JBUKernels, JBUPlan, check_kernels, plan_sizes, shrunk
 from featup_hub.upsamplers.pretrained import Pretrained
-from featup_hub.upsamplers.stage import JBUStage, has_zero_mean
+from featup_hub.upsamplers.stage import JBUStage, has_zero_mean, stage_weights
 
 __all__ = ["JBUStack"]
 
@@ -62,9 +63,8 @@ class JBUStack(Pretrained):
 
     Attributes:
         looks_per_side: k, for sources of k² looks, see
-            :class:`~featup_hub.backbones.ShiftAndStitch`. The joint bilateral stage then smooths
-            each look separately. Initially 1; :class:`~featup_hub.UpsampledBackbone` copies its
-            backbone's.
+            :class:`~featup_hub.backbones.ShiftAndStitch`, which the joint bilateral stage smooths
+            separately. :class:`~featup_hub.UpsampledBackbone` copies its backbone's.
 
     Example:
         >>> upsampler = JBUStack().eval()
@@ -114,15 +114,10 @@ class JBUStack(Pretrained):
 
     @classmethod
     def fitting(cls, tensors: Mapping[str, Tensor]) -> JBUStack:
-        """Makes a stack with the stages and channels of a file's tensors.
+        """Makes a stack, on the meta device, for tensors by ``state_dict`` names.
 
-        Args:
-            tensors: Tensors by ``state_dict`` names, such as ``up1.range_temp``.
-
-        Returns:
-            The stack, on the meta device; fill it with a strict loader. Without stages in the
-            tensors it has four, without a closing convolution in them it has none. Its kernels sum
-            to one in training if the tensors' kernels do.
+        It has their stages and closing convolution (four stages if there are none), and keeps the
+        sums of its kernels at one in training if the tensors' kernels sum to one.
         """
         count = 0
         while count < _MOST_STAGES and any(n.startswith(f"up{count + 1}.") for n in tensors):
@@ -177,16 +172,8 @@ class JBUStack(Pretrained):
         if head is not None:
             check_head(head, source.shape[1])
         plan = self.plan(guidance, _size(source), size=size, impl=impl)
-        if impl == "reference":
-            source = self.pass_first(source, plan.first, impl=impl)
-            for stage, pooled in plan.stages:
-                source = stage(source, pooled, impl=impl)
-            source = shrunk(source, plan.shrink)
-            if self.fixup_proj is not None:
-                source = source + 0.1 * self.fixup_proj(source)
-            return source if head is None else apply_matrices(source, *head_matrices(head))
         # A generator, so that only one stage's kernels are in memory at a time.
-        kernels = (stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
+        kernels = (predict(pooled) for predict, pooled in plan.stages)
         return self._pass(source, plan, kernels, impl, head)
 
     def kernels(
@@ -197,22 +184,14 @@ class JBUStack(Pretrained):
         size: int | tuple[int, int] | None = None,
         impl: Implementation = "auto",
     ) -> JBUKernels:
-        """Computes all kernels of an image once, for many feature maps of one size.
+        """Computes all kernels of an image once, for :meth:`upsample` and :meth:`pyramid`.
 
-        Args:
-            guidance: The image, (B, 3, H, W).
-            source_size: Height and width of the features.
-            size: As in :meth:`forward`.
-            impl: The implementation.
-
-        Returns:
-            Kernels for :meth:`upsample`.
+        ``source_size`` is the height and width of the features; the rest as in :meth:`forward`.
         """
         plan = self.plan(guidance, source_size, size=size, impl=impl)
-        kernels = tuple(stage.kernel(pooled, impl=impl) for stage, pooled in plan.stages)
         return JBUKernels(
             source_size=(source_size[0], source_size[1]),
-            stages=kernels,
+            stages=tuple(predict(pooled) for predict, pooled in plan.stages),
             first=plan.first,
             shrink=plan.shrink,
         )
@@ -220,15 +199,7 @@ class JBUStack(Pretrained):
     def upsample(
         self, source: Tensor, kernels: JBUKernels, *, impl: Implementation = "auto"
     ) -> Tensor:
-        """Upsamples features with precomputed kernels.
-
-        Args:
-            source: Features, (B, C, h, w).
-            kernels: From :meth:`kernels`.
-            impl: The implementation.
-
-        Returns:
-            Features at the kernels' output size.
+        """Upsamples features, (B, C, h, w), with kernels of :meth:`kernels`.
 
         Raises:
             ValueError: If the kernels were computed for features of another size, or by a stack of
@@ -242,18 +213,8 @@ class JBUStack(Pretrained):
     ) -> list[Tensor]:
         """Returns the features at every resolution, from the source's to the output's.
 
-        Args:
-            source: Features, (B, C, h, w).
-            kernels: From :meth:`kernels`.
-            impl: The implementation.
-
-        Returns:
-            One map more than there are stages; the last equals :meth:`upsample`. All include the
-            closing convolution, if there is one.
-
-        Raises:
-            ValueError: If the kernels were computed for features of another size, or by a stack of
-                another kind.
+        Arguments and errors are those of :meth:`upsample`, which the last map equals. All maps
+        include the closing convolution, if there is one.
 
         Example:
             >>> upsampler, image = JBUStack().eval(), torch.randn(1, 3, 64, 96)
@@ -285,9 +246,6 @@ class JBUStack(Pretrained):
             A module (source, guidance) -> (B, K, H, W) that shares this module's and the
             head's parameters.
 
-        Raises:
-            ValueError: If the head is of another kind, or for another number of channels.
-
         Example:
             >>> segment = JBUStack().eval().fold_head(nn.Linear(5, 2))
             >>> segment(torch.randn(1, 5, 2, 3), torch.randn(1, 3, 32, 48)).shape
@@ -296,16 +254,7 @@ class JBUStack(Pretrained):
         return FoldedHead(self, head)
 
     def check(self, source: Tensor, guidance: Tensor) -> None:
-        """Checks that the arguments are features and their image.
-
-        Args:
-            source: Features, (B, C, h, w).
-            guidance: The image, (B, G, H, W).
-
-        Raises:
-            TypeError: If one of them is not a tensor of floating-point numbers.
-            ValueError: If the shapes do not fit this stack or do not match.
-        """
+        """Raises an error unless the arguments are features for this stack, and their image."""
         check_floating(source, "source")
         check_floating(guidance, "guidance")
         if source.dim() == 3 and guidance.dim() == 4:
@@ -337,16 +286,9 @@ class JBUStack(Pretrained):
         size: int | tuple[int, int] | None = None,
         impl: Implementation = "auto",
     ) -> JBUPlan:
-        """Chooses the stages, and pools the image for each.
+        """Chooses the stages, and pools the image for each, in float32 or better.
 
-        Args:
-            guidance: The image, (B, G, H, W).
-            source_size: Height and width of the features.
-            size: As in :meth:`forward`.
-            impl: Implementation of the joint bilateral stage's kernels.
-
-        Returns:
-            The plan; its guidance is in float32 or better.
+        Arguments are those of :meth:`kernels`.
 
         Raises:
             ValueError: If the output would be smaller than the features.
@@ -357,11 +299,15 @@ class JBUStack(Pretrained):
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
             pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
-            stages = list(zip(self.stages(len(sizes)), pooled, strict=True))
+            chosen = self.stages(len(sizes))
+            stages = [
+                (partial(stage.kernel, weights=weights, impl=impl), image)
+                for stage, weights, image in zip(chosen, stage_weights(chosen), pooled, strict=True)
+            ]
             if self.first is None or not stages:
                 return JBUPlan(size=size, first=None, stages=stages, shrink=shrink)
             joint = 1 + max(len(stages) - self.num_stages, 0)
-            learned = [stage.kernel(image, impl=impl) for stage, image in stages[:joint]]
+            learned = [predict(image) for predict, image in stages[:joint]]
             first = self.first.kernels(
                 guidance, source_size, learned, looks_per_side=self.looks_per_side, impl=impl
             )
@@ -370,12 +316,7 @@ class JBUStack(Pretrained):
     def before(self, source: Tensor, head: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
         """Applies the closing convolution, x + 0.1·(Wx + b), and a head at low resolution.
 
-        Args:
-            source: Features, (B, C, h, w).
-            head: A linear head, see :meth:`fold_head`.
-
-        Returns:
-            The input of the stages, and the bias to add after them.
+        Returns the input of the stages, and the bias to add after them.
         """
         bias: Tensor | None = None
         if self.fixup_proj is not None:
@@ -384,7 +325,7 @@ class JBUStack(Pretrained):
             bias = 0.1 * cast(Tensor, conv.bias)
         if head is not None:
             weight, offset = head_matrices(head)
-            source = apply_matrices(source, weight)
+            source = F.conv2d(source, weight[:, :, None, None])
             bias = bias if bias is None else weight @ bias
             bias = bias if offset is None else offset if bias is None else bias + offset
         return source, bias

@@ -15,6 +15,7 @@ Machines", NIPS 2007.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -134,7 +135,7 @@ class JointBilateralStage(nn.Module):
         looks_per_side: int = 1,
         impl: Implementation = "auto",
     ) -> JointKernels:
-        """Computes both filters.
+        """Computes both filters, in the image's precision.
 
         Args:
             image: The image, (B, G, H, W), float32 or better.
@@ -145,9 +146,6 @@ class JointBilateralStage(nn.Module):
                 separately, with twice the σ, and the result is 0.6 of the smoothed features and
                 0.4 of the cell's own.
             impl: Implementation, see :mod:`featup_hub.ops.jbu`.
-
-        Returns:
-            The kernels; those of the filters in the image's precision.
 
         Raises:
             ValueError: If ``learned`` is empty.
@@ -161,20 +159,14 @@ class JointBilateralStage(nn.Module):
         pixels = self.embed(pool_guidance(image, (_FINER * height, _FINER * width)))
         looks = [pool_guidance(pixels, size) for size in sizes]
 
-        def kernel(
-            query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, cells: tuple[int, int]
-        ) -> Tensor:
-            """Compares pixels with the cells, or with the coarser pixels, around them."""
-            return joint_kernel(
-                query, key, spatial, range, cells=cells, radius=self.radius, impl=impl
-            )
-
+        compare = partial(joint_kernel, radius=self.radius, impl=impl)
         own, wider = looks[0], 1.0
         if looks_per_side > 1:
             own = _split(_over_stride(own, looks_per_side), looks_per_side)
             wider = _WIDER
         spatial = wider * self.smoothing_spatial
-        smoothing = kernel(own, own, spatial, self.smoothing_range, (own.shape[2], own.shape[3]))
+        grid = (own.shape[2], own.shape[3])
+        smoothing = compare(own, own, spatial, self.smoothing_range, cells=grid)
         if looks_per_side > 1:
             centre = torch.arange(smoothing.shape[1], device=smoothing.device)
             itself = (centre == smoothing.shape[1] // 2).to(smoothing)[:, None, None]
@@ -182,7 +174,7 @@ class JointBilateralStage(nn.Module):
         return JointKernels(
             smoothing,
             tuple(
-                kernel(finer, coarser, self.spatial, self.range, source_size)
+                compare(finer, coarser, self.spatial, self.range, cells=source_size)
                 for coarser, finer in pairwise(looks)
             ),
             tuple(learned),
@@ -206,16 +198,7 @@ class JointBilateralStage(nn.Module):
     def forward(
         self, source: Tensor, kernels: JointKernels, *, impl: Implementation = "auto"
     ) -> Tensor:
-        """Applies the kernels.
-
-        Args:
-            source: Features, (B, C, h, w).
-            kernels: From :meth:`kernels`.
-            impl: Implementation, see :mod:`featup_hub.ops.jbu`.
-
-        Returns:
-            Features at the size of the last pass, (B, C, H, W).
-        """
+        """Applies the kernels, (B, C, h, w) -> (B, C, H, W), at the size of the last pass."""
         return self.levels(source, kernels, impl=impl)[-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from featup_hub.ops.jbu import check_floating
 from featup_hub.upsamplers.joint import JointKernels
-from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = [
     "JBUKernels",
@@ -29,20 +29,9 @@ def stage_sizes(
 ) -> list[tuple[int, int]]:
     """Plans the sizes from source to output.
 
-    There are n = ceil(log2 of the larger ratio) stages, counted from the output. The last stage
-    makes the output, the one before it half of that (rounded up), and so on, never below the
-    source. So every stage except the first doubles the size, up to the rounding of odd sizes. The
-    first stage, which is the cheapest, takes the remaining ratio.
-
-    Args:
-        source_size: Height and width of the features.
-        output_size: Height and width wanted, neither smaller than the source's.
-
-    Returns:
-        One size per stage, ``output_size`` last; empty if the sizes are equal.
-
-    Raises:
-        ValueError: If the output is smaller than the source.
+    There are n = ceil(log2 of the larger ratio) stages. The last one makes the output, the one
+    before it half of that (rounded up), and so on, never below the source. So every stage except
+    the first, the cheapest, doubles the size; the first takes the remaining ratio.
 
     Example:
         >>> stage_sizes((14, 14), (224, 224))
@@ -72,12 +61,7 @@ def stage_sizes(
 
 
 def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Returns the height and width of the output.
-
-    Args:
-        guidance: The image, (B, G, H, W).
-        size: Height and width; or the length of the short side, which keeps the image's aspect
-            ratio; or None for the image's own size.
+    """Returns the height and width of the output: a size, a short side, or the image's own.
 
     Example:
         >>> import torch
@@ -109,16 +93,9 @@ def plan_sizes(
     *,
     may_shrink: bool,
 ) -> tuple[tuple[int, int], list[tuple[int, int]], int]:
-    """Plans the sizes of the output and of every stage.
+    """Returns the output's size, one size per stage, and :attr:`JBUPlan.shrink`.
 
-    Args:
-        source_size: Height and width of the features.
-        guidance: The image, (B, G, H, W).
-        size: See :func:`output_size`.
-        may_shrink: Whether to compute an output of at most half the image's size at twice its size.
-
-    Returns:
-        The output's size, one size per stage, and :attr:`JBUPlan.shrink`.
+    ``may_shrink``: an output of at most half the image's size is computed at twice its size.
     """
     if not _is_pair(source_size):
         raise TypeError(f"source_size must be (height, width), whole numbers; got {source_size!r}")
@@ -138,13 +115,14 @@ class JBUPlan:
     Attributes:
         size: Height and width of the output.
         first: Kernels of the joint bilateral stage, which comes first; None if there is none.
-        stages: The learned stages after it, each with its guidance, (B, G, H, W).
+        stages: For each learned stage after it, the function that predicts kernels, and the
+            stage's guidance, (B, G, H, W).
         shrink: The stages' result is larger than the output by this factor, and is averaged down.
     """
 
     size: tuple[int, int]
     first: JointKernels | None
-    stages: list[tuple[JBUStage, Tensor]]
+    stages: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]]
     shrink: int
 
 

@@ -64,16 +64,13 @@ class Pretrained(nn.Module):
         token: str | bool | None = None,
         force_download: bool = False,
     ) -> Self:
-        """Loads a module from a folder or a Hub repository.
+        """Loads a module, in eval mode.
 
         Args:
-            source: Folder made by :meth:`save_pretrained`, or repository, ``owner/name``.
+            source: Folder made by :meth:`save_pretrained`, or Hub repository, ``owner/name``.
             revision: Commit, tag or branch of the repository; default: the main branch.
             token: Access token; default: the one the Hub's library finds.
             force_download: Download the files even if they are cached.
-
-        Returns:
-            The module, in eval mode.
 
         Raises:
             ValueError: If a file is damaged, or weights and config do not match.
@@ -107,12 +104,7 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path, *, licence: str | None = None) -> None:
         """Writes config, weights and, unless there is one, a model card.
 
-        Args:
-            folder: The folder; made if it does not exist.
-            licence: Name of the weights' licence for the card, as the Hub spells it.
-
-        Raises:
-            OSError: If the folder cannot be written to.
+        ``licence`` is the name of the weights' licence for the card, as the Hub spells it.
         """
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +131,7 @@ class Pretrained(nn.Module):
             private: Make a new repository private.
             branch: Branch to commit to; default: the main branch.
             message: Commit message.
-            licence: Name of the weights' licence for a new card, as the Hub spells it.
+            licence: As in :meth:`save_pretrained`.
             token: Access token; default: the one the Hub's library finds.
 
         Returns:

@@ -8,6 +8,7 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,25 +16,21 @@ from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, StageWeights, jbu_apply, jbu_kernel
 
-__all__ = ["JBUStage", "has_zero_mean"]
+__all__ = ["JBUStage", "has_zero_mean", "stage_weights"]
 
 _ZERO_MEAN = 1e-6  # of the largest entry: rounding error in float32 of a mean of zero
 
 
 class ZeroSumConv2d(nn.Conv2d):
-    """A 1×1 convolution with outputs that sum to zero for any parameters.
+    """A 1×1 convolution that uses and saves its parameters without their means over the outputs.
 
-    It uses and saves weight and bias without their means over the outputs.
+    Its outputs therefore sum to zero, whatever the parameters are.
     """
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """Returns the weight and bias in use, (outputs, inputs) and (outputs,)."""
-        return _without_mean(self.weight.flatten(1)), _without_mean(cast(Tensor, self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the convolution, (B, inputs, H, W) -> (B, outputs, H, W)."""
-        weight, bias = self.matrices()
-        return nn.functional.conv2d(x, weight[:, :, None, None].to(x), bias.to(x))
+        weight, bias = _without_mean(self.weight), _without_mean(cast(Tensor, self.bias))
+        return nn.functional.conv2d(x, weight.to(x), bias.to(x))
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -51,9 +48,9 @@ def has_zero_mean(matrix: Tensor) -> bool:
     return bool(matrix.mean(0).abs().max() <= _ZERO_MEAN * matrix.abs().max())
 
 
-def _without_mean(matrix: Tensor) -> Tensor:
+def _without_mean(matrix: Tensor, axis: int = 0) -> Tensor:
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    return matrix - matrix.mean(0)
+    return matrix - matrix.mean(axis, keepdim=True)
 
 
 class PointwiseMLP(nn.Sequential):
@@ -70,19 +67,39 @@ class PointwiseMLP(nn.Sequential):
         )
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns weight and bias of the first layer, then of the second."""
+        """Returns weight and bias of the first layer, then of the second, as they are saved."""
         first, second = cast(nn.Conv2d, self[0]), cast(nn.Conv2d, self[3])
-        weight, bias = (
-            second.matrices()
-            if isinstance(second, ZeroSumConv2d)
-            else (second.weight.flatten(1), cast(Tensor, second.bias))
-        )
-        return first.weight.flatten(1), cast(Tensor, first.bias), weight, bias
+        biases = cast(Tensor, first.bias), cast(Tensor, second.bias)
+        return first.weight.flatten(1), biases[0], second.weight.flatten(1), biases[1]
 
     def drop(self, second: Tensor) -> Tensor:
         """Drops hidden channels of one sample by dropping columns of the second layer."""
         mask: Tensor = self[2](torch.ones_like(second[:1])[:, :, None, None])
         return second * mask.flatten()
+
+
+def stage_weights(stages: Sequence[JBUStage]) -> list[StageWeights]:
+    """Returns the parameters of stages of one kind, in the form that the operations take."""
+    weights = [
+        StageWeights(
+            stage.range_temp,
+            stage.sigma_spatial,
+            *stage.range_proj.matrices(),
+            *stage.fixup_proj.matrices(),
+        )
+        for stage in stages
+    ]
+    if not stages or not isinstance(stages[0].fixup_proj[3], ZeroSumConv2d):
+        return weights
+    # All stages at once: on a GPU many small operators cost more than their arithmetic.
+    matrices, biases = (
+        _without_mean(torch.stack(layers), 1)
+        for layers in ([w.fixup_w1 for w in weights], [w.fixup_b1 for w in weights])
+    )
+    return [
+        w._replace(fixup_w1=matrix, fixup_b1=bias)
+        for w, matrix, bias in zip(weights, matrices, biases, strict=True)
+    ]
 
 
 class JBUStage(nn.Module):
@@ -118,16 +135,20 @@ class JBUStage(nn.Module):
 
     def weights(self) -> StageWeights:
         """Returns the ten parameters in the form that the operations take."""
-        return StageWeights(
-            self.range_temp,
-            self.sigma_spatial,
-            *self.range_proj.matrices(),
-            *self.fixup_proj.matrices(),
-        )
+        return stage_weights([self])[0]
 
-    def kernel(self, guidance: Tensor, *, impl: Implementation = "auto") -> Tensor:
-        """Predicts one kernel per pixel of the guidance, (B, G, H, W) -> (B, D², H, W)."""
-        weights = self.weights()
+    def kernel(
+        self,
+        guidance: Tensor,
+        *,
+        weights: StageWeights | None = None,
+        impl: Implementation = "auto",
+    ) -> Tensor:
+        """Predicts one kernel per pixel of the guidance, (B, G, H, W) -> (B, D², H, W).
+
+        ``weights`` are :meth:`weights`, if they are at hand.
+        """
+        weights = self.weights() if weights is None else weights
         if not (self.training and self.dropout > 0):
             return jbu_kernel(guidance, weights, impl=impl)
         kernels = []
@@ -140,14 +161,5 @@ class JBUStage(nn.Module):
         return torch.cat(kernels)
 
     def forward(self, source: Tensor, guidance: Tensor, *, impl: Implementation = "auto") -> Tensor:
-        """Upsamples the source to the guidance's size.
-
-        Args:
-            source: Features, (B, C, h, w).
-            guidance: The image at the output size, (B, G, H, W).
-            impl: Implementation, see :mod:`featup_hub.ops.jbu`.
-
-        Returns:
-            Features, (B, C, H, W).
-        """
+        """Upsamples a source, (B, C, h, w), to the guidance's size, (B, C, H, W)."""
         return jbu_apply(source, self.kernel(guidance, impl=impl), impl=impl)

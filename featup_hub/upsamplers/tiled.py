@@ -8,18 +8,18 @@ other edges the pixels that a cut makes wrong are cropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.jbu import check_floating
-from featup_hub.ops.tables import bicubic_row
+from featup_hub.ops.tables import bicubic
 from featup_hub.upsamplers.jbu import JBUStack
 from featup_hub.upsamplers.plan import shrunk
-from featup_hub.upsamplers.stage import JBUStage
 
 __all__ = ["upsample_tiled"]
 
@@ -104,42 +104,39 @@ def upsample_tiled(
             check_floating(out, "out")
         shrink = plan.shrink
         side = _side(max_bytes, source.shape[1]) // shrink
-        for sample in range(shape[0]):
-            pooled = [(stage, image[sample : sample + 1]) for stage, image in plan.stages]
-            low = source[sample : sample + 1]
-            for rows in _slices(height, side):
-                for columns in _slices(width, side):
-                    tile = out[sample : sample + 1, :, rows, columns]
-                    if shrink == 1:
-                        _fill(tile, low, pooled, (rows, columns), upsampler.radius, impl)
-                    else:
-                        wanted = _enlarged(rows, shrink), _enlarged(columns, shrink)
-                        sides = (shrink * tile.shape[2], shrink * tile.shape[3])
-                        larger = source.new_empty((1, shape[1], *sides))
-                        _fill(larger, low, pooled, wanted, upsampler.radius, impl)
-                        tile.copy_(shrunk(larger, shrink))
-                    if bias is not None:
-                        tile += bias[:, None, None].to(tile)
+        tiles = [(y, x) for y in _slices(height, side) for x in _slices(width, side)]
+        for sample, (rows, columns) in product(range(shape[0]), tiles):
+            one = slice(sample, sample + 1)
+            stages = [(predict, image[one]) for predict, image in plan.stages]
+            wanted = _enlarged(rows, shrink), _enlarged(columns, shrink)
+            tile = out[one, :, rows, columns]
+            sides = (shrink * tile.shape[2], shrink * tile.shape[3])
+            larger = tile if shrink == 1 else source.new_empty(1, shape[1], *sides)
+            _fill(larger, source[one], stages, wanted, upsampler.radius, impl)
+            if shrink > 1:
+                tile.copy_(shrunk(larger, shrink))
+            if bias is not None:
+                tile += bias[:, None, None].to(tile)
     return out
 
 
 def _fill(
     tile: Tensor,
     source: Tensor,
-    plan: list[tuple[JBUStage, Tensor]],
+    stages: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]],
     wanted: tuple[slice, slice],
     radius: int,
     impl: Implementation,
 ) -> None:
     """Computes one tile of one sample, its channels in groups."""
-    sizes = [source.shape[2:], *(image.shape[2:] for _, image in plan)]
+    sizes = [source.shape[2:], *(image.shape[2:] for _, image in stages)]
     down = _spans([size[0] for size in sizes], wanted[0], radius, source)
     across = _spans([size[1] for size in sizes], wanted[1], radius, source)
     kernels = [
-        stage.kernel(image[:, :, y.region, x.region], impl=impl)
-        for (stage, image), y, x in zip(plan, down, across, strict=True)
+        predict(image[:, :, y.region, x.region])
+        for (predict, image), y, x in zip(stages, down, across, strict=True)
     ]
-    first = (down[0].source, across[0].source) if plan else wanted
+    first = (down[0].source, across[0].source) if stages else wanted
     for channels in _slices(source.shape[1], CHANNELS):
         features = source[:, channels, first[0], first[1]]
         for kernel, y, x in zip(kernels, down, across, strict=True):
@@ -151,25 +148,16 @@ def _fill(
 def _spans(sizes: list[int], wanted: slice, radius: int, like: Tensor) -> list[Span]:
     """Traces the wanted pixels from the last size back to the first."""
     spans: list[Span] = []
+    dtype = torch.promote_types(like.dtype, torch.float32)
     for size_in, size_out in zip(sizes[-2::-1], sizes[:0:-1], strict=True):
-        start, stop = max(wanted.start - radius, 0), min(wanted.stop + radius, size_out)
-        mixed = [bicubic_row(index, size_in, size_out) for index in range(start, stop)]
-        low = min(min(row) for row in mixed)
-        high = max(max(row) for row in mixed) + 1
-        matrix = torch.zeros(stop - start, high - low, dtype=torch.float64)
-        for index, row in enumerate(mixed):
-            for pixel, weight in row.items():
-                matrix[index, pixel - low] = weight
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        spans.append(
-            Span(
-                region=slice(start, stop),
-                source=slice(low, high),
-                matrix=matrix.to(like.device, dtype),
-                inner=slice(wanted.start - start, wanted.stop - start),
-            )
-        )
+        region = slice(max(wanted.start - radius, 0), min(wanted.stop + radius, size_out))
+        inner = slice(wanted.start - region.start, wanted.stop - region.start)
+        pixels, weights = (x[region] for x in bicubic(size_in, size_out, torch.float64))
+        low, high = int(pixels.min()), int(pixels.max()) + 1
+        matrix = torch.zeros(len(pixels), high - low, dtype=torch.float64)
+        matrix = matrix.scatter_add_(1, pixels - low, weights).to(like.device, dtype)
         wanted = slice(low, high)
+        spans.append(Span(region=region, source=wanted, matrix=matrix, inner=inner))
     return spans[::-1]
 
 
