@@ -49,9 +49,6 @@ def implementations() -> list[ImplementationStatus]:
 
     Prepares the fused kernels where they can run; the first time, this compiles them.
 
-    Returns:
-        One row per device; ``str(row)`` is a sentence.
-
     Example:
         >>> print(implementations()[0])
         cpu: torch, because the fused kernels need tensors on a CUDA device; got cpu; ...
@@ -78,16 +75,11 @@ def _status(device: torch.device) -> ImplementationStatus:
 
 
 def choose(impl: str, obstacle: Callable[..., str | None], *tensors: Any) -> ModuleType:
-    """Returns the module of the implementation, with the four functions of ``torch_backend``.
+    """Returns the module of the implementation, with the functions of ``torch_backend``.
 
-    Args:
-        impl: ``"auto"``, ``"cuda"`` or ``"torch"``.
-        obstacle: Returns why the fused kernels cannot compute with these tensors.
-        tensors: The inputs; the first gives the device.
-
-    Returns:
-        The module. If the fused kernels cannot run, ``"auto"`` takes ``torch_backend``; on a CUDA
-        device it warns once per reason.
+    ``obstacle`` returns why the fused kernels cannot compute with these tensors, of which the first
+    gives the device. Then ``"auto"`` takes ``torch_backend``; on a CUDA device it warns once per
+    reason.
 
     Raises:
         RuntimeError: If ``impl`` is ``"cuda"`` and the fused kernels cannot run; with the reason.

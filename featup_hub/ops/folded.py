@@ -114,14 +114,8 @@ class Tiling:
     ) -> Tensor:
         """Folds the taps of a row of tiles onto the windows.
 
-        Args:
-            kernel: Kernels of one sample, (H, W, D²).
-            first: First output row.
-            stop: The output row after the last.
-            buffers: From :meth:`fold_buffers`; the result lies in the last.
-
-        Returns:
-            (columns, output pixels of a tile, source pixels of a window).
+        Takes the kernels of one sample, (H, W, D²), and those of its rows that the tiles hold.
+        Returns (columns, output pixels of a tile, source pixels of a window), in the last buffer.
         """
         taps, down, across = buffers
         height, d = taps.shape[:2]
@@ -165,15 +159,9 @@ class Tiling:
 
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Resizes a source to the kernels' size and filters it.
+    """Resizes a source, (B, h, w, C), to the kernels' size and filters it.
 
-    Args:
-        source: (B, h, w, C).
-        kernel: (B, H, W, D²); sums have its precision.
-        bias: (C,).
-
-    Returns:
-        (B, H, W, C) in the source's dtype.
+    Sums have the precision of the kernels, (B, H, W, D²); the result, (B, H, W, C), the source's.
     """
     batch, height, width, _ = kernel.shape
     channels = source.shape[3]
@@ -196,16 +184,7 @@ def apply(source: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def source_gradient(grad: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """The adjoint of :func:`apply` with respect to the source.
-
-    Args:
-        grad: (B, H, W, C).
-        kernel: (B, H, W, D²).
-        size: Height and width of the source.
-
-    Returns:
-        (B, h, w, C) in the kernels' precision.
-    """
+    """The adjoint of :func:`apply` with respect to the source, in the kernels' precision."""
     batch, height, width, channels = grad.shape
     tiling = Tiling.plan(size, (height, width), kernel)
     total = new_map(kernel, batch, *size, channels).zero_()
@@ -225,17 +204,7 @@ def source_gradient(grad: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tens
 
 
 def kernel_gradient(grad: Tensor, source: Tensor, diameter: int, dtype: torch.dtype) -> Tensor:
-    """The adjoint of :func:`apply` with respect to the kernels.
-
-    Args:
-        grad: (B, H, W, C).
-        source: (B, h, w, C).
-        diameter: Side D of the kernels.
-        dtype: Precision of the kernels.
-
-    Returns:
-        (B, H, W, D²).
-    """
+    """The adjoint of :func:`apply` with respect to D×D kernels, in the precision ``dtype``."""
     batch, height, width, channels = grad.shape
     output = new_map(grad.new_empty(0, dtype=dtype), batch, height, width, diameter * diameter)
     tiling = Tiling.plan((source.shape[1], source.shape[2]), (height, width), output)
@@ -254,12 +223,7 @@ def kernel_gradient(grad: Tensor, source: Tensor, diameter: int, dtype: torch.dt
 
 
 class _Overlap:
-    """Adds up overlapping windows of neighbouring tiles, always in the same order.
-
-    Args:
-        tiling: How the map is cut into tiles.
-        part: The tiles.
-    """
+    """Adds up overlapping windows of a part's neighbouring tiles, always in the same order."""
 
     def __init__(self, tiling: Tiling, part: slice) -> None:
         device, width = tiling.window.device, tiling.x.window

@@ -35,16 +35,9 @@ Implementation = Literal["auto", "cuda", "torch", "reference"]
 def jbu_kernel(guidance: Tensor, weights: StageWeights, *, impl: Implementation = "auto") -> Tensor:
     """Predicts one D×D kernel per pixel from the guidance.
 
-    See :func:`featup_hub.ops.reference.jbu_kernel` for the formula. Kernels are computed in float32
-    (in float64 for float64 weights), for any precision of the guidance and under autocast.
-
-    Args:
-        guidance: The image at the stage's output size, (B, G, H, W).
-        weights: The stage's parameters.
-        impl: The implementation.
-
-    Returns:
-        Kernels, (B, D², H, W), taps row-major.
+    See :func:`featup_hub.ops.reference.jbu_kernel` for the formula and shapes. Kernels are computed
+    in float32 (in float64 for float64 weights), for any precision of the guidance and under
+    autocast.
 
     Raises:
         ValueError: If ``guidance`` is not (B, G, H, W) or ``impl`` is unknown.
@@ -73,17 +66,8 @@ def jbu_apply(
 ) -> Tensor:
     """Resizes the source to the kernels' size and filters it, every channel alike.
 
-    See :func:`featup_hub.ops.reference.jbu_apply` for the formula. Sums are in float32 or better;
-    the result has the source's precision.
-
-    Args:
-        source: Low-resolution features, (B, C, h, w), any memory format.
-        kernel: Kernels, (B, D², H, W).
-        bias: Added to every output pixel, (C,).
-        impl: The implementation.
-
-    Returns:
-        Features, (B, C, H, W).
+    See :func:`featup_hub.ops.reference.jbu_apply` for the formula and shapes. Sums are in float32
+    or better; the result has the source's precision.
 
     Raises:
         ValueError: If the shapes do not match or ``impl`` is unknown.
@@ -122,19 +106,8 @@ def joint_kernel(
 ) -> Tensor:
     """Weights the cells around every pixel by distance and by likeness of embeddings.
 
-    See :func:`featup_hub.ops.reference.joint_kernel` for the formula.
-
-    Args:
-        query: Embeddings of the pixels, (B, E, H, W).
-        key: Embeddings of the cells, (B, E, h, w).
-        spatial: Width of the spatial term in cells of the source, ().
-        range: Width of the embeddings' term, ().
-        cells: Height and width of the source.
-        radius: Reach of the kernels, in pixels.
-        impl: Implementation; all except ``"reference"`` are one operator, the same on every device.
-
-    Returns:
-        Kernels, (B, D², H, W), taps row-major, D = 2·radius + 1; they sum to one.
+    See :func:`featup_hub.ops.reference.joint_kernel` for the formula and shapes. All
+    implementations except ``"reference"`` are one operator, the same on every device.
     """
     spatial, range = spatial.to(query), range.to(query)
     if impl == "reference" or _traced():
@@ -143,15 +116,7 @@ def joint_kernel(
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes an image as :func:`featup_hub.ops.reference.pool_guidance` does.
-
-    Args:
-        image: The image, (B, C, H, W).
-        size: Height and width wanted, smaller or larger.
-
-    Returns:
-        The pooled image, (B, C, *size).
-    """
+    """Resizes an image, (B, C, H, W), as :func:`featup_hub.ops.reference.pool_guidance` does."""
     # torch's own operator neither compiles nor exports with symbolic sizes, and its gradient on a
     # GPU is not deterministic.
     if torch.compiler.is_compiling() or _traced() or (image.is_cuda and image.requires_grad):

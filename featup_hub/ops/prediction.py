@@ -38,15 +38,7 @@ GPU_BAND_ELEMENTS = 1 << 26  # a GPU needs few large operations
 
 
 def predict(guidance: Tensor, weights: StageWeights) -> Tensor:
-    """Predicts kernels.
-
-    Args:
-        guidance: (B, G, H, W), in the weights' dtype.
-        weights: The stage's parameters.
-
-    Returns:
-        Kernels, channels last, (B, H, W, D²).
-    """
+    """Predicts kernels, channels last, (B, H, W, D²), from (B, G, H, W) in the weights' dtype."""
     batch, _, height, width = guidance.shape
     taps = weights.fixup_w1.shape[0]
     padded = reflect_pad(guidance, weights.radius)
@@ -66,16 +58,7 @@ def predict(guidance: Tensor, weights: StageWeights) -> Tensor:
 def predict_backward(
     grad: Tensor, guidance: Tensor, weights: StageWeights
 ) -> tuple[Tensor, StageWeights]:
-    """The adjoint of :func:`predict`.
-
-    Args:
-        grad: Gradient of the kernels, (B, H, W, D²).
-        guidance: (B, G, H, W).
-        weights: The stage's parameters.
-
-    Returns:
-        Gradients of the guidance and of the weights.
-    """
+    """The adjoint of :func:`predict`: the gradients of the guidance and of the weights."""
     batch, channels, height, width = guidance.shape
     w, taps = weights, weights.fixup_w1.shape[0]
     projection, hidden_in = _project(guidance, w)

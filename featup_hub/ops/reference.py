@@ -74,17 +74,10 @@ class StageWeights(NamedTuple):
 
 
 def reflect_pad(x: Tensor, radius: int) -> Tensor:
-    """Pads the last two axes by reflection, repeated as often as needed.
+    """Pads the last two axes by reflection, ``radius`` pixels on every side.
 
     PyTorch's own reflection needs more pixels than padding. For smaller maps the reflection is
     reflected again (NumPy's rule), and a single row or column is repeated.
-
-    Args:
-        x: Any map, (B, C, H, W).
-        radius: Pixels to add on every side.
-
-    Returns:
-        The padded map, (B, C, H + 2·radius, W + 2·radius).
     """
     height, width = x.shape[-2:]
     # Symbolic sizes are not compared: a comparison would limit a program to small maps like its
@@ -121,13 +114,6 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     :math:`g = A_h\, x\, A_w^\top`, where row i of A averages the pixels from
     :math:`\lfloor i n / N \rfloor` up to :math:`\lceil (i + 1) n / N \rceil`. The rule also holds
     if N > n, and the products compile and export with symbolic sizes.
-
-    Args:
-        image: The image, (B, C, H, W).
-        size: Height and width wanted.
-
-    Returns:
-        The pooled image, (B, C, *size).
     """
     rows = _pooling_matrix(image.shape[-2], size[0], image)
     columns = _pooling_matrix(image.shape[-1], size[1], image)

@@ -78,16 +78,8 @@ def fold_axis(
 ) -> FoldedAxis:
     """Tabulates the source pixels that the taps of each output pixel read along one axis.
 
-    Args:
-        size_in: Source pixels.
-        size_out: Output pixels.
-        tile: Output pixels that share a window.
-        radius: Reach of the taps, in output pixels.
-        dtype: Precision of the maps.
-        device: Device of the table.
-
-    Returns:
-        Tiles, windows and weights.
+    ``tile`` output pixels share a window; ``radius`` is the reach of the taps in output pixels;
+    ``dtype`` is the precision of the maps.
     """
     pixels, weights = bicubic(size_in, size_out, dtype)
     # If the sizes are equal, three of the four weights are zero and need no space in a window.
