@@ -142,8 +142,7 @@ def test_a_forward_pass_of_the_default_upsampler_is_few_operators() -> None:
     upsampler = load_upsampler()
     with torch.no_grad(), Launches() as launches:
         upsampler(torch.randn(1, 8, 4, 4), torch.randn(1, 3, 64, 64))
-    centring = [name for name in launches.names if name in ("mean", "sub")]  # of the weights
-    assert len(launches.names) - len(centring) <= 40
+    assert len(launches.names) <= 40
 
 
 def test_an_absent_bias_is_none() -> None:
@@ -168,14 +167,6 @@ def test_autocast_leaves_kernels_in_float32_and_features_in_their_own_precision(
         )
         assert jbu_apply(source.to(dtype), kernel, impl="torch").dtype == dtype
         assert jbu_apply(source, kernel, impl="torch").dtype == torch.float32
-
-
-def test_autocast_is_as_before_afterwards() -> None:
-    guidance, *_ = maps()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        jbu_kernel(guidance, stage_weights(), impl="torch")
-        assert torch.is_autocast_enabled("cpu")
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="torch before 2.5")
@@ -229,19 +220,3 @@ def test_a_stack_compiles_without_a_graph_break(dynamic: bool) -> None:
         slopes = [torch.autograd.grad(y.square().sum(), source)[0] for y in (expected, found)]
         torch.testing.assert_close(*slopes)
     torch._dynamo.reset()
-
-
-def test_while_exporting_the_definition_is_taken() -> None:
-    class Stage(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stage = JBUStage().eval()
-
-        def forward(self, source: Tensor, guidance: Tensor) -> Tensor:
-            return self.stage(source, guidance, impl="torch")
-
-    guidance, source, _, _ = maps()
-    program = torch.export.export(Stage(), (source, guidance))
-    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert called
-    assert not [name for name in called if "featup_hub" in name]

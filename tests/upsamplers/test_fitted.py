@@ -52,8 +52,9 @@ def test_points_at_pixels_have_the_features_of_the_map(make) -> None:
     assert fitted.features_at(torch.empty(0, 2)).shape == (0, 7)
 
 
-def test_points_between_pixels_have_the_features_of_a_larger_map() -> None:
-    fitted = jbu_fit()
+@KINDS
+def test_points_between_pixels_have_the_features_of_a_larger_map(make) -> None:
+    fitted = make()
     twice = fitted.features((18, 26))[0]
     # Pixel (2i, 2j) of twice the size lies a quarter of a pixel before the centre of (i, j).
     found = fitted.features_at([[3.75, 6.25]])

@@ -59,25 +59,6 @@ def test_features_are_the_formula_written_out_for_one_pixel(base: bool) -> None:
     torch.testing.assert_close(module.features()[0, :, row, column], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_points_at_pixels_have_the_features_of_the_map() -> None:
-    module = make(base=True)
-    whole = module.features()[0]
-    points = torch.tensor([[0.0, 0.0], [8.0, 12.0], [3.0, 7.0]])
-    found = module.features_at(points)
-    for n, (row, column) in enumerate(points.long().tolist()):
-        torch.testing.assert_close(found[n], whole[:, row, column], atol=1e-5, rtol=1e-5)
-    assert module.features_at(torch.empty(0, 2)).shape == (0, 7)
-
-
-def test_points_between_pixels_have_the_features_of_a_larger_map() -> None:
-    module = make(base=True)
-    twice = module.features((18, 26))[0]
-    # Pixel (2i, 2j) of twice the size lies a quarter of a pixel before the centre of (i, j).
-    found = module.features_at([[3.75, 6.25], [0.25, 11.75]])
-    torch.testing.assert_close(found[0], twice[:, 8, 13], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found[1], twice[:, 1, 24], atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("size", [None, (5, 6), (20, 11), (1, 1)])
 def test_tiles_do_not_change_the_features(size: tuple[int, int] | None) -> None:
     module = make()

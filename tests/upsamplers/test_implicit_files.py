@@ -14,27 +14,6 @@ from featup_hub.weights import metadata, read, write
 from tests.upsamplers.small_implicit import make
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_a_saved_file_reproduces_the_features_bit_for_bit(base: bool, tmp_path: Path) -> None:
-    module = make(
-        base=base, backbone="stem", backbone_digest="ab12", scores={"steps": 5.0}, dropout=0.1
-    )
-    module.save(tmp_path / "one.safetensors")
-    before = torch.get_rng_state()
-    found = ImplicitUpsampler.load(tmp_path / "one.safetensors")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not found.training
-    for size in (None, (31, 17)):
-        assert torch.equal(found.features(size), module.features(size))
-    assert torch.equal(found.features_at([[1.3, 2.9]]), module.features_at([[1.3, 2.9]]))
-    assert (found.backbone, found.backbone_digest) == ("stem", "ab12")
-    assert (found.scores, found.dropout) == ({"steps": 5.0}, 0.1)
-    found.save(tmp_path / "two.safetensors")
-    assert (tmp_path / "one.safetensors").read_bytes() == (
-        tmp_path / "two.safetensors"
-    ).read_bytes()
-
-
 @pytest.mark.parametrize("name", ["image", "mean", "fourier.phase", "layers.1.weight", "base"])
 def test_a_file_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"

@@ -118,11 +118,6 @@ def test_a_plan_never_shrinks_and_no_stage_more_than_doubles() -> None:
                 assert before <= after <= 2 * before
 
 
-def test_an_output_smaller_than_the_source_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least as large as the source, 8×8; got 4×8"):
-        stage_sizes((8, 8), (4, 8))
-
-
 @pytest.mark.parametrize("size", [(17, 31), (40, 12), (64, 64), (5, 4), (6, 50)])
 @pytest.mark.parametrize("source", [(5, 4), (1, 1), (1, 4)])
 def test_the_output_has_exactly_the_guidances_size(
@@ -222,10 +217,13 @@ def test_only_a_linear_head_can_be_folded(head: nn.Module) -> None:
         JBUStack().fold_head(head)
 
 
-def test_a_linear_layer_is_folded_as_the_convolution_that_it_is() -> None:
-    stack, head = JBUStack().eval(), nn.Linear(4, 3)
+@pytest.mark.parametrize("padding", ["same", "valid", None])
+def test_heads_without_padding_and_linear_layers_are_folded(padding: str | None) -> None:
+    stack = JBUStack().eval()
+    head = nn.Linear(4, 3) if padding is None else nn.Conv2d(4, 3, 1, padding=padding)
+    weight, bias = head.weight.flatten(1)[:, :, None, None], head.bias
     source, image = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
-    expected = head(stack(source, image).movedim(1, -1)).movedim(-1, 1)
+    expected = F.conv2d(stack(source, image), weight, bias)
     for impl in ("auto", "reference"):
         torch.testing.assert_close(stack.fold_head(head)(source, image, impl=impl), expected)
 
@@ -236,14 +234,6 @@ def test_a_head_for_other_channels_is_refused() -> None:
     head = JBUStack().eval().fold_head(nn.Linear(4, 3))
     with pytest.raises(ValueError, match="features of 8 channels is needed; got one that takes 4"):
         head(torch.randn(1, 8, 2, 2), torch.randn(1, 3, 32, 32))
-
-
-@pytest.mark.parametrize("padding", ["same", "valid"])
-def test_a_1x1_convolution_whose_padding_is_none_can_be_folded(padding: str) -> None:
-    stack, head = JBUStack().eval(), nn.Conv2d(4, 3, 1, padding=padding)
-    source, image = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
-    expected = head(stack(source, image))
-    torch.testing.assert_close(stack.fold_head(head)(source, image), expected)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -344,14 +334,3 @@ def test_dropout_in_training_drops_whole_hidden_channels_of_a_sample() -> None:
         by_hand.fixup_proj[3].weight.mul_(masks[1][:, None, None])
     torch.testing.assert_close(dropped, by_hand.kernel(guidance))
     assert not torch.equal(stage.kernel(guidance), dropped)
-
-
-def test_moving_and_converting_the_module_keeps_it_working() -> None:
-    stack = randomise(JBUStack(4))
-    source, image = torch.randn(1, 4, 3, 3), torch.randn(1, 3, 48, 48)
-    with torch.no_grad():
-        expected = stack(source, image)
-        for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
-            half = copy.deepcopy(stack).to(dtype)(source.to(dtype), image.to(dtype))
-            assert half.dtype == dtype
-            assert (half.float() - expected).norm() <= tolerance * expected.norm()

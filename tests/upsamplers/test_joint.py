@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from featup_hub import load_upsampler
 from featup_hub.ops import jbu_apply, pool_guidance
-from featup_hub.upsamplers import JBUStack, JointBilateralStage, JointKernels, stage_sizes
+from featup_hub.upsamplers import JBUStack, JointBilateralStage, stage_sizes
 from featup_hub.weights import read, shipped_folder, write
 from tests.ops.formulations import randomise
 
@@ -238,21 +238,6 @@ def test_gradients_are_right() -> None:
     assert torch.autograd.gradcheck(output, [x.detach().requires_grad_() for x in inputs])
 
 
-def test_the_share_decides_between_it_and_the_learned_stage() -> None:
-    image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
-    learned = torch.randn(1, 49, 8, 8)
-    outputs = {}
-    for share in (0.0, 0.3, 1.0):
-        stage = JointBilateralStage(share=share)
-        kernels = stage.kernels(image, (4, 4), [learned])
-        outputs[share] = stage(source, kernels)
-    smoothed = jbu_apply(source, kernels.smoothing)
-    torch.testing.assert_close(outputs[0.0], jbu_apply(smoothed, learned))
-    assert (outputs[1.0] - outputs[0.0]).abs().max() > 0.1
-    mixed = 0.3 * outputs[1.0] + 0.7 * outputs[0.0]
-    torch.testing.assert_close(outputs[0.3], mixed, rtol=1e-4, atol=1e-5)
-
-
 def test_widths_of_nothing_repeat_cells() -> None:
     stage = JointBilateralStage(smoothing_spatial=0.0, spatial=0.0, range=1e3, share=1.0)
     source = torch.randn(1, 3, 4, 5)
@@ -302,16 +287,3 @@ def test_embeddings_survive_half_precision_and_leave_random_numbers_alone() -> N
         lower = JointBilateralStage().to(dtype)
         assert torch.equal(lower.frequencies.float(), stage.frequencies)
         assert torch.equal(lower.phases.float(), stage.phases)
-
-
-def test_autocast_leaves_kernels_alone() -> None:
-    joint = randomise(JBUStack(joint_first=True))
-    image = torch.randn(1, 3, 32, 48)
-    kernels = joint.kernels(image, (4, 6)).first
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = joint.kernels(image, (4, 6)).first
-    assert isinstance(kernels, JointKernels)
-    assert isinstance(under, JointKernels)
-    assert torch.equal(kernels.smoothing, under.smoothing)
-    assert all(map(torch.equal, kernels.upsampling, under.upsampling))
-    assert all(map(torch.equal, kernels.learned, under.learned))
