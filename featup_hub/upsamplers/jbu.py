@@ -164,14 +164,11 @@ class JBUStack(Pretrained):
             Features, ``(B, C, *size)``, or the head's outputs; in channels_last memory format for
             the fast ``impl``.
 
-        Raises:
-            ValueError: If the shapes do not match.
-            TypeError: If the values are integers.
         """
         self.check(source, guidance)
         if head is not None:
             check_head(head, source.shape[1])
-        plan = self.plan(guidance, _size(source), size=size, impl=impl)
+        plan = self.plan(guidance, (source.shape[2], source.shape[3]), size=size, impl=impl)
         # A generator, so that only one stage's kernels are in memory at a time.
         kernels = (predict(pooled) for predict, pooled in plan.stages)
         return self._pass(source, plan, kernels, impl, head)
@@ -239,12 +236,9 @@ class JBUStack(Pretrained):
         The stages are linear in the features and treat every channel alike, so a linear head
         commutes with them exactly: only K classes are upsampled, not C channels.
 
-        Args:
-            head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d``, from C features to K outputs.
-
-        Returns:
-            A module (source, guidance) -> (B, K, H, W) that shares this module's and the
-            head's parameters.
+        Takes an ``nn.Linear`` or a 1×1 ``nn.Conv2d``, from C features to K outputs. Returns a
+        module (source, guidance) -> (B, K, H, W) that shares this module's and the head's
+        parameters.
 
         Example:
             >>> segment = JBUStack().eval().fold_head(nn.Linear(5, 2))
@@ -286,13 +280,9 @@ class JBUStack(Pretrained):
         size: int | tuple[int, int] | None = None,
         impl: Implementation = "auto",
     ) -> JBUPlan:
-        """Chooses the stages, and pools the image for each, in float32 or better.
+        """Chooses the stages for arguments of :meth:`kernels`, and pools the image for each.
 
-        Arguments are those of :meth:`kernels`.
-
-        Raises:
-            ValueError: If the output would be smaller than the features.
-            TypeError: If the image's values are integers.
+        The guidance is in float32 or better.
         """
         check_floating(guidance, "guidance")
         size, sizes, shrink = plan_sizes(source_size, guidance, size, may_shrink=self.joint_first)
@@ -355,7 +345,3 @@ class JBUStack(Pretrained):
         if bias is not None and not count:
             source = source + bias[:, None, None]
         return shrunk(source, plan.shrink)
-
-
-def _size(x: Tensor) -> tuple[int, int]:
-    return x.shape[-2], x.shape[-1]
