@@ -160,11 +160,10 @@ class JointBilateralStage(nn.Module):
         looks = [pool_guidance(pixels, size) for size in sizes]
 
         compare = partial(joint_kernel, radius=self.radius, impl=impl)
-        own, wider = looks[0], 1.0
+        own, spatial = looks[0], self.smoothing_spatial
         if looks_per_side > 1:
             own = _split(_over_stride(own, looks_per_side), looks_per_side)
-            wider = _WIDER
-        spatial = wider * self.smoothing_spatial
+            spatial = _WIDER * spatial
         grid = (own.shape[2], own.shape[3])
         smoothing = compare(own, own, spatial, self.smoothing_range, cells=grid)
         if looks_per_side > 1:
