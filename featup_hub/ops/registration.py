@@ -49,14 +49,14 @@ def _apply_backward(
     return backend.apply_backward(grad, source, kernel, need_source, need_kernel)
 
 
-def _joint(*args: Any) -> Tensor:
-    *tensors, rows, columns, radius = args
-    return reference.joint_kernel(*tensors, (rows, columns), radius)
+def _joint(query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, *sizes: int) -> Tensor:
+    rows, columns, radius = sizes
+    return reference.joint_kernel(query, key, spatial, range, (rows, columns), radius)
 
 
-def _joint_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, rows, columns = args
-    return torch_backend.joint_kernel_backward(*tensors, (rows, columns))
+def _joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, spatial, range, *cells = args
+    return torch_backend.joint_kernel_backward(grad, query, key, spatial, range, tuple(cells))
 
 
 def _map_like(like: Tensor, channels: int) -> Tensor:

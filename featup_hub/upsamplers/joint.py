@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,7 @@ class JointBilateralStage(nn.Module):
         looks = [pool_guidance(pixels, size) for size in sizes]
 
         compare = partial(joint_kernel, radius=self.radius, impl=impl)
-        own, spatial = looks[0], self.smoothing_spatial
+        own, spatial = looks[0], cast(Tensor, self.smoothing_spatial)
         if looks_per_side > 1:
             own = _split(_over_stride(own, looks_per_side), looks_per_side)
             spatial = _WIDER * spatial
