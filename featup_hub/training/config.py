@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["JBUTrainingConfig"]
 
@@ -35,6 +35,7 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "above 0 and at most 1": (lambda value: 0 < value <= 1, ("min_scale",)),
     "from 0 to 1": (lambda value: 0 <= value <= 1, ("region_field", "ema")),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, ("dropout",)),
+    "'attention' or 'simple'": (lambda value: value in ("attention", "simple"), ("downsampler",)),
 }
 """Allowed values as errors name them, and their fields. The trainer checks ``parts``."""
 
@@ -59,6 +60,8 @@ class JBUTrainingConfig:
         views: Jittered views per photograph.
         max_pad: Pixels by which a view may reach beyond the crop.
         max_zoom: Largest magnification of a view.
+        downsampler: Model of how the backbone reduces features: "attention", whose weights depend
+            on the features, or "simple", one blur kernel.
         projection_dim: Channels in which features are compared.
         uncertainty: Whether to predict the standard deviation of the error at each position.
         crf_weight: Weight of the conditional random field.
@@ -101,6 +104,7 @@ class JBUTrainingConfig:
     views: int = 5
     max_pad: int = 20
     max_zoom: float = 2.0
+    downsampler: Literal["attention", "simple"] = "attention"
     projection_dim: int = 30
     uncertainty: bool = True
     crf_weight: float = 0.001

@@ -1,4 +1,7 @@
-r"""The learned downsampler: a model of how a backbone reduces high-resolution features to its grid.
+r"""Learned downsamplers: models of how a backbone reduces high-resolution features to its grid.
+
+A cell of the grid is ``stride`` taps high and wide. A map of another size is first resampled to
+that bilinearly.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), section 3.1.
 """
@@ -10,7 +13,32 @@ from torch import Tensor, nn
 
 from featup_hub.training.views import centres, sample_map
 
-__all__ = ["AttentionDownsampler"]
+__all__ = ["AttentionDownsampler", "SimpleDownsampler"]
+
+
+class SimpleDownsampler(nn.Module):
+    """Averages every cell with one learned non-negative kernel that sums to one.
+
+    Args:
+        feat_dim: Channels of the features; the kernel is the same for all.
+        stride: Taps per output cell; the backbone's patch size.
+    """
+
+    saliency: Tensor
+
+    def __init__(self, feat_dim: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.ones(stride, stride))
+        self.register_buffer("saliency", torch.empty(0, feat_dim), persistent=False)
+
+    def forward(
+        self, features: Tensor, size: tuple[int, int], *, saliency: Tensor | None = None
+    ) -> Tensor:
+        """Downsamples features, (B, C, H, W) -> (B, C, h, w); ``saliency`` has no channels."""
+        weight = self.weight.abs()
+        cells = _cells(features, size, self.stride)
+        return torch.einsum("bchiwj,ij->bchw", cells, weight / weight.sum())
 
 
 class AttentionDownsampler(nn.Module):
@@ -19,9 +47,8 @@ class AttentionDownsampler(nn.Module):
     .. math:: \sigma_\downarrow(F)_{ij} =
         \operatorname{softmax}(w \odot A(F[\Omega_{ij}]) + b) \cdot F[\Omega_{ij}]
 
-    A is a 1×1 convolution to one channel, the saliency; all cells share w and b. A cell is
-    ``stride`` taps high and wide. A map of another size is first resampled to that bilinearly.
-    Upstream also masks random windows, even in evaluation mode; this class does not.
+    A is a 1×1 convolution to one channel, the saliency; all cells share w and b. Upstream also
+    masks random windows, even in evaluation mode; this class does not.
 
     Args:
         feat_dim: Channels of the features that give the saliency.
@@ -53,14 +80,15 @@ class AttentionDownsampler(nn.Module):
         """
         if saliency is None:
             saliency = torch.einsum("kc,bchw->bkhw", self.saliency, features)
-        windows = self._cells(saliency + self.offset, size)
+        windows = _cells(saliency + self.offset, size, self.stride)
         logits = windows * self.weight[:, None] + self.bias[:, None]
         attention = logits.transpose(3, 4).flatten(4).softmax(4).unflatten(4, self.weight.shape)
-        return torch.einsum("bchiwj,bkhwij->bchw", self._cells(features, size), attention)
+        return torch.einsum("bchiwj,bkhwij->bchw", _cells(features, size, self.stride), attention)
 
-    def _cells(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Splits a map into cells, (B, C, H, W) -> (B, C, h, stride, w, stride)."""
-        rows, columns = (n * self.stride for n in size)
-        if tuple(x.shape[-2:]) != (rows, columns):
-            x = sample_map(x, centres(rows), centres(columns))
-        return x.unflatten(3, (size[1], self.stride)).unflatten(2, (size[0], self.stride))
+
+def _cells(x: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Splits a map into cells, (B, C, H, W) -> (B, C, h, stride, w, stride)."""
+    rows, columns = (n * stride for n in size)
+    if tuple(x.shape[-2:]) != (rows, columns):
+        x = sample_map(x, centres(rows), centres(columns))
+    return x.unflatten(3, (size[1], stride)).unflatten(2, (size[0], stride))

@@ -148,7 +148,9 @@ class _Run:
             )
             self.sources = nn.ModuleDict()
             for index, backbone in enumerate(backbones.values()):
-                self.sources[str(index)] = TrainingSource(backbone.to(config.device))
+                self.sources[str(index)] = TrainingSource(
+                    backbone.to(config.device), downsampler=config.downsampler
+                )
         # Equal configs may name different files, so a checkpoint must also match these digests.
         self.digests = {"photographs": stream.digest}
         if config.start:

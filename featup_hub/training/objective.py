@@ -68,16 +68,18 @@ def consistency_loss(
             deviation = config.region_noise * torch.rand((), generator=generator).item()
             cells = cells + deviation * torch.randn(cells.shape, generator=generator).to(cells)
         low = torch.cat([low, cells], dim=1)
-    upsampled, restored = stack(low, image).tensor_split([len(projection) + 1], dim=1)
+    count = len(projection)
+    own_channels = count + len(source.downsampler.saliency)
+    upsampled, restored = stack(low, image).tensor_split([own_channels], dim=1)
     losses, errors = [], []
     for jitter, view in zip(jitters, views, strict=True):
         seen = apply_jitter(upsampled, jitter)
-        predicted = source.downsampler(seen[:, :-1], grid, saliency=seen[:, -1:])
+        predicted = source.downsampler(seen[:, :count], grid, saliency=seen[:, count:])
         observed = torch.einsum("kc,bchw->bkhw", projection, view)
         scale = source.scale(view) if config.uncertainty else None
         losses.append(reconstruction_loss(predicted, observed, scale))
         errors.append((predicted.detach() - observed).square().mean())
-    features = upsampled[:, :-1]
+    features = upsampled[:, :count]
     terms = {"reconstruction": torch.stack(losses).mean()}
     loss = terms["reconstruction"]
     if config.crf_weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
 from featup_hub.loading import load_backbone, name_and_file
-from featup_hub.training.downsamplers import AttentionDownsampler
+from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
 
 __all__ = ["Standardiser", "TrainingSource", "open_backbones", "random_projection"]
@@ -25,7 +26,9 @@ class TrainingSource(nn.Module):
         ValueError: If the backbone takes images of one size only.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(
+        self, backbone: Backbone, *, downsampler: Literal["attention", "simple"] = "attention"
+    ) -> None:
         super().__init__()
         if backbone.fixed_size is not None:
             raise ValueError(
@@ -37,7 +40,8 @@ class TrainingSource(nn.Module):
         self.patch_size = backbone.patch_size
         self.feat_dim = backbone.feat_dim
         self.standardise = Standardiser(self.feat_dim)
-        self.downsampler = AttentionDownsampler(self.feat_dim, self.patch_size)
+        kind = SimpleDownsampler if downsampler == "simple" else AttentionDownsampler
+        self.downsampler = kind(self.feat_dim, self.patch_size)
         self.scale = ScaleNet(self.feat_dim)
 
     @property
@@ -70,7 +74,7 @@ class TrainingSource(nn.Module):
         return features.float()
 
     def project(self, features: Tensor, projection: Tensor) -> Tensor:
-        """Projects standardised features, and appends their saliency.
+        """Projects standardised features, and appends their saliency, if the downsampler has one.
 
         The saliency is linear in the features, so it can be upsampled as one more channel.
 
@@ -79,7 +83,7 @@ class TrainingSource(nn.Module):
             projection: Directions, (K, C).
 
         Returns:
-            The source, (B, K + 1, h, w).
+            The source, (B, K + 1, h, w), or (B, K, h, w) for the simple downsampler.
         """
         projection = torch.cat([projection, self.downsampler.saliency])
         return torch.einsum("kc,bchw->bkhw", projection, features)

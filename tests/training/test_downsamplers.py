@@ -1,4 +1,4 @@
-"""The downsampler against a loop written from its formula."""
+"""The downsamplers against loops written from their formulas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from featup_hub.training.downsamplers import AttentionDownsampler
+from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 
 
 def attention(channels, stride):
@@ -32,6 +32,14 @@ def test_it_equals_a_loop_over_cells(stride, size):
     torch.testing.assert_close(module(x, size), expected)
 
 
+def test_the_simple_one_averages_every_cell_with_one_kernel_that_sums_to_one():
+    module, x = SimpleDownsampler(2, 4).double(), torch.randn(2, 2, 12, 20).double()
+    module.weight.data.normal_()
+    kernel = module.weight.abs() / module.weight.abs().sum()
+    expected = F.conv2d(x.flatten(0, 1)[:, None], kernel[None, None], stride=4)
+    torch.testing.assert_close(module(x, (3, 5)), expected.unflatten(0, (2, 2))[:, :, 0])
+
+
 def test_gradients_are_those_of_finite_differences():
     module = attention(2, 3)
     names = [name for name, _ in module.named_parameters()]
@@ -51,10 +59,11 @@ def test_without_saliency_it_is_the_mean_of_each_cell():
     torch.testing.assert_close(module(x, (3, 5)), F.avg_pool2d(x, 4))
 
 
+@pytest.mark.parametrize("kind", [AttentionDownsampler, SimpleDownsampler])
 @pytest.mark.parametrize("size", [(3, 5), (4, 4), (7, 2)])
 @pytest.mark.parametrize("shape", [(31, 45), (12, 20), (8, 8)])
-def test_any_size_comes_from_any_size_and_constants_stay(shape, size):
-    out = AttentionDownsampler(3, 4)(torch.full((2, 3, *shape), 2.5), size)
+def test_any_size_comes_from_any_size_and_constants_stay(kind, shape, size):
+    out = kind(3, 4)(torch.full((2, 3, *shape), 2.5), size)
     torch.testing.assert_close(out, torch.full((2, 3, *size), 2.5))
 
 

@@ -73,7 +73,9 @@ def test_it_learns(photos, stem, tmp_path):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-def test_every_tap_and_every_learned_part_receives_a_gradient(stack, source):
+@pytest.mark.parametrize("downsampler", ["attention", "simple"])
+def test_every_tap_and_every_learned_part_receives_a_gradient(stack, stem, downsampler):
+    source = TrainingSource(stem, downsampler=downsampler)
     loss_of(stack, source)["loss"].backward()
     for name, parameter in [*stack.named_parameters(), *source.named_parameters()]:
         if name.startswith("up1."):  # stride 8: three stages

@@ -25,6 +25,7 @@ FLOATS = [field.name for field in fields(JBUTrainingConfig) if field.type == "fl
         *(("min_scale", value, "above 0 and at most 1") for value in (0.0, -1.0, 2.0)),
         *((name, value, "from 0 to 1") for name in ("region_field", "ema") for value in (-1, 2)),
         *(("dropout", value, "at least 0 and below 1") for value in (-0.1, 1.0)),
+        ("downsampler", "mean", "'attention' or 'simple'"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_by_its_name(name, value, allowed):
