@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "npy")
 """Formats of features, by the suffix of the file."""
+_DIGEST = "image_sha256"
 
 
 class Job(NamedTuple):
@@ -85,8 +86,9 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
 
     Raises:
         FileNotFoundError: If neither output nor image exists.
-        ValueError: If the outputs have other settings, or are other files.
+        ValueError: If the outputs have other settings, are of another image, or are other files.
     """
+    from featup_hub.files import sha256_of_file
     from featup_hub.weights.files import metadata
 
     remedy = "--overwrite replaces it, another --out keeps both"
@@ -100,6 +102,9 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
                 raise ValueError(
                     f"{job.features} exists, made with {key} {found}, not {wanted}; {remedy}"
                 )
+        of = notes.get(_DIGEST)
+        if of is not None and job.image.exists() and of != sha256_of_file(job.image):
+            raise ValueError(f"{job.features} exists, made of another {job.image.name}; {remedy}")
         return job.picture is None or job.picture.exists()
     if job.picture is not None and job.picture.exists():
         features = (job.features.with_suffix(f".{suffix}") for suffix in FORMATS)
@@ -123,7 +128,7 @@ def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> N
     """
     import torch
 
-    from featup_hub.files import write_atomically
+    from featup_hub.files import sha256_of_file, write_atomically
     from featup_hub.weights.files import write
 
     whole = features.to("cpu", getattr(torch, settings["dtype"]))
@@ -143,4 +148,5 @@ def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> N
         return
     name = os.fsencode(job.image.name).decode(errors="replace")
     notes = {**settings, "image": name, "featup_hub": __version__}
+    notes[_DIGEST] = sha256_of_file(job.image)
     write({"features": whole}, job.features, metadata=notes)

@@ -57,6 +57,14 @@ def test_outputs_of_other_settings_are_neither_kept_nor_replaced(
     assert upsample("photos/a.jpg --overwrite", changed).code == 0
 
 
+def test_outputs_of_another_photograph_of_the_same_name_are_not_kept(upsample: Command) -> None:
+    upsample("photos/a.jpg")
+    Image.new("RGB", (48, 32), "red").save("a.jpg")
+    done = upsample("a.jpg")
+    assert done.code == 1
+    assert "out/a.safetensors exists, made of another a.jpg; --overwrite replaces it" in done.err
+
+
 def test_an_interruption_keeps_what_is_finished_and_leaves_nothing_half_written(
     upsample: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
