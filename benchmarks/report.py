@@ -4,7 +4,7 @@
 
 A document marks a table with ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; the text between is
 replaced. No number of a table is typed by hand. ``results/runs.json`` holds the command, commit and
-hardware of every CSV file; JSON files of ``results/looks`` and ``results/propagation`` are what
+hardware of every CSV file; JSON files of ``results/looks``, ``propagation`` and ``cost`` are what
 ``benchmarks.evaluate --out`` wrote.
 """
 
@@ -32,7 +32,10 @@ DOCUMENTS = (
     "weights/jbu_sharp.md",
 )
 LOWER_IS_BETTER = ("RMSE", "view error", "AbsRel", "Average Drop", "Complexity")
-UPSAMPLERS = ("bilinear", "bicubic", "FeatUp MaskCLIP", "AnyUp", "jbu_denoise", "jbu_faithful")
+UPSAMPLERS = (
+    *("bilinear", "bicubic", "FeatUp MaskCLIP", "AnyUp", "JAFAR"),
+    *("jbu_denoise", "jbu_faithful"),
+)
 Row = dict[str, str]
 
 
@@ -170,16 +173,35 @@ def sizes_cost() -> str:
     return markdown(["pass", *sizes], lines)
 
 
+def costs() -> dict[str, dict[str, dict[str, float]]]:
+    """Reads measured costs: by source of features, by upsampler, by what was measured."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in evaluations("cost"):
+        source = found.setdefault(row["backbone"].replace("lite16", "lite0"), {})
+        source.setdefault(row["upsampler"], {})[row["metric"]] = row["score"]["value"]
+    return found
+
+
 def peers_cost() -> str:
-    """Time and memory beside AnyUp, one line per source of features."""
-    lines: dict[str, list[str]] = {}
-    names: dict[str, None] = {}
-    for row in read("peers_cost.csv"):
-        if row["run"] == "main":
-            names[row["upsampler"]] = None
-            cell = f"{row['CPU seconds']} s, {row['peak MiB']} MiB"
-            lines.setdefault(row["features"], []).append(cell)
-    return markdown(["features", *names], [[name, *cells] for name, cells in lines.items()])
+    """CPU seconds without and with the backbone, and memory, one line per source of features."""
+    found = costs()
+    names = dict.fromkeys(
+        name
+        for by_name in found.values()
+        for name in by_name
+        if "×" not in name or name == "jbu_denoise ×4"
+    )
+    lines = []
+    for features, by_name in found.items():
+        cells = [
+            f"{cost['CPU seconds']:.2f} ({cost['CPU seconds with backbone']:.2f}) s, "
+            f"{cost['peak MiB']:.0f} MiB"
+            if (cost := by_name.get(name))
+            else "–"
+            for name in names
+        ]
+        lines.append([features, *cells])
+    return markdown(["features", *names], lines)
 
 
 def oracle() -> str:
@@ -267,10 +289,7 @@ def draw_intervals(path: Path) -> None:
 
 
 def draw_quality(path: Path) -> None:
-    """Draws boundary accuracy against CPU time on CamVid, one panel per source of features.
-
-    Dashed lines stand for upsamplers whose time was not measured in the same run.
-    """
+    """Draws boundary accuracy against CPU time on CamVid, one panel per source of features."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -280,29 +299,20 @@ def draw_quality(path: Path) -> None:
         if (row["protocol"], row["data"]) == ("frozen probe", "camvid/val")
         and row["score"] == "boundary accuracy"
     }
-    costs = [row for row in read("peers_cost.csv") if row["run"] == "main"]
-    titles = list(dict.fromkeys(row["features"] for row in costs))
+    found = costs()
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    for panel, title in zip(figure.subplots(1, len(titles)), titles, strict=True):
-        features = title.split(",")[0]
-        for name in ("bilinear", "FeatUp MaskCLIP"):
-            level = scores[features, name]
-            panel.axhline(level, color="grey", linewidth=0.8, linestyle="--")
-            side = {"transform": panel.get_yaxis_transform(), "ha": "left", "va": "bottom"}
-            panel.text(0.02, level, name, color="grey", fontsize=8, **side)
-        for row in costs:
-            name, seconds = row["upsampler"], float(row["CPU seconds"])
-            if row["features"] != title or "queries" in name:
+    for panel, features in zip(figure.subplots(1, len(found)), found, strict=True):
+        for name, cost in found[features].items():
+            if (features, name) not in scores:
                 continue
-            name = name.removesuffix(" as it comes")
-            place = (seconds, scores[features, name])
+            place = (cost["CPU seconds with backbone"], scores[features, name])
             panel.plot(*place, "o", color="C1" if "jbu" in name else "C0")
             panel.annotate(name, place, (5, 4), textcoords="offset points", fontsize=8)
         panel.set_xscale("log")
-        panel.set_xlim(0.3, 100)
+        panel.set_xlim(0.05, 100)
         panel.margins(y=0.15)
-        panel.set_title(title, fontsize=9)
-        panel.set_xlabel("CPU seconds per image", fontsize=8)
+        panel.set_title(features, fontsize=9)
+        panel.set_xlabel("CPU seconds per image, with the backbone", fontsize=8)
     figure.supylabel("boundary accuracy, %", fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "featup_hub", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
