@@ -90,48 +90,25 @@ def evaluations(folder: str) -> list[dict[str, Any]]:
 
 
 def looks() -> str:
-    """Four looks against one: one line per data set, features and upsampler."""
-    found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for row in evaluations("looks"):
-        key = (row["data"].split("/")[0], row["backbone"], row["protocol"], row["metric"])
-        found.setdefault(key, {})[row["upsampler"]] = row
-    columns = [
-        (protocol, metric)
-        for protocol, metric in (
-            ("frozen probe", "boundary accuracy"),
-            ("frozen probe", "mIoU"),
-            ("transfer probe", "boundary accuracy"),
-            ("transfer probe", "mIoU"),
-            ("consistency", "view error"),
-        )
-        if any(key[2:] == (protocol, metric) for key in found)
-    ]
-    lines = []
-    for data, backbone in dict.fromkeys(key[:2] for key in found):
-        rows = [found.get((data, backbone, *column), {}) for column in columns]
-        images = next(r["images"] for by_name in rows for r in by_name.values())
-        for upsampler in ("jbu_denoise", "jbu_faithful"):
-            cells = [
-                _looks_cell(row, metric, upsampler)
-                for row, (_, metric) in zip(rows, columns, strict=True)
-            ]
-            if set(cells) != {"–"}:
-                lines.append([data, backbone, str(images), upsampler, *cells])
-    head = [f"{protocol}, {metric}" for protocol, metric in columns]
-    return markdown(["data", "features", "images", "upsampler", *head], lines)
+    """Differences of four looks, one line per source of features and upsampler.
 
-
-def _looks_cell(rows: dict[str, dict[str, Any]], metric: str, upsampler: str) -> str:
-    """Writes bilinear, one look and four looks, and a paired difference of the last.
-
-    The reference is one look of the upsampler, or bilinear for the view error.
+    A cell has one difference per data set: from one look of the upsampler, or from bilinear with
+    one look for the view error.
     """
-    names = ("bilinear", upsampler, f"{upsampler} ×4")
-    if not set(names) <= set(rows):
-        return "–"
-    values = [f"{100 * rows[name]['score']['value']:.1f}" for name in names]
-    reference = "bilinear" if metric == "view error" else upsampler
-    return f"{', '.join(bold_best(values, metric))} ({difference(rows[names[2]], reference)})"
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in evaluations("looks"):
+        upsampler, _, looks = row["upsampler"].partition(" ×")
+        if looks == "4" and upsampler != "bilinear":
+            reference = "bilinear" if row["metric"] == "view error" else upsampler
+            line = found.setdefault((row["backbone"], upsampler, str(row["images"])), {})
+            key = f"{row['protocol']}, {row['metric']}"
+            line[key] = " · ".join(filter(None, [line.get(key), difference(row, reference)]))
+    columns = [
+        *(f"{p} probe, {m}" for p in ("frozen", "transfer") for m in ("boundary accuracy", "mIoU")),
+        "consistency, view error",
+    ]
+    lines = [[*key, *(line.get(name, "–") for name in columns)] for key, line in found.items()]
+    return markdown(["features", "upsampler", "images", *columns], lines)
 
 
 def difference(row: dict[str, Any], reference: str) -> str:
