@@ -124,6 +124,8 @@ def propagation() -> str:
     """Masks of a first frame, carried by features alone: boundary accuracy and J."""
     by_source: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for row in evaluations("propagation"):
+        if row["upsampler"] == "bilinear ×4":
+            continue
         source = by_source.setdefault(f"{row['backbone']}, {row['images']} frames", {})
         source.setdefault(row["upsampler"], {})[row["metric"]] = row
     lines = []
