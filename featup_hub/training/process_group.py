@@ -50,9 +50,17 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
 
     Args:
         device: Device of this process. "cuda" means the process's own GPU.
+
+    Raises:
+        RuntimeError: If there are several processes and this build of torch cannot join them.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not dist.is_available() or not (several or dist.is_initialized()):
+    if several and not dist.is_available():
+        raise RuntimeError(
+            f"{os.environ['WORLD_SIZE']} processes (WORLD_SIZE) need torch.distributed, which this "
+            "build of torch lacks; install one that has it, or start one process without torchrun"
+        )
+    if not several and not (dist.is_available() and dist.is_initialized()):
         yield ProcessGroup()
         return
     ours = not dist.is_initialized()

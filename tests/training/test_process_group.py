@@ -119,6 +119,16 @@ def test_a_batch_that_does_not_divide_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_processes_are_refused_by_a_torch_that_cannot_join_them(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with (
+        pytest.raises(RuntimeError, match=r"2 processes .* need torch.distributed, .* lacks; inst"),
+        process_group("cpu"),
+    ):
+        pass
+
+
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with process_group("cpu") as group:
