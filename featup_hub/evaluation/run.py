@@ -147,9 +147,9 @@ def _stages(
                     {**common, protocol: source.name, "source": source.identity} if kept else None,
                 )
     if "cam" in wanted:
+        photos = open_photos(config)
         with _about("classifier", ValueError):
             classifier = open_classifier(config.classifier)
-        photos = open_photos(config)
         run = partial(measure_cam, photos, classifier)
         settings = {"cam": config.classifier, "photos": _stamp(photos)}
         title = f"class activation maps of {config.classifier}"
@@ -165,7 +165,7 @@ def _stamp(dataset: Dataset) -> dict[str, object]:
 
 
 def _check(config: EvaluationConfig, names: Sequence[str]) -> None:
-    """Checks that there is data, and the names of upsamplers and references.
+    """Checks that there are data and photographs, and the names of upsamplers and references.
 
     The default's references may be missing.
     """
@@ -174,6 +174,8 @@ def _check(config: EvaluationConfig, names: Sequence[str]) -> None:
         raise ValueError(
             f"data must be given, as LAYOUT:FOLDER, for {', '.join(on_data)}; got none"
         )
+    if "cam" in config.protocols:
+        open_photos(config)
     if len(set(names)) < len(names):
         raise ValueError(
             f"upsamplers must each have a name of its own; got {', '.join(names)}; write NAME=FILE"

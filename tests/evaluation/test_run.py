@@ -154,6 +154,18 @@ def test_missing_photographs_are_an_error_before_anything_is_measured(scenes, tm
     assert lines == []
 
 
+def test_missing_photographs_are_an_error_before_a_model_is_loaded(scenes, splits, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(run, "open_source", loaded.append)
+    monkeypatch.setattr(run, "open_classifier", loaded.append)
+    protocols, data = ("preservation", "cam"), (f"folder:{scenes}",)
+    with pytest.raises(ValueError, match="photos must be given"):
+        evaluate(EvaluationConfig(data=data, protocols=protocols))
+    with pytest.raises(ValueError, match="photos must be given"):
+        measured(splits, protocols=protocols)
+    assert loaded == []
+
+
 @pytest.mark.parametrize("depth", [False, True])
 def test_an_image_that_is_all_void_counts_for_nothing(splits, tmp_path, depth):
     train, val = splits
