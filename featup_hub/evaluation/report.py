@@ -205,6 +205,8 @@ def draw(scored: Sequence[Row], path: Path) -> None:
     for panel, metric in zip(panels, metrics, strict=True):
         for number, upsampler in enumerate(upsamplers):
             chosen = [row for row in drawn if (row.metric, row.upsampler) == (metric, upsampler)]
+            if not chosen:
+                continue
             offset = 0.8 * (number + 0.5) / len(upsamplers) - 0.4
             places = [blocks.index(_block(row)) + offset for row in chosen]
             values, left, right = zip(*(_rightwards(row, reference) for row in chosen), strict=True)
@@ -215,8 +217,10 @@ def draw(scored: Sequence[Row], path: Path) -> None:
         panel.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(blocks)), blocks)
     panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    # A panel lacks the upsamplers without its score.
+    shown = {k: v for p in panels for v, k in zip(*p.get_legend_handles_labels(), strict=True)}
+    names, handles = list(shown), list(shown.values())
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 

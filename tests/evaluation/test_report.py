@@ -110,6 +110,14 @@ def test_a_picture_is_drawn_also_of_an_interval_without_its_value(scored, tmp_pa
         assert min(picture.size) > 100
 
 
+def test_an_upsampler_may_lack_a_score_of_the_picture(scored, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    legends = []
+    monkeypatch.setattr(figure, "legend", lambda _, handles, names, **kw: legends.append(names))
+    draw([*scored, replace(scored[3], upsampler="other")], tmp_path / "f.png")
+    assert legends == [["ours", "other"]]
+
+
 def test_without_a_reference_or_matplotlib_there_is_no_picture(scored, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="needs paired differences; there are none"):
         draw(scored[:1], tmp_path / "f.png")
