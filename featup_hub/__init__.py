@@ -62,7 +62,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _imported(package: str, name: str, modules: Iterable[str]) -> Any:
-    """Returns a name of a package from the first of its modules that has it."""
+    """Returns a name of a package from the first of its modules that has it, or a module."""
+    if name in modules:
+        return import_module(f"{package}.{name}")
     for module in modules:
         found = import_module(f"{package}.{module}")
         if hasattr(found, name):

@@ -72,7 +72,7 @@ def write_pt2(program: ExportedProgram, path: str | Path) -> None:
 
 
 def check_onnx() -> None:
-    """Raises ImportError if ONNX's packages are missing, before tracing, which takes a minute."""
+    """Raises ImportError if ONNX's packages are missing, before the slow tracing."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(

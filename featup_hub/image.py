@@ -203,7 +203,8 @@ def list_images(folder: str | Path) -> list[Path]:
 
     found: list[Path] = []
     for top, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        above = {parent.resolve() for parent in (Path(top), *Path(top).parents)}
+        inside = (p for p in (Path(top), *Path(top).parents) if p.is_relative_to(folder))
+        above = {parent.resolve() for parent in inside}
         folders[:] = [name for name in folders if Path(top, name).resolve() not in above]
         visible = (Path(top, name) for name in names if not name.startswith("."))
         found += (path for path in visible if path.is_file())  # no broken link

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[
 
 
 def _looks_per_side(looks: int) -> int:
-    if not isinstance(looks, int) or looks < 1 or math.isqrt(looks) ** 2 != looks:
+    if not isinstance(looks, Integral) or looks < 1 or math.isqrt(looks) ** 2 != looks:
         raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks!r}")
     return math.isqrt(looks)
 

@@ -49,8 +49,7 @@ class Pixels:
         stacked = self.values if self.values.ndim == 3 else self.values[..., None]
         count = stacked.shape[2]
         if not (
-            isinstance(bands, Sequence)
-            and len(bands) == 3
+            _is_row(bands, 3)
             and all(isinstance(band, Integral) and 1 <= band <= count for band in bands)
         ):
             raise ValueError(
@@ -74,8 +73,7 @@ class Pixels:
         if value_range is None and values.dtype == np.uint8:
             return values
         ends = self._full_range() if value_range is None else value_range
-        pair = isinstance(ends, Sequence) and len(ends) == 2 and not isinstance(ends, str)
-        if not pair or not -math.inf < ends[0] < ends[1] < math.inf:
+        if not _is_row(ends, 2) or not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(f"value_range needs a low and a higher value; got {ends!r}")
         low, high = ends
         scaled = (values.astype(np.float64).clip(low, high) - low) * (255 / (high - low))
@@ -99,6 +97,15 @@ class Pixels:
                 stacklevel=4,
             )
         return 0, 65535
+
+
+def _is_row(values: object, length: int) -> bool:
+    """Returns whether values are a list, a tuple or an array of a length."""
+    import numpy as np
+
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        return False
+    return getattr(values, "ndim", 1) == 1 and len(values) == length
 
 
 def decode(image: object, *, as_stored: bool = False) -> Pixels:

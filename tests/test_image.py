@@ -289,3 +289,8 @@ def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path: Path) -
     (data / "gone.png").symlink_to("missing.png")
     found = [path.relative_to(data).as_posix() for path in list_images(data)]
     assert found == ["a/x.jpg", "again.png", "linked/x.jpg"]
+    # A link to a folder above the start is a folder like any other.
+    (data / "a" / "loop").unlink()
+    (data / "a" / "above").symlink_to("..")
+    found = [path.relative_to(data / "a").as_posix() for path in list_images(data / "a")]
+    assert found == ["above/again.png", "above/linked/x.jpg", "x.jpg"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -301,7 +302,7 @@ def test_a_checkpoint_of_upstream_is_loaded_whole(shared: Path, tmp_path: Path) 
 
 
 def test_four_looks_are_a_source_of_half_the_stride() -> None:
-    model = load("efficientnet_lite0", looks=4)
+    model = load("efficientnet_lite0", looks=np.int64(4))
     image = torch.randn(1, 3, 64, 48)
     assert model.patch_size == 8
     assert model.source(image).shape == (1, 112, 8, 6)

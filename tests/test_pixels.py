@@ -125,7 +125,7 @@ def test_three_of_thirteen_bands_are_chosen(tmp_path: Path, planes: bool) -> Non
         tifffile.imwrite(path, stack, photometric="minisblack", planarconfig="contig")
     with pytest.raises(ValueError, match=r"has 13; say which.*--bands 4,3,2"):
         read_image(path)
-    found = read_image(path, bands=(4, 3, 13), value_range=(0, 1300))
+    found = read_image(path, bands=np.array([4, 3, 13]), value_range=np.array([0, 1300]))
     assert found.size == (9, 8)
     assert found.getpixel((0, 0)) == (78, 59, 255)
     for bands in ((0, 1, 14), (1, 2), 1, "123", (1.0, 2.0, 3.0)):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featup_hub import weights
@@ -58,7 +59,6 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_other_programs_read_what_is_written(tmp_path):
     from safetensors import safe_open
-    from safetensors.torch import load_file
 
     assert equal(load_file(written(tmp_path)), some())
     with safe_open(tmp_path / "some.safetensors", framework="pt") as file:
@@ -180,6 +180,21 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         weights.read(tmp_path)
 
 
+def test_tensors_of_every_type_and_shared_ones_are_written_without_copies(tmp_path):
+    base = torch.arange(6.0).reshape(2, 3)
+    tensors = {
+        **{"bytes": torch.tensor([1, 2, 3], dtype=torch.uint8), "truth": torch.tensor(True)},
+        **{"whole": base, "row": base[1], "column": base[:, 1], "empty": base[:0]},
+        **{"half": base.half(), "brain": base.bfloat16(), "long": base.long()},
+    }
+    weights.write(tensors, tmp_path / "a.safetensors")
+    for found in (weights.read(tmp_path / "a.safetensors"), load_file(tmp_path / "a.safetensors")):
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(TypeError, match=r"z has type torch.complex64; safetensors files have no"):
+        weights.write({"z": torch.ones(1, dtype=torch.complex64)}, tmp_path / "z.safetensors")
+
+
 def test_a_link_is_replaced_and_its_target_left(tmp_path):
     target = written(tmp_path)
     before = target.read_bytes()
@@ -192,9 +207,9 @@ def test_a_link_is_replaced_and_its_target_left(tmp_path):
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"where.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"of .*where.safetensors does not exist; make it"):
         weights.write(some(), tmp_path / "no" / "where.safetensors")
-    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path.name} is a folder"):
         weights.write(some(), tmp_path)
     with pytest.raises(TypeError, match=r"metadata must be strings; got feat_dim=3; use str"):
         weights.write(some(), tmp_path / "x.safetensors", metadata={"feat_dim": 3})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +205,6 @@ def _choose(name: str, model: Any, layer: int | None, stride: int | None) -> tup
             raise ValueError(f"timm's {name} has features of strides {offered}; got {stride=}")
         layer = indices[-1]
     layer = -1 if layer is None else layer
-    if not (isinstance(layer, int) and -len(levels) <= layer < len(levels)):
+    if not (isinstance(layer, Integral) and -len(levels) <= layer < len(levels)):
         raise ValueError(f"timm's {name} has layers 0 to {len(levels) - 1}; got {layer=}")
     return layer % len(levels), *levels[layer]

@@ -99,6 +99,11 @@ def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
     """
     from featup_hub.weights.files import resolve
 
+    if args.backbone_weights and "=" in args.model:
+        raise UsageError(
+            f"name the weights once; got --model {args.model} and --backbone-weights "
+            f"{args.backbone_weights}; leave the second out"
+        )
     spec = f"{args.model}={args.backbone_weights}" if args.backbone_weights else args.model
     card, file = choose_backbone(spec)
     with usage_errors():

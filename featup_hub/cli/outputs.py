@@ -6,7 +6,6 @@ is written after its features, so a picture without features is not an output.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,10 +140,11 @@ def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> N
     if job.features.suffix == ".npy":
         import numpy as np
 
-        content = io.BytesIO()  # written to a file, NumPy does not tell why a write fails
-        np.save(content, whole.numpy())
-        with write_atomically(job.features) as partial:
-            partial.write_bytes(content.getbuffer())
+        array = whole.contiguous().numpy()
+        header = np.lib.format.header_data_from_array_1_0(array)
+        with write_atomically(job.features) as partial, partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(array.data)  # NumPy's own writer does not tell why a write fails
         return
     name = os.fsencode(job.image.name).decode(errors="replace")
     notes = {**settings, "image": name, "featup_hub": __version__}

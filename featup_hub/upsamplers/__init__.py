@@ -33,7 +33,7 @@ _MODULES = ("jbu", "stage", "plan", "joint", "head", "fitted", "implicit")
 
 def __getattr__(name: str) -> Any:
     """Imports a name at its first use, because a model needs few of them."""
-    return _imported(__name__, name, _MODULES if name in __all__ else ())
+    return _imported(__name__, name, _MODULES if name in (*__all__, *_MODULES) else ())
 
 
 def __dir__() -> list[str]:

@@ -48,7 +48,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         content = inside[0]
     tensors = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
     for prefix in _PREFIXES:
-        if inner := {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}:
+        inner = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if 2 * len(inner) > len(tensors):  # a few others may be a head or a loss
             tensors = inner
     if not tensors:
         raise ValueError(

@@ -12,12 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from featup_hub.files import sha256_of_file, sha256_of_tensors, write_atomically
 from featup_hub.registry import UPSAMPLERS, WeightFile
 
 _CONTENT = "content_sha256"
+_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint8: "U8", torch.bool: "BOOL"},
+}
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer in place of the file (run: git lfs pull)",
     **dict.fromkeys(
@@ -136,9 +142,11 @@ def write(
         TypeError: If a value of the metadata is not a string.
         OSError: If the path is a folder, or its folder does not exist or cannot be written to.
     """
-    from safetensors.torch import save
-
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"a file must be named to write to; {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist; make it first")
     if not isinstance(tensors, Mapping) or not all(
         isinstance(tensor, Tensor) for tensor in tensors.values()
     ):
@@ -148,17 +156,25 @@ def write(
     for key, note in (metadata or {}).items():
         if not isinstance(note, str):
             raise TypeError(f"metadata must be strings; got {key}={note!r}; use str(...)")
-    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    # Large types first, so that every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    whole = {name: tensors[name].detach().cpu().contiguous() for name in names}
     notes = {"format": "pt", **(metadata or {}), _CONTENT: sha256_of_tensors(whole)}
-    data = memoryview(save(whole))
-    end = 8 + int.from_bytes(data[:8], "little")
-    # The library stores metadata in a hash map, so the bytes of two runs would differ.
-    header = {"__metadata__": dict(sorted(notes.items())), **json.loads(bytes(data[8:end]))}
+    # The library's own writer copies every tensor, and stores metadata in an order that changes.
+    header: dict[str, object] = {"__metadata__": dict(sorted(notes.items()))}
+    end = 0
+    for name, tensor in whole.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} has type {tensor.dtype}; safetensors files have no such type")
+        place = [end, end := end + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with write_atomically(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.write(data[end:])
+        for tensor in whole.values():
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:

@@ -68,9 +68,9 @@ def explained(wanted: str) -> Iterator[None]:
             reason += "; set HF_HUB_CACHE to a folder that takes new files"
         raise RuntimeError(
             f"needed {wanted}; the Hugging Face Hub's library says: {reason}. Do one of: run once "
-            "with a connection (and HF_HUB_OFFLINE unset); copy the cache "
+            "with a connection and without HF_HUB_OFFLINE; copy the cache "
             f"{constants.HF_HUB_CACHE} from a machine that has the file, or delete the file there "
             "if it is damaged; fetch the file by other means and give its path, "
-            "on the command line by --model NAME=FILE. HF_HUB_OFFLINE=1 spares the wait for a "
-            "connection"
+            "on the command line by --model NAME=FILE. To fail at once next time, "
+            "set HF_HUB_OFFLINE=1"
         ) from None

@@ -132,6 +132,12 @@ def test_checkpoints_of_trainers_are_understood(tmp_path: Path, form: str) -> No
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
+def test_a_single_name_that_looks_wrapped_hides_no_others(tmp_path: Path) -> None:
+    state = {"backbone.extra": torch.ones(1), "a": torch.ones(2), "b": torch.ones(3)}
+    torch.save(state, tmp_path / "file.pth")
+    assert read_state(tmp_path / "file.pth").keys() == state.keys()
+
+
 def test_the_old_format_of_torch_save_and_safetensors_of_any_name_are_read(tmp_path: Path) -> None:
     state = {"weight": torch.arange(3.0)}
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

@@ -29,6 +29,7 @@ from tests.cli.conftest import Command
         ("upsample x --upsampler nothing", "no weights file nothing; check the name"),
         ("upsample x --weights .", "weights must be a file; . is a folder"),
         ("upsample x --backbone-weights nothing", "no weights file nothing; check"),
+        ("upsample x --model dinov2=a --backbone-weights b", "name the weights once; got --model"),
         ("upsample x --model vit=.", "weights must be a file; . is a folder"),
         ("upsample x --looks 2", "looks must be a square number, such as 1 or 4; got 2"),
         ("upsample x --looks 9", "the root of looks, must divide the stride of 16 pixels; got 3"),

@@ -67,7 +67,7 @@ class Nvrtc:
             name: Name of the program in messages.
             architecture: Compute capability times ten, for example 90.
             options: Further options of NVRTC, for example ``-DNAME=1``.
-            headers: Mapping[str, str] the source may ``#include`` by name.
+            headers: Texts, by the name under which the source may ``#include`` them.
 
         Returns:
             The cubin, an ELF image; and the log: warnings, and with ``--ptxas-options=-v`` the

@@ -67,7 +67,7 @@ class FusedKernels:
 
     Attributes:
         device: Index of the device.
-        multiprocessors: Their number on the device.
+        multiprocessors: Number of the device's multiprocessors.
         program: The program.
         driver: The driver.
         functions: The kernels by name.
