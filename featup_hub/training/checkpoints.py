@@ -37,13 +37,25 @@ def load_checkpoint(path: Path, config: Mapping[str, object]) -> dict[str, Any]:
         config: What must equal the checkpoint's "config". Digests may be missing there.
 
     Raises:
-        ValueError: If the file is not a checkpoint, or has another config.
+        ValueError: If the file is not a checkpoint, or has another config or unknown options.
     """
     with restoring(path):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found: dict[str, object] = dict(state["config"])
         if not found.keys() & config.keys():
             raise KeyError("config")
+    # Options that another version has, with a value that changes something.
+    unknown = {
+        key: value
+        for key, value in found.items()
+        if not (key in config or _is_digest(value) or _ABSENT.get(key) == value)
+    }
+    if unknown:
+        listed = ", ".join(f"{key}: {value}" for key, value in unknown.items())
+        raise ValueError(
+            f"{path} belongs to a run with options that this version lacks ({listed}); "
+            "go on with the version that wrote it, or remove it to start again"
+        )
     digests = {key: value for key, value in config.items() if _is_digest(value)}
     theirs, ours = {**_ABSENT, **digests, **found}, {**_ABSENT, **config}
     if differing := sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)):
@@ -82,15 +94,15 @@ class Metrics:
 
     Args:
         path: The file.
-        kept: Bytes to keep of it, its size at the checkpoint. The earlier run wrote the rest after
-            its last checkpoint, perhaps incompletely.
+        first: First step of this run. Rows of this and later steps are dropped: the earlier run
+            wrote them after its last checkpoint, perhaps incompletely.
     """
 
-    def __init__(self, path: Path, kept: int) -> None:
-        resumes = kept > 0 and path.is_file()
+    def __init__(self, path: Path, first: int) -> None:
+        resumes = first > 0 and path.is_file()
         self._file = path.open("r+" if resumes else "w", newline="")
         if resumes:
-            self._file.truncate(min(kept, path.stat().st_size))
+            self._file.truncate(_size_before(path, first))
             self._file.seek(0, os.SEEK_END)
         self._flushed = time.monotonic()
 
@@ -103,12 +115,24 @@ class Metrics:
         if time.monotonic() - self._flushed > 10:
             self.flush()
 
-    def flush(self) -> int:
-        """Flushes all rows to the operating system; returns the size of the file."""
+    def flush(self) -> None:
+        """Flushes all rows to the operating system."""
         self._file.flush()
         self._flushed = time.monotonic()
-        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _size_before(path: Path, first: int) -> int:
+    """Returns the bytes before the first row that is incomplete or of step ``first`` or later."""
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            step = line.partition(b",")[0]
+            earlier = step == b"step" or (step.isdigit() and int(step) < first)
+            if not (earlier and line.endswith(b"\n")):
+                break
+            size += len(line)
+    return size

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -94,10 +93,10 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
     config, is_main, checkpoint = run.config, run.group.is_main, out / "checkpoint.pt"
     out.mkdir(parents=True, exist_ok=True)
     # All processes have read before one writes: the first step waits for every process.
-    first, size = run.restore(checkpoint)
+    first = run.restore(checkpoint)
     kept, saved = first, time.monotonic()
     with (
-        closing(Metrics(out / "metrics.csv" if is_main else Path(os.devnull), size)) as metrics,
+        closing(Metrics(out / "metrics.csv" if is_main else Path(os.devnull), first)) as metrics,
         tqdm(total=config.steps, initial=first, unit="step", disable=not progress) as bar,
     ):
         try:
@@ -108,12 +107,14 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
                 bar.update()
                 last = step + 1 == config.steps
                 if is_main and (last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
-                    save_checkpoint(checkpoint, run.state(step + 1, metrics.flush()))
+                    metrics.flush()
+                    save_checkpoint(checkpoint, run.state(step + 1))
                     kept, saved = step + 1, time.monotonic()
         except KeyboardInterrupt:
             # Saves the complete steps. During an incomplete step the weights are inconsistent.
             if is_main and run.done is not None and run.done > kept:
-                save_checkpoint(checkpoint, run.state(run.done, metrics.flush()))
+                metrics.flush()
+                save_checkpoint(checkpoint, run.state(run.done))
             raise
 
 
@@ -242,14 +243,13 @@ class _Run:
         fields = {**asdict(self.config), **self.digests}
         return {k: v for k, v in fields.items() if k not in {"checkpoint_minutes", "device"}}
 
-    def state(self, step: int, metrics: int) -> dict[str, object]:
-        """Returns the state after ``step`` steps; ``metrics`` is the size of their file."""
+    def state(self, step: int) -> dict[str, object]:
+        """Returns the state after ``step`` steps."""
         # The loss was computed before the last step, so the weights may be bad.
         largest = torch.stack([p.detach().abs().max() for p in self.parameters]).max()
         _check_finite(float(largest), "weight", step - 1)
         return {
             "step": step,
-            "metrics": metrics,
             "config": self._comparable(),
             "stack": self.stack.state_dict(),
             "mean": self.mean,
@@ -257,10 +257,10 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def restore(self, path: Path) -> tuple[int, int]:
+    def restore(self, path: Path) -> int:
         """Loads the checkpoint, if there is one; else measures the scale of backbones' features.
 
-        Returns the first step to take, and the size of the metrics of the steps before.
+        Returns the first step to take.
         """
         if not path.exists():
             for source in self.sources.values():
@@ -268,7 +268,7 @@ class _Run:
                 even = max(round(self.config.image_size / source.patch_size), 2) * source.patch_size
                 crops = (self.stream.sample(n, (even, even)) for n in range(SCALE_PHOTOS))
                 source.measure(crop[None].to(self.config.device) for crop in crops)
-            return 0, 0
+            return 0
         state = load_checkpoint(path, self._comparable())
         with restoring(path):
             self.stack.load_state_dict(state["stack"])
@@ -277,7 +277,7 @@ class _Run:
             mean = state["mean"].items()
             self.mean = {name: value.to(self.config.device) for name, value in mean}
             self.done = step = int(state["step"])
-            return step, int(state.get("metrics", sys.maxsize))  # older checkpoints lack it
+            return step
 
     def export(self, path: Path) -> None:
         """Writes the stages (the running mean of the weights) for any backbone."""
