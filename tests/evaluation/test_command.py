@@ -68,8 +68,14 @@ DATA = "--data folder:SCENES "
             "--versus must name upsamplers that take part, nearest, bilinear; got nope",
         ),
         ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got None"),
-        ("--protocols cam --photos x --classifier no", "--classifier: a model must be one of "),
-        ("--protocols cam --photos x --classifier jbu", "--classifier: a model with a backbone"),
+        (
+            "--protocols cam --photos SCENES/val/images --classifier no",
+            "--classifier: a model must be one of ",
+        ),
+        (
+            "--protocols cam --photos SCENES/val/images --classifier jbu",
+            "--classifier: a model with a backbone",
+        ),
     ],
 )
 def test_what_was_typed_and_cannot_work_is_exit_code_2(typed, message, scenes, capsys):
