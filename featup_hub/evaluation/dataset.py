@@ -184,11 +184,21 @@ class Dataset:
         return replace(self._only(evenly(total, count)), block=block)
 
     def videos(self) -> list[Dataset]:
-        """Splits the images by folder; a folder holds the frames of one video."""
+        """Splits the images by folder; a folder of several holds the frames of one video.
+
+        Raises:
+            ValueError: If no folder holds several.
+        """
         folders: dict[Path, list[int]] = {}
         for index, image in enumerate(self.images):
             folders.setdefault(image.parent, []).append(index)
-        return [self._only(indices) for indices in folders.values()]
+        videos = [self._only(indices) for indices in folders.values() if len(indices) > 1]
+        if not videos:
+            raise ValueError(
+                "propagation needs videos, each a folder of two frames or more; "
+                f"{self.name} has one image a folder; add later frames, or skip propagation"
+            )
+        return videos
 
     def _only(self, keep: Sequence[int]) -> Dataset:
         files = {"images": self.images, "labels": self.labels, "depth": self.depth}

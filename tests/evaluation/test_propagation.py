@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -84,3 +86,11 @@ def test_a_video_is_one_folder_and_its_first_frame_is_not_scored(video):
     config = EvaluationConfig(protocols=("propagation",), val_images=1)
     (found,) = measure([(video, video)], [SOURCE], [candidate("bilinear")], config)
     assert len(found.sums["bilinear"]["jaccard"]) == 2
+
+
+def test_videos_of_one_frame_each_are_refused_and_left_out_beside_longer_ones(video):
+    config = EvaluationConfig(protocols=("propagation",))
+    with pytest.raises(ValueError, match=r"a folder of two frames or more; .* one image a folder"):
+        measure([(video, video._only([0]))] * 2, [SOURCE], [candidate("bilinear")], config)
+    elsewhere = replace(video, images=(video.images[0].parent / "../x.jpg", *video.images[1:]))
+    assert [len(each) for each in elsewhere.videos()] == [2]
