@@ -17,9 +17,9 @@ from featup_hub.evaluation.candidates import plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.loading import find_card, load_backbone, name_and_file
-from featup_hub.weights import digest, read, write
+from featup_hub.weights import digest, read, resolve, write
 
-__all__ = ["Bench", "Source", "file_stamp", "open_source"]
+__all__ = ["Bench", "Source", "check_source", "file_stamp", "open_source"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,14 @@ def open_source(spec: str) -> Source:
         file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     identity = f"{name} {digest(file) if file else 'pretrained'}"
     return Source(name=label, backbone=backbone.requires_grad_(False), identity=identity)
+
+
+def check_source(spec: str) -> None:
+    """Raises the errors of :func:`open_source` about names and missing files; loads nothing."""
+    _, name, file = _parts(spec)
+    (plug_in if ":" in name else find_card)(name)
+    if file:
+        resolve(Path(file))
 
 
 def _parts(spec: str) -> tuple[str, str, str | None]:

@@ -13,7 +13,7 @@ from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.consistency import measure_consistency
 from featup_hub.evaluation.cost import measure_cost
 from featup_hub.evaluation.dataset import Dataset
-from featup_hub.evaluation.features import Bench, Source, file_stamp, open_source
+from featup_hub.evaluation.features import Bench, Source, check_source, file_stamp, open_source
 from featup_hub.evaluation.layouts import open_data
 from featup_hub.evaluation.oracle import measure_oracle
 from featup_hub.evaluation.probes import measure_preservation, measure_transfer
@@ -80,6 +80,8 @@ def evaluate(
     ]
     specs = config.backbones if ON_FEATURES.keys() & set(config.protocols) else ()
     with _about("backbones", ValueError, FileNotFoundError):
+        for spec in specs:  # before the first is loaded, perhaps downloaded
+            check_source(spec)
         sources = [open_source(spec) for spec in specs]
     measured = measure(data, sources, candidates, config, progress=progress)
     return (rows([found], versus=config.versus, resamples=config.resamples) for found in measured)
@@ -122,6 +124,8 @@ def _stages(
     for train, every in data:
         if wanted & {"oracle", "preservation", "transfer", "propagation"}:
             every.check_truth()
+        if "propagation" in wanted:
+            every.videos()
         if wanted & {"preservation", "transfer"}:
             train.check_truth()
         val = every.spread(config.val_images)

@@ -154,6 +154,25 @@ def test_missing_photographs_are_an_error_before_anything_is_measured(scenes, tm
     assert lines == []
 
 
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ("efficientnet_lit0", "did you mean 'efficientnet_lite0'"),
+        ("efficientnet_lite0=none.pth", "no weights file none.pth"),
+        ("no_such_module:x", "must be importable"),
+    ],
+)
+def test_every_backbone_s_name_and_file_are_checked_before_one_is_loaded(
+    scenes, monkeypatch, later, message
+):
+    loaded = []
+    monkeypatch.setattr(run, "open_source", loaded.append)
+    config = EvaluationConfig(data=(f"folder:{scenes}",), backbones=("efficientnet_lite0", later))
+    with pytest.raises(ValueError, match=f"^backbones: .*{message}"):
+        evaluate(config)
+    assert loaded == []
+
+
 def test_missing_photographs_are_an_error_before_a_model_is_loaded(scenes, splits, monkeypatch):
     loaded = []
     monkeypatch.setattr(run, "open_source", loaded.append)
