@@ -104,7 +104,8 @@ def _for_rows(compare: Callable[[Tensor], Tensor], x: Tensor, radius: int) -> Te
     The function returns (B, H, W, D); the result is (B, D², H, W).
     """
     columns = reflect_pad(x, radius).unfold(3, 2 * radius + 1, 1)
-    rows = (columns.narrow(2, dy, x.shape[2]) for dy in range(2 * radius + 1))
+    # Contiguous: PyTorch compares the sizes of overlapping axes, which limits an exported program.
+    rows = (columns.narrow(2, dy, x.shape[2]).contiguous() for dy in range(2 * radius + 1))
     return torch.cat([compare(row) for row in rows], dim=3).permute(0, 3, 1, 2)
 
 

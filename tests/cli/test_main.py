@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,8 @@ def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path: Path) -> 
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
+        # Where the tests run in the background, interruptions may be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
