@@ -102,7 +102,8 @@ def looks() -> str:
             reference = "bilinear" if row["metric"] == "view error" else upsampler
             line = found.setdefault((row["backbone"], upsampler, str(row["images"])), {})
             key = f"{row['protocol']}, {row['metric']}"
-            line[key] = " · ".join(filter(None, [line.get(key), difference(row, reference)]))
+            found_now = f"{row['data'].split('/')[0]} {difference(row, reference)}"
+            line[key] = " · ".join(filter(None, [line.get(key), found_now]))
     columns = [
         *(f"{p} probe, {m}" for p in ("frozen", "transfer") for m in ("boundary accuracy", "mIoU")),
         "consistency, view error",

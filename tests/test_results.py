@@ -77,7 +77,8 @@ def test_looks_have_a_line_per_source_and_upsampler_and_a_difference_per_data_se
     sets = evaluated("frozen probe", "mIoU", scores), evaluated("frozen probe", "mIoU", scores)
     rows_in("looks", [row for rows in sets for row in rows])
     assert report.looks().splitlines()[2:] == [
-        "| net /16 | jbu_denoise | 20 | – | +10.0 [-1.0, +20.0] · +10.0 [-1.0, +20.0] | – | – | – |"
+        "| net /16 | jbu_denoise | 20 | – | "
+        "camvid +10.0 [-1.0, +20.0] · camvid +10.0 [-1.0, +20.0] | – | – | – |"
     ]
 
 
