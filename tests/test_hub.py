@@ -146,7 +146,9 @@ def test_no_connection_is_one_error(hub_cache, monkeypatch):
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(RuntimeError, match=NEEDED + ".*HF_HUB_OFFLINE=1 spares the wait for a con"):
+    with pytest.raises(
+        RuntimeError, match=NEEDED + ".*To fail at once next time, set HF_HUB_OFFLINE=1"
+    ):
         load_backbone(MODEL)
 
 
@@ -161,7 +163,7 @@ def test_offline_and_not_cached_is_one_error_that_says_what_to_do(hub_cache, mon
     with pytest.raises(RuntimeError, match=NEEDED) as caught:
         load_backbone(MODEL)
     for part in (
-        "run once with a connection (and HF_HUB_OFFLINE unset",
+        "run once with a connection and without HF_HUB_OFFLINE",
         f"copy the cache {hub_cache} from a machine that has the file",
         "give its path, on the command line by --model NAME=FILE",
     ):
