@@ -37,8 +37,8 @@ from featup_hub import FittedFeatures, load_backbone, load_upsampler
 from featup_hub.backbones import Backbone
 from featup_hub.files import write_atomically
 from featup_hub.image import preprocess, read_image, resize
+from featup_hub.training.config import BASIS
 from featup_hub.training.fit import fit
-from featup_hub.training.fit_config import BASIS
 from featup_hub.training.seeds import seeded
 from featup_hub.training.training_source import open_backbones, random_projection
 from featup_hub.training.views import apply_jitter, sample_jitter

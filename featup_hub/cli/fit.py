@@ -19,7 +19,7 @@ from featup_hub.cli.arguments import (
     open_device,
 )
 from featup_hub.cli.flags import add_flags, from_flags
-from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
+from featup_hub.training.config import BASIS, PRESETS, FitConfig
 
 _FORMATS = ("featup_hub.jbu_fit/", "featup_hub.implicit/")  # entries of fits, in any version
 

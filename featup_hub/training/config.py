@@ -1,43 +1,50 @@
-"""The configuration of a training run of JBU stages. The command line has a flag for each field."""
+"""The configurations of training and of fits. The command line has a flag for each field."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Literal
 
-__all__ = ["JBUTrainingConfig"]
+__all__ = ["BASIS", "PRESETS", "FitConfig", "JBUTrainingConfig"]
 
-_ALLOWED: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a finite number": (
-        math.isfinite,  # infinity is allowed: no clipping, no checkpoints between start and end
-        (
-            *("max_aspect", "max_stride", "max_zoom", "lr", "final_lr"),
-            *("crf_weight", "tv_weight", "region_weight", "region_noise"),
-        ),
+BASIS = "jbu_faithful"  # the views are averaged anyway, so averaging stages add nothing
+
+_FINITE = sys.float_info.max
+_Ranges = Mapping[tuple[float, float], tuple[str, ...]]
+_TRAINING_RANGES: _Ranges = {
+    (1, _FINITE): (
+        *("steps", "batch", "image_size", "max_aspect", "max_stride", "views", "max_zoom"),
+        *("projection_dim", "crf_samples", "region_channels"),
     ),
-    "at least 1": (
-        lambda value: value >= 1,
-        (
-            *("steps", "batch", "image_size", "views", "projection_dim", "crf_samples"),
-            *("region_channels", "max_aspect", "max_stride", "max_zoom"),
-        ),
+    (0, _FINITE): (
+        *("max_pad", "crf_weight", "tv_weight", "region_weight", "region_noise"),
+        *("lr", "final_lr", "warmup"),
     ),
-    "at least 0": (
-        lambda value: value >= 0,
-        (
-            *("crf_weight", "tv_weight", "region_weight", "region_noise"),
-            *("max_pad", "final_lr", "warmup", "checkpoint_minutes"),
-        ),
-    ),
-    "above 0": (lambda value: value > 0, ("lr", "max_grad_norm")),
-    "above 0 and at most 1": (lambda value: 0 < value <= 1, ("min_scale",)),
-    "from 0 to 1": (lambda value: 0 <= value <= 1, ("region_field", "ema")),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("dropout",)),
-    "'attention' or 'simple'": (lambda value: value in ("attention", "simple"), ("downsampler",)),
+    # Infinity: no clipping, and no checkpoints between start and end.
+    (0, math.inf): ("max_grad_norm", "checkpoint_minutes"),
+    (0, 1): ("min_scale", "region_field", "ema", "dropout"),
 }
-"""Allowed values as errors name them, and their fields. The trainer checks ``parts``."""
+"""Fields by the least and largest value allowed. The trainer checks ``parts``."""
+_FIT_RANGES: _Ranges = {
+    (1, _FINITE): ("views", "held_out", "max_zoom", "steps", "batch", "components"),
+    (0, _FINITE): ("max_pad", "lr"),
+}
+
+
+def _check(config: object, ranges: _Ranges) -> None:
+    """Raises ValueError for a number out of its range."""
+    for (least, most), names in ranges.items():
+        for name in names:
+            value = getattr(config, name)
+            if not math.isfinite(value) and most == _FINITE:
+                raise ValueError(f"{name} must be a finite number; got {value}")
+            if not least <= value <= most:
+                allowed = f"at least {least}" if most >= _FINITE else f"from {least} to {most}"
+                raise ValueError(f"{name} must be {allowed}; got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +134,59 @@ class JBUTrainingConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for allowed, (fits, names) in _ALLOWED.items():
-            for name in names:
-                if not fits(value := getattr(self, name)):
-                    raise ValueError(f"{name} must be {allowed}; got {value!r}")
+        _check(self, _TRAINING_RANGES)
+        if self.downsampler not in ("attention", "simple"):
+            raise ValueError(
+                f"downsampler must be 'attention' or 'simple'; got {self.downsampler!r}"
+            )
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a step: linear warm-up, then a cosine to ``final_lr``."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Settings of a fit.
+
+    Attributes:
+        method: "least-squares" solves for the features exactly; "network" trains FeatUp's
+            coordinate network.
+        views: Views to fit, including the image itself.
+        held_out: Further views that are not fitted. They measure the error, and choose the ridge of
+            least squares.
+        max_pad: Pixels by which a view may reach beyond the image.
+        max_zoom: Largest magnification of a view.
+        seed: Seed of all random numbers.
+        steps: Optimiser steps of the network.
+        batch: Views per step of the network.
+        components: Largest number of principal components that the network fits.
+        lr: Learning rate of the network.
+
+    Raises:
+        ValueError: If a value is unknown, not finite, or out of its range.
+    """
+
+    method: Literal["least-squares", "network"] = "least-squares"
+    views: int = 100
+    held_out: int = 12
+    max_pad: int = 30
+    max_zoom: float = 1.8
+    seed: int = 0
+    steps: int = 1200
+    batch: int = 10
+    components: int = 128
+    lr: float = 2e-3
+
+    def __post_init__(self) -> None:
+        if self.method not in ("least-squares", "network"):
+            raise ValueError(f"method must be 'least-squares' or 'network'; got {self.method!r}")
+        _check(self, _FIT_RANGES)
+
+
+PRESETS: Mapping[str, FitConfig] = MappingProxyType(
+    {"fast": FitConfig(), "upstream": FitConfig(method="network", views=3000)}
+)
+"""Configurations by name: the exact fit, and the network with upstream's settings."""

@@ -19,7 +19,7 @@ from featup_hub.backbones import Backbone
 from featup_hub.backbones.contract import check_backbone
 from featup_hub.files import sha256_of_tensors
 from featup_hub.loading import load_upsampler
-from featup_hub.training.fit_config import BASIS, PRESETS, FitConfig
+from featup_hub.training.config import BASIS, PRESETS, FitConfig
 from featup_hub.training.least_squares import fit_source
 from featup_hub.training.network import fit_network
 from featup_hub.training.seeds import seeded

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,12 @@ from tqdm import tqdm
 
 from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
-from featup_hub.training.checkpoints import Metrics, load_checkpoint, restoring, save_checkpoint
+from featup_hub.training.checkpoints import (
+    add_metrics,
+    load_checkpoint,
+    open_metrics,
+    save_checkpoint,
+)
 from featup_hub.training.config import JBUTrainingConfig
 from featup_hub.training.objective import consistency_loss
 from featup_hub.training.photos import PhotoStream
@@ -94,27 +99,25 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # All processes have read before one writes: the first step waits for every process.
     first = run.restore(checkpoint)
-    kept, saved = first, time.monotonic()
+    saved = time.monotonic()
     with (
-        closing(Metrics(out / "metrics.csv" if is_main else Path(os.devnull), first)) as metrics,
+        open_metrics(out / "metrics.csv", first) if is_main else nullcontext() as metrics,
         tqdm(total=config.steps, initial=first, unit="step", disable=not progress) as bar,
     ):
         try:
             for step in range(first, config.steps):
                 row = run.step(step)
-                metrics.add({"step": step, **row})
+                if metrics:
+                    add_metrics(metrics, {"step": step, **row})
                 bar.set_postfix_str(f"{row['source']} loss {row['loss']:.4f}", refresh=False)
                 bar.update()
                 last = step + 1 == config.steps
                 if is_main and (last or time.monotonic() - saved > 60 * config.checkpoint_minutes):
-                    metrics.flush()
-                    save_checkpoint(checkpoint, run.state(step + 1))
-                    kept, saved = step + 1, time.monotonic()
+                    save_checkpoint(checkpoint, run.state())
+                    saved = time.monotonic()
         except KeyboardInterrupt:
-            # Saves the complete steps. During an incomplete step the weights are inconsistent.
-            if is_main and run.done is not None and run.done > kept:
-                metrics.flush()
-                save_checkpoint(checkpoint, run.state(run.done))
+            if is_main and run.done:
+                save_checkpoint(checkpoint, run.state())
             raise
 
 
@@ -124,6 +127,11 @@ def _check_finite(value: float, name: str, step: int) -> None:
             f"training needs a finite {name}; it diverged at step {step + 1} ({value}); "
             "lower lr, and start again in another folder"
         )
+
+
+def _fitting(side: float, patch: int) -> int:
+    """Returns the multiple of the patch size nearest to a side, at least two patches."""
+    return max(round(side / patch), 2) * patch
 
 
 class _Run:
@@ -137,7 +145,6 @@ class _Run:
         group: ProcessGroup,
     ) -> None:
         self.config, self.stream, self.group = config, stream, group
-        self.names = list(backbones)
         start = load_weights(config.start) if config.start else {}
         # Modules draw initial weights from the global generator; its state is restored.
         with torch.random.fork_rng(devices=[]):
@@ -147,32 +154,32 @@ class _Run:
                 joint_first=any(name.startswith("first.") for name in start),
                 unit_sum=config.unit_sum,
             )
-            self.sources = nn.ModuleDict()
-            for index, backbone in enumerate(backbones.values()):
-                self.sources[str(index)] = TrainingSource(
-                    backbone.to(config.device), downsampler=config.downsampler
-                )
-        # Equal configs may name different files, so a checkpoint must also match these digests.
-        self.digests = {"photographs": stream.digest}
-        if config.start:
+            self.sources = {
+                name: TrainingSource(backbone.to(config.device), downsampler=config.downsampler)
+                for name, backbone in backbones.items()
+            }
+        if start:
             load_into(self.stack, start, origin=config.start)
-            self.digests[f"weights of {config.start}"] = sha256_of_tensors(start)
-        for name, backbone in backbones.items():
-            self.digests[f"weights of {name}"] = sha256_of_tensors(backbone.state_dict())
+        weights = {config.start: start} if start else {}
+        weights |= {name: backbone.state_dict() for name, backbone in backbones.items()}
+        # What must be equal in the run of a checkpoint. Equal configs may name different files.
+        digests = {f"weights of {name}": sha256_of_tensors(each) for name, each in weights.items()}
+        self.comparable = {**asdict(config), "photographs": stream.digest, **digests}
+        del self.comparable["checkpoint_minutes"], self.comparable["device"]
+        self.models = nn.ModuleList(self.sources.values())
         self.stack.train().to(config.device)
-        self.sources.train().to(config.device)
+        self.models.train().to(config.device)
         self.mean = {name: p.detach().clone() for name, p in self.stack.state_dict().items()}
-        self.parameters = [*self.stack.parameters(), *self.sources.parameters()]
+        self.parameters = [*self.stack.parameters(), *self.models.parameters()]
         self.optimizer = torch.optim.NAdam(self.parameters, lr=config.lr)
-        self.done: int | None = 0  # complete steps; None while the weights are being changed
+        self.done: int | None = 0  # complete steps; None while the weights are inconsistent
 
     def step(self, step: int) -> dict[str, float | str]:
         """Takes one optimiser step and returns its metrics."""
         config, began = self.config, time.monotonic()
         generator = seeded(config.seed, 2, step)
-        drawn = int(torch.randint(len(config.backbones), (), generator=generator))
-        source = self.sources[str(self.names.index(config.backbones[drawn]))]
-        assert isinstance(source, TrainingSource)
+        name = config.backbones[int(torch.randint(len(config.backbones), (), generator=generator))]
+        source = self.sources[name]
         size, backbone_size = self._sizes(source.patch_size, generator)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(step)
@@ -183,13 +190,13 @@ class _Run:
                 generator = seeded(config.seed, 2, step, part)
             count, number = config.batch // config.parts, step * config.parts + part
             rgb = self.stream.batch(number, count, size).to(config.device)
-            for name, value in self._differentiate(source, rgb, backbone_size, generator).items():
-                terms[name] = terms[name] + value if name in terms else value
+            for term, value in self._differentiate(source, rgb, backbone_size, generator).items():
+                terms[term] = terms[term] + value if term in terms else value
         # All processes drew the same source and size, so the same parameters have gradients.
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.group.all_reduce([*gradients, *terms.values()])
         norm = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
-        row = {name: value.item() for name, value in terms.items()} | {"grad_norm": norm}
+        row = {term: value.item() for term, value in terms.items()} | {"grad_norm": norm}
         # Before the optimiser step: it would put bad weights into the next checkpoint.
         _check_finite(row["loss"], "loss", step)
         _check_finite(norm, "norm of gradients", step)
@@ -198,12 +205,12 @@ class _Run:
         state = self.stack.state_dict()
         # With unit_sum, what is saved differs from the parameters. A resumed run begins with it.
         self.stack.load_state_dict(state)
-        for name, value in state.items():
+        for key, value in state.items():
             # The decay grows with the steps, so that an early mean forgets the initial weights.
-            self.mean[name].lerp_(value, 1 - min(config.ema, (1 + step) / (10 + step)))
+            self.mean[key].lerp_(value, 1 - min(config.ema, (1 + step) / (10 + step)))
         self.done = step + 1
         return {
-            "source": config.backbones[drawn].partition("=")[0],
+            "source": name.partition("=")[0],
             "size": f"{size[0]}x{size[1]}",
             **row,
             "lr": config.learning_rate(step),
@@ -233,27 +240,22 @@ class _Run:
         config = self.config
         shape, zoom = (2 * torch.rand(2, generator=generator, dtype=torch.float64) - 1).tolist()
         sides = [config.image_size * config.max_aspect ** (s * shape / 2) for s in (1, -1)]
-        height, width = (max(round(side / patch), 2) * patch for side in sides)
+        height, width = (_fitting(side, patch) for side in sides)
         factor = config.max_stride**zoom
-        backbone_size = [max(round(side * factor / patch), 2) * patch for side in (height, width)]
-        return (height, width), (backbone_size[0], backbone_size[1])
+        return (height, width), (_fitting(height * factor, patch), _fitting(width * factor, patch))
 
-    def _comparable(self) -> dict[str, object]:
-        """Returns what must be equal in the run that a checkpoint is of."""
-        fields = {**asdict(self.config), **self.digests}
-        return {k: v for k, v in fields.items() if k not in {"checkpoint_minutes", "device"}}
-
-    def state(self, step: int) -> dict[str, object]:
-        """Returns the state after ``step`` steps."""
+    def state(self) -> dict[str, object]:
+        """Returns the state after the complete steps."""
         # The loss was computed before the last step, so the weights may be bad.
         largest = torch.stack([p.detach().abs().max() for p in self.parameters]).max()
-        _check_finite(float(largest), "weight", step - 1)
+        assert self.done is not None
+        _check_finite(float(largest), "weight", self.done - 1)
         return {
-            "step": step,
-            "config": self._comparable(),
+            "step": self.done,
+            "config": self.comparable,
             "stack": self.stack.state_dict(),
             "mean": self.mean,
-            "sources": self.sources.state_dict(),
+            "sources": self.models.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -264,20 +266,20 @@ class _Run:
         """
         if not path.exists():
             for source in self.sources.values():
-                assert isinstance(source, TrainingSource)
-                even = max(round(self.config.image_size / source.patch_size), 2) * source.patch_size
-                crops = (self.stream.sample(n, (even, even)) for n in range(SCALE_PHOTOS))
+                side = _fitting(self.config.image_size, source.patch_size)
+                crops = (self.stream.sample(n, (side, side)) for n in range(SCALE_PHOTOS))
                 source.measure(crop[None].to(self.config.device) for crop in crops)
             return 0
-        state = load_checkpoint(path, self._comparable())
-        with restoring(path):
-            self.stack.load_state_dict(state["stack"])
-            self.sources.load_state_dict(state["sources"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            mean = state["mean"].items()
-            self.mean = {name: value.to(self.config.device) for name, value in mean}
-            self.done = step = int(state["step"])
-            return step
+        load_checkpoint(path, self.comparable, self._load)
+        return self.done or 0
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.stack.load_state_dict(state["stack"])
+        self.models.load_state_dict(state["sources"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        mean = state["mean"].items()
+        self.mean = {name: value.to(self.config.device) for name, value in mean}
+        self.done = int(state["step"])
 
     def export(self, path: Path) -> None:
         """Writes the stages (the running mean of the weights) for any backbone."""

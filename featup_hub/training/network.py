@@ -33,7 +33,7 @@ from featup_hub.upsamplers.coordinates import pixel_centres
 from featup_hub.visualize import fit_pca
 
 if TYPE_CHECKING:
-    from featup_hub.training.fit_config import FitConfig
+    from featup_hub.training.config import FitConfig
 
 __all__ = ["fit_network"]
 

@@ -26,11 +26,7 @@ class ProcessGroup(NamedTuple):
         return self.rank == 0
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sums each tensor over all processes, in place. All processes get the same bits.
-
-        Args:
-            tensors: Floating-point tensors on one device, of the same shapes in all processes.
-        """
+        """Sums floating-point tensors over all processes, in place; all get the same bits."""
         if self.size > 1:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             dist.all_reduce(flat)
@@ -46,7 +42,7 @@ class ProcessGroup(NamedTuple):
 
 @contextmanager
 def process_group(device: str) -> Iterator[ProcessGroup]:
-    """Yields the process group, and initialises it if ``torchrun`` started this process.
+    """Yields the process group, and joins it if ``torchrun`` started this process.
 
     Args:
         device: Device of this process. "cuda" means the process's own GPU.
@@ -54,23 +50,21 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
     Raises:
         RuntimeError: If there are several processes and this build of torch cannot join them.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and not dist.is_available():
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and not dist.is_available():
         raise RuntimeError(
-            f"{os.environ['WORLD_SIZE']} processes (WORLD_SIZE) need torch.distributed, which this "
-            "build of torch lacks; install one that has it, or start one process without torchrun"
+            f"{size} processes (WORLD_SIZE) need torch.distributed, which this build of torch "
+            "lacks; install one that has it, or start one process without torchrun"
         )
-    if not several and not (dist.is_available() and dist.is_initialized()):
-        yield ProcessGroup()
-        return
-    ours = not dist.is_initialized()
-    if ours:
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
         on_cuda = torch.device(device).type == "cuda"
         if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
-        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
+        joined = dist.is_available() and dist.is_initialized()
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size()) if joined else ProcessGroup()
     finally:
-        if ours:
+        if joins:
             dist.destroy_process_group()

@@ -1,50 +1,44 @@
-"""Settings of a training run: bad values are refused at the start."""
+"""Settings of a training run and of a fit: bad values are refused at the start."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 
-from featup_hub.training.config import JBUTrainingConfig
+from featup_hub.training.config import FitConfig, JBUTrainingConfig
 
-COUNTS = ("steps", "batch", "image_size", "views", "projection_dim", "crf_samples")
-FLOATS = [field.name for field in fields(JBUTrainingConfig) if field.type == "float"]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        *((name, 0, "at least 1") for name in (*COUNTS, "region_channels")),
-        *((name, 0.5, "at least 1") for name in ("max_aspect", "max_stride", "max_zoom")),
-        *((name, -1, "at least 0") for name in ("max_pad", "warmup", "checkpoint_minutes")),
-        *((name, -0.1, "at least 0") for name in ("crf_weight", "tv_weight", "region_weight")),
-        *((name, -0.1, "at least 0") for name in ("region_noise", "final_lr")),
-        *((name, 0.0, "above 0") for name in ("lr", "max_grad_norm")),
-        *(("min_scale", value, "above 0 and at most 1") for value in (0.0, -1.0, 2.0)),
-        *((name, value, "from 0 to 1") for name in ("region_field", "ema") for value in (-1, 2)),
-        *(("dropout", value, "at least 0 and below 1") for value in (-0.1, 1.0)),
-        ("downsampler", "mean", "'attention' or 'simple'"),
-    ],
-)
-def test_a_value_out_of_its_range_is_refused_by_its_name(name, value, allowed):
-    with pytest.raises(ValueError) as refusal:  # noqa: PT011
-        JBUTrainingConfig(**{name: value})
-    assert str(refusal.value) == f"{name} must be {allowed}; got {value!r}"
+NUMBERS = [f.name for f in fields(JBUTrainingConfig) if f.type in ("int", "float")]
+ENDLESS = {"max_grad_norm", "checkpoint_minutes"}
 
 
-@pytest.mark.parametrize("name", FLOATS)
-def test_numbers_that_are_not_finite_are_refused(name):
-    never = {"max_grad_norm", "checkpoint_minutes"}
-    for value in (math.nan, -math.inf, *(() if name in never else (math.inf,))):
-        with pytest.raises(ValueError, match=f"^{name} must be .*; got {value}"):
+@pytest.mark.parametrize("name", sorted({*NUMBERS} - {"parts", "seed"}))
+def test_a_number_below_its_range_or_no_number_is_refused_by_its_name(name):
+    for value in (-0.1, math.nan, *(() if name in ENDLESS else (math.inf,))):
+        with pytest.raises(ValueError, match=f"^{name} must be .*; got {value}$"):
             JBUTrainingConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "value", "allowed"),
+    [
+        *((JBUTrainingConfig, name, 0, "at least 1") for name in ("steps", "views", "max_zoom")),
+        *((JBUTrainingConfig, n, 2, "from 0 to 1") for n in ("ema", "dropout", "min_scale")),
+        (JBUTrainingConfig, "downsampler", "mean", "'attention' or 'simple'"),
+        *((FitConfig, n, 0, "at least 1") for n in ("views", "held_out", "max_zoom", "batch")),
+        *((FitConfig, n, math.inf, "a finite number") for n in ("views", "max_pad", "lr")),
+        (FitConfig, "max_pad", -1, "at least 0"),
+        (FitConfig, "method", "gd", "'least-squares' or 'network'"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_with_the_range(config, name, value, allowed):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        config(**{name: value})
+    assert str(refusal.value) == f"{name} must be {allowed}; got {value!r}"
+
+
 def test_the_ends_of_the_ranges_are_allowed():
-    config = JBUTrainingConfig(
-        **dict.fromkeys(COUNTS, 1), min_scale=1.0, ema=1.0, region_field=1.0, warmup=0, final_lr=0.0
-    )
-    assert replace(config, ema=0.0, max_pad=0)
-    assert replace(config, max_grad_norm=math.inf, checkpoint_minutes=math.inf)
+    ends = dict.fromkeys(("ema", "region_field", "dropout", "min_scale"), 1)
+    assert JBUTrainingConfig(**ends, **dict.fromkeys(("warmup", "max_pad", "lr", "final_lr"), 0))
+    assert JBUTrainingConfig(**dict.fromkeys(ENDLESS, math.inf), ema=0, steps=1)
