@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from featup_hub.ops import torch_backend
-from featup_hub.ops.cuda import backend as cuda
-from featup_hub.ops.cuda.programs import UnavailableError, prepare
-
-__all__ = ["ImplementationStatus", "choose", "implementations"]
+__all__ = ["ImplementationStatus", "implementations", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +53,14 @@ def implementations() -> list[ImplementationStatus]:
 
 
 def _status(device: torch.device) -> ImplementationStatus:
+    from featup_hub.ops.cuda import backend
+
     name = str(device)
     if device.type == "cuda":
         name += f" ({torch.cuda.get_device_name(device)})"
     try:
-        programs = [prepare(program, device) for program in cuda.usual_programs()]
-    except UnavailableError as error:
+        programs = [backend.prepare(program, device) for program in backend.usual_programs()]
+    except backend.UnavailableError as error:
         return ImplementationStatus(device=name, impl="torch", reason=str(error))
     return ImplementationStatus(
         device=name,
@@ -74,25 +70,27 @@ def _status(device: torch.device) -> ImplementationStatus:
     )
 
 
-def choose(impl: str, obstacle: Callable[..., str | None], *tensors: Any) -> ModuleType:
-    """Returns the module of the implementation, with the functions of ``torch_backend``.
+def run(impl: str, name: str, *args: Any) -> Any:
+    """Calls a function of the implementation that ``impl`` names, and imports it at its first use.
 
-    ``obstacle`` returns why the fused kernels cannot compute with these tensors, of which the first
-    gives the device. Then ``"auto"`` takes ``torch_backend``; on a CUDA device it warns once per
-    reason.
+    ``"auto"`` takes the fused kernels on a CUDA device, the device of the first argument. If they
+    cannot compute with these arguments, it takes ``torch_backend`` and warns once per reason.
 
     Raises:
         RuntimeError: If ``impl`` is ``"cuda"`` and the fused kernels cannot run; with the reason.
     """
-    if impl == "torch" or (impl == "auto" and tensors[0].device.type != "cuda"):
-        return torch_backend
-    reason = obstacle(*tensors)
-    if reason is None:
-        return cuda
-    if impl == "cuda":
-        raise RuntimeError(f"impl='cuda' was asked for and cannot run: {reason}")
-    _warn_once(reason)
-    return torch_backend
+    if impl == "cuda" or (impl == "auto" and args[0].device.type == "cuda"):
+        from featup_hub.ops.cuda import backend
+
+        try:
+            return getattr(backend, name)(*args)
+        except backend.UnavailableError as error:
+            if impl == "cuda":
+                raise RuntimeError(f"impl='cuda' was asked for and cannot run: {error}") from error
+            _warn_once(str(error))
+    from featup_hub.ops import torch_backend
+
+    return getattr(torch_backend, name)(*args)
 
 
 @functools.cache

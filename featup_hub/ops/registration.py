@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featup_hub.ops import reference, torch_backend
-from featup_hub.ops.choice import choose
-from featup_hub.ops.cuda import backend as cuda
+from featup_hub.ops import reference
+from featup_hub.ops.choice import run
 from featup_hub.ops.reference import StageWeights
 
 # torch allows one of a name; when this module is reloaded, it is kept, with its operators.
@@ -28,25 +27,24 @@ def _kernel(guidance: Tensor, *args: Any) -> Tensor:
         got = tuple(guidance.shape)
         raise ValueError(f"guidance must hold at least one image; got {got}; skip empty batches")
     weights, impl = StageWeights(*args[:-1]), args[-1]
-    return choose(impl, cuda.kernel_unsupported_reason, guidance, weights).kernel(guidance, weights)
+    return run(impl, "kernel", guidance, weights)
 
 
 def _kernel_backward(grad: Tensor, guidance: Tensor, *args: Any) -> tuple[Tensor, ...]:
     # The same on every device: nearly all time is spent in matrix products.
     weights = StageWeights(*args[:-1])
-    grad_guidance, gradients = torch_backend.kernel_backward(grad, guidance, weights)
+    grad_guidance, gradients = run("torch", "kernel_backward", grad, guidance, weights)
     return grad_guidance, *gradients
 
 
 def _apply(source: Tensor, kernel: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    return choose(impl, cuda.apply_unsupported_reason, source, kernel).apply(source, kernel, bias)
+    return run(impl, "apply", source, kernel, bias)
 
 
 def _apply_backward(
     grad: Tensor, source: Tensor, kernel: Tensor, need_source: bool, need_kernel: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    backend = choose(impl, cuda.apply_unsupported_reason, source, kernel)
-    return backend.apply_backward(grad, source, kernel, need_source, need_kernel)
+    return run(impl, "apply_backward", grad, source, kernel, need_source, need_kernel)
 
 
 def _joint(query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, *sizes: int) -> Tensor:
@@ -56,7 +54,7 @@ def _joint(query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, *sizes: i
 
 def _joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, spatial, range, *cells = args
-    return torch_backend.joint_kernel_backward(grad, query, key, spatial, range, tuple(cells))
+    return run("torch", "joint_kernel_backward", grad, query, key, spatial, range, tuple(cells))
 
 
 def _map_like(like: Tensor, channels: int) -> Tensor:

@@ -1,12 +1,14 @@
 """The ``cuda`` implementation: launches the fused kernels on torch's current stream.
 
 No function waits for the device. The first comment of each ``.cu`` file defines layouts, grids and
-outputs. Functions have the signatures that :mod:`featup_hub.ops.registration` calls.
+outputs. Functions have the signatures of :mod:`featup_hub.ops.torch_backend`, and raise
+:class:`UnavailableError`, with a remedy, if the kernels cannot compute with their arguments.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -61,53 +63,20 @@ def usual_programs() -> list[Program]:
     return [kernel_program(3), *filters]
 
 
-def kernel_unsupported_reason(guidance: Tensor, weights: StageWeights) -> str | None:
-    """Returns why :func:`kernel` cannot run with these tensors, with a remedy."""
-    shape = (weights.diameter, weights.range_b0.shape[0])
-    if shape != (DIAMETER, KEYS) or guidance.shape[1] > MOST_GUIDANCE_CHANNELS:
-        return (
-            f"the fused kernels are made for {DIAMETER}×{DIAMETER} taps, {KEYS} key "
-            f"channels and at most {MOST_GUIDANCE_CHANNELS} guidance channels; got "
-            f"{shape[0]}×{shape[0]}, {shape[1]} and {guidance.shape[1]}; use impl='torch'"
-        )
-    return _unsupported_reason(kernel_program(guidance.shape[1]), guidance, weights.range_w0)
-
-
-def apply_unsupported_reason(source: Tensor, kernel: Tensor) -> str | None:
-    """Returns why :func:`apply` cannot run with these tensors, with a remedy."""
-    if kernel.shape[1] != TAPS or source.dtype not in FEATURE_TYPES:
-        return (
-            f"the fused kernels are made for {TAPS} taps and float32, float16 or bfloat16 "
-            f"features; got {kernel.shape[1]} and {source.dtype}; use impl='torch'"
-        )
-    return _unsupported_reason(apply_program(source.dtype), source, kernel)
-
-
-def _unsupported_reason(program: Program, maps: Tensor, parameters: Tensor) -> str | None:
-    if parameters.dtype != torch.float32:
-        return (
-            "the fused kernels sum in float32; got "
-            f"{parameters.dtype}; convert to float32, or use impl='torch'"
-        )
-    if maps.shape[0] > MOST_SAMPLES:
-        return (
-            f"the fused kernels take at most {MOST_SAMPLES} samples; got {maps.shape[0]}; "
-            "split the batch, or use impl='torch'"
-        )
-    try:
-        prepare(program, maps.device)
-    except UnavailableError as error:
-        return str(error)
-    return None
-
-
 def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
     """See :func:`featup_hub.ops.reference.jbu_kernel`."""
+    shape = (weights.diameter, weights.range_b0.shape[0])
     batch, channels, height, width = guidance.shape
+    if shape != (DIAMETER, KEYS) or channels > MOST_GUIDANCE_CHANNELS:
+        raise UnavailableError(
+            f"the fused kernels are made for {DIAMETER}×{DIAMETER} taps, {KEYS} key "
+            f"channels and at most {MOST_GUIDANCE_CHANNELS} guidance channels; got "
+            f"{shape[0]}×{shape[0]}, {shape[1]} and {channels}; use impl='torch'"
+        )
+    fused = _prepared(kernel_program(channels), guidance, weights.range_w0)
     guidance, w = guidance.contiguous(), StageWeights(*(t.contiguous() for t in weights))
     output = guidance.new_empty(batch, height, width, TAPS)
     if output.numel():
-        fused = prepare(kernel_program(channels), guidance.device)
         projection = guidance.new_empty(batch, KEYS, height, width)
         grid = (blocks(height * width, 128), batch, 1)
         layers = (w.range_w0, w.range_b0, w.range_w1, w.range_b1)
@@ -121,12 +90,11 @@ def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`featup_hub.ops.reference.jbu_apply`."""
-    maps, window = _fit(source, kernel)
+    fused, maps, window = _fit(apply_program, source, kernel)
     batch, h, w, channels = maps.shape
     height, width = kernel.shape[-2:]
     output = maps.new_empty(batch, height, width, channels)
     if output.numel():
-        fused = prepare(apply_program(maps.dtype), source.device)
         bias = None if bias is None else bias.contiguous()
         tiles = _cell_tiles(height, width)
         span = _span(channels, tiles * batch, fused)
@@ -141,16 +109,15 @@ def apply_backward(
     grad: Tensor, source: Tensor, kernel: Tensor, need_source: bool, need_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of source and kernel; an empty tensor if one is not needed."""
+    fused, maps, window = _fit(apply_backward_program, source, kernel)
     grad_source, grad_kernel = source.new_empty(0), kernel.new_empty(0)
     if not grad.numel():
         return (
             torch.zeros_like(source) if need_source else grad_source,
             torch.zeros_like(kernel) if need_kernel else grad_kernel,
         )
-    maps, window = _fit(source, kernel)
     batch, h, w, channels = maps.shape
     height, width = kernel.shape[-2:]
-    fused = prepare(apply_backward_program(maps.dtype), source.device)
     upstream = _channels_last(grad.to(maps.dtype))
     grid = (_cell_tiles(height, width), 1, batch)
     if need_source:
@@ -173,21 +140,45 @@ def apply_backward(
     return grad_source, grad_kernel
 
 
-def _fit(source: Tensor, kernel: Tensor) -> tuple[Tensor, int]:
-    """Returns the source channels last, (B, h, w, C), and the width of the kernels' window.
+def _prepared(program: Program, maps: Tensor, parameters: Tensor) -> FusedKernels:
+    """Returns a program's kernels, or raises UnavailableError if they cannot take these maps."""
+    if parameters.dtype != torch.float32:
+        raise UnavailableError(
+            "the fused kernels sum in float32; got "
+            f"{parameters.dtype}; convert to float32, or use impl='torch'"
+        )
+    if maps.shape[0] > MOST_SAMPLES:
+        raise UnavailableError(
+            f"the fused kernels take at most {MOST_SAMPLES} samples; got {maps.shape[0]}; "
+            "split the batch, or use impl='torch'"
+        )
+    return prepare(program, maps.device)
 
-    A source whose axes neither keep their size nor grow by 1.75 to 2 is resized first; in a stack
-    only the first, smallest stage needs this.
+
+def _fit(
+    program: Callable[[torch.dtype], Program], source: Tensor, kernel: Tensor
+) -> tuple[FusedKernels, Tensor, int]:
+    """Returns the fused kernels, the source as they take it, and the width of their window.
+
+    They take it channels last, (B, h, w, C). A source whose axes neither keep their size nor grow
+    by 1.75 to 2 is resized first; in a stack only the first, smallest stage needs this.
     """
+    if kernel.shape[1] != TAPS or source.dtype not in FEATURE_TYPES:
+        raise UnavailableError(
+            f"the fused kernels are made for {TAPS} taps and float32, float16 or bfloat16 "
+            f"features; got {kernel.shape[1]} and {source.dtype}; use impl='torch'"
+        )
     size = kernel.shape[-2:]
     axes = list(zip(source.shape[-2:], size, strict=True))
-    if not all(small == large or 7 * small <= 4 * large <= 8 * small for small, large in axes):
+    fits = all(small == large or 7 * small <= 4 * large <= 8 * small for small, large in axes)
+    fused = _prepared(program(source.dtype if fits else kernel.dtype), source, kernel)
+    if not fits:
         source = F.interpolate(source.to(kernel.dtype), size, mode="bicubic", align_corners=False)
-    return _channels_last(source), 7 if all(2 * n == m for n, m in axes) else 8
+    return fused, _channels_last(source), 7 if all(2 * n == m for n, m in axes) else 8
 
 
 def _resize_backward(grad: Tensor, source: Tensor) -> Tensor:
-    """The adjoint of :func:`_fit`, from (B, h, w, C) to the source's (B, C, h, w).
+    """The adjoint of :func:`_fit`'s resizing, from (B, h, w, C) to the source's (B, C, h, w).
 
     Uses matrix products: torch's adjoint of bicubic resizing sums in no fixed order.
     """
