@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -31,32 +31,36 @@ def create(
     timm loads the weights, so its conversions apply: it resamples position embeddings and reads the
     authors' files. The arguments are those of :class:`TimmBackbone`.
     """
-    from featup_hub.weights.checkpoints import read_state
-    from featup_hub.weights.hub import explained
-
     config = find_config(name)
     kwargs = dict(backbone_kwargs or {})
     if weights is None:
-        if pretrained and not config.has_weights:
+        if not pretrained:
+            return build(name, kwargs)
+        if not config.has_weights:
             raise RuntimeError(
                 f"timm has no weights for {name!r}; give a file of your own, or pretrained=False"
             )
-        if pretrained and (cached := _cached(config)):
+        from featup_hub.weights.hub import explained
+
+        if cached := _cached(config):
             kwargs["pretrained_cfg_overlay"] = {"file": cached}
-        with explained(f"the weights of timm's {name}") if pretrained else nullcontext():
-            return build(name, {**kwargs, "pretrained": pretrained})
-    tensors = dict(weights) if isinstance(weights, Mapping) else read_state(weights)
+        with explained(f"the weights of timm's {name}"):
+            return build(name, {**kwargs, "pretrained": True})
+    if isinstance(weights, Mapping):
+        tensors = dict(weights)
+    else:
+        from featup_hub.weights.checkpoints import read_state
+
+        tensors = read_state(weights)
     overlay = {"state_dict": tensors, "source": "", "custom_load": False, "label_offset": 0}
     classes = _classes(tensors, config.classifier)
     # A file without a known classifier is for a network without one, or timm makes one.
     attempts = [classes] if classes is not None else [0, config.num_classes]
     problems = []
     for num_classes in attempts:
-        with_classes = {**overlay, "num_classes": num_classes}
+        kwargs["pretrained_cfg_overlay"] = {**overlay, "num_classes": num_classes}
         try:
-            model = build(
-                name, {**kwargs, "pretrained": True, "pretrained_cfg_overlay": with_classes}
-            )
+            model = build(name, {**kwargs, "pretrained": True})
         except (RuntimeError, KeyError) as error:
             problems.append(error)
         else:

@@ -53,14 +53,15 @@ def implementations() -> list[ImplementationStatus]:
 
 
 def _status(device: torch.device) -> ImplementationStatus:
-    from featup_hub.ops.cuda import backend
+    from featup_hub.ops.cuda.backend import usual_programs
+    from featup_hub.ops.cuda.programs import UnavailableError, prepare
 
     name = str(device)
     if device.type == "cuda":
         name += f" ({torch.cuda.get_device_name(device)})"
     try:
-        programs = [backend.prepare(program, device) for program in backend.usual_programs()]
-    except backend.UnavailableError as error:
+        programs = [prepare(program, device) for program in usual_programs()]
+    except UnavailableError as error:
         return ImplementationStatus(device=name, impl="torch", reason=str(error))
     return ImplementationStatus(
         device=name,
@@ -81,10 +82,11 @@ def run(impl: str, name: str, *args: Any) -> Any:
     """
     if impl == "cuda" or (impl == "auto" and args[0].device.type == "cuda"):
         from featup_hub.ops.cuda import backend
+        from featup_hub.ops.cuda.programs import UnavailableError
 
         try:
             return getattr(backend, name)(*args)
-        except backend.UnavailableError as error:
+        except UnavailableError as error:
             if impl == "cuda":
                 raise RuntimeError(f"impl='cuda' was asked for and cannot run: {error}") from error
             _warn_once(str(error))

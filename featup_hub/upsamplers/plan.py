@@ -30,8 +30,8 @@ def stage_sizes(
     """Plans the sizes from source to output.
 
     There are n = ceil(log2 of the larger ratio) stages. The last one makes the output, the one
-    before it half of that (rounded up), and so on, never below the source. So every stage except
-    the first, the cheapest, doubles the size; the first takes the remaining ratio.
+    before it half of that (rounded up), and so on, never below the source: only the first, the
+    cheapest, has another ratio than two.
 
     Example:
         >>> stage_sizes((14, 14), (224, 224))
@@ -72,8 +72,7 @@ def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[i
     if size is None:
         return height, width
     if isinstance(size, (int, Integral)):
-        size = int(size)
-        short = min(height, width)
+        size, short = int(size), min(height, width)
         return (height * size + short // 2) // short, (width * size + short // 2) // short
     if not _is_pair(size):
         raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")

@@ -35,12 +35,10 @@ _BEGINNINGS = {
     b"\x89png\r\n\x1a\n": "a PNG picture",
     b"gif8": "a GIF picture",
     b"pk": "a zip file, perhaps a PyTorch pickle",
-    **{
-        bytes(
-            [0x80, protocol]
-        ): "a Python pickle, which can run code and is never opened as weights"
-        for protocol in range(2, 6)
-    },
+    **dict.fromkeys(
+        (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"),  # its protocols
+        "a Python pickle, which can run code and is never opened as weights",
+    ),
 }
 """How files that are not weights begin, in lower case."""
 
@@ -147,9 +145,7 @@ def write(
         raise IsADirectoryError(f"a file must be named to write to; {path} is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder of {path} does not exist; make it first")
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(tensor, Tensor) for tensor in tensors.values()
-    ):
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise TypeError(
             f"tensors by name are needed, such as module.state_dict(); got {type(tensors).__name__}"
         )
