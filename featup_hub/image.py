@@ -83,8 +83,10 @@ def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> N
     """Raises ValueError unless every given side is a positive multiple of the patch size."""
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be at least 1; got {multiple_of}")
-    sides = () if size is None else size if isinstance(size, (tuple, list)) else (size, size)
-    if len(sides) not in (0, 2) or not all(isinstance(side, Integral) for side in sides):
+    if size is None:
+        return
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
         raise TypeError(f"size must be a number of pixels, or (height, width); got {size!r}")
     for side in sides:
         if side < 1 or side % multiple_of:

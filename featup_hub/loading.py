@@ -20,7 +20,15 @@ from featup_hub.upsamplers import JBUStack
 from featup_hub.weights.files import load as load_weights
 from featup_hub.weights.files import load_into, split_norm
 
-__all__ = ["find_card", "list_models", "load", "load_backbone", "load_upsampler", "name_and_file"]
+__all__ = [
+    "find_card",
+    "list_models",
+    "load",
+    "load_backbone",
+    "load_upsampler",
+    "name_and_file",
+    "open_device",
+]
 
 
 def list_models() -> list[str]:
@@ -119,8 +127,9 @@ def load(
         device: Where to put the model; default: the CPU.
 
     Raises:
-        ValueError: If the model is unknown, a file is damaged or does not fit, or ``looks`` is not
-            a square number or does not fit the backbone's stride.
+        ValueError: If the model is unknown, a file is damaged or does not fit, this machine does
+            not have ``device``, or ``looks`` is not a square number or does not fit the backbone's
+            stride.
         FileNotFoundError: If a file of your own does not exist.
         RuntimeError: If a file is missing: not shipped, not cached, no connection.
 
@@ -130,6 +139,7 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     card = find_card(name)
+    place = open_device(device)
     looks_per_side = _looks_per_side(looks)
     own = _one_of(upsampler, weights)
     with _undisturbed(pretrained):
@@ -164,7 +174,7 @@ def load(
         )
         if norm is not None and model.norm is not None:
             load_into(model.norm, norm, origin=str(own))
-    return model.to(device or "cpu").eval()
+    return model.to(place).eval()
 
 
 def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[int, int]:
@@ -258,7 +268,7 @@ def load_upsampler(
         >>> upsampler(torch.randn(1, 5, 4, 6), torch.randn(1, 3, 56, 84)).shape
         torch.Size([1, 5, 56, 84])
     """
-    own = _one_of(upsampler, weights)
+    place, own = open_device(device), _one_of(upsampler, weights)
     with _undisturbed(pretrained):
         stack, norm = _read_upsampler(own, pretrained)
     if norm is not None:
@@ -266,7 +276,24 @@ def load_upsampler(
             f"{own} holds a channel norm, which belongs behind its backbone; "
             "load both: load(NAME, upsampler=...)"
         )
-    return stack.to(device or "cpu").eval()
+    return stack.to(place).eval()
+
+
+def open_device(device: str | torch.device | None) -> torch.device:
+    """Returns a device after testing it; by default the CPU.
+
+    Raises:
+        ValueError: If it is not a device, or this machine does not have it.
+    """
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or mps; got {device!r}") from error
+    try:
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest is a list of backends
+        raise ValueError(f"device {place} cannot be used here: {reason}") from error
 
 
 def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | Path | None:

@@ -258,7 +258,7 @@ def test_a_size_is_a_number_or_height_and_width() -> None:
     photo = Image.new("RGB", (60, 40))
     assert resize(photo, [20, 30]).size == (30, 20)
     assert resize(photo, np.int64(20)).size == (30, 20)
-    for size in ("20", 20.5, (20.0, 30), (20,), (20, 30, 3)):
+    for size in ("20", 20.5, (20.0, 30), (), (20,), (20, 30, 3)):
         with pytest.raises(TypeError, match="size must be a number of pixels"):
             resize(photo, size)
 

@@ -313,3 +313,16 @@ def test_four_looks_are_a_source_of_half_the_stride() -> None:
 def test_looks_that_are_no_square_number_are_refused(looks: int) -> None:
     with pytest.raises(ValueError, match=rf"looks must be a square number, .*; got {looks!r}"):
         load("efficientnet_lite0", looks=looks)
+
+
+@pytest.mark.parametrize("device", ["gpu", 3.5, "mps:x"])
+def test_what_is_no_device_is_refused_before_weights_are_read(device: object) -> None:
+    with pytest.raises(ValueError, match=r"device must be cpu, cuda, cuda:1 or mps; got"):
+        load("efficientnet_lite0", upsampler="missing.safetensors", device=device)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"device must be"):
+        load_upsampler("missing.safetensors", device=device)  # type: ignore[arg-type]
+
+
+def test_a_device_that_this_machine_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"device cuda:99 cannot be used here: "):
+        load("efficientnet_lite0", pretrained=False, device="cuda:99")

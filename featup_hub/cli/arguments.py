@@ -131,15 +131,10 @@ def open_device(name: str | None) -> torch.device:
     """Returns a device after testing it; by default cuda if there is one, else cpu."""
     import torch
 
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"--device must be cpu, cuda, cuda:1 or mps; got {name!r}") from error
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest is a list of backends
-        raise UsageError(f"--device {device} cannot be used here: {reason}") from error
+    from featup_hub import loading
+
+    with usage_errors("--"):
+        return loading.open_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_output(path: Path, suffix: str | None = None) -> None:

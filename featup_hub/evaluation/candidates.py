@@ -28,7 +28,7 @@ from featup_hub.registry import UPSAMPLERS
 from featup_hub.upsamplers import JBUStack, baselines
 from featup_hub.weights import convert_upstream, digest, load_into, read, resolve, shipped_upsampler
 
-__all__ = ["Candidate", "UnknownUpsamplerError", "candidate", "plug_in"]
+__all__ = ["Candidate", "UnknownUpsamplerError", "candidate", "is_plug_in", "plug_in"]
 
 Head = Literal["before", "inside", "after"]
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral")
@@ -118,7 +118,7 @@ def candidate(spec: str) -> Candidate:
         function, is_stack = _stack(source, unit_sum=option == "unit"), True
         stem = file if shipped_upsampler(file) else source.stem
         default, part = stem + (f"@{option}" if option else ""), option
-    elif attribute and all(part.isidentifier() for part in module.split(".")):
+    elif is_plug_in(rest):
         function = plug_in(rest)
         default = part = attribute
         head = getattr(function, "head", "after")
@@ -136,6 +136,12 @@ def candidate(spec: str) -> Candidate:
         identity=f"{digest(source)} {part}" if source.is_file() else None,
         takes_looks=is_stack,
     )
+
+
+def is_plug_in(spec: str) -> bool:
+    """Returns whether this is ``module:callable``, and not such as ``hf-hub:owner/name``."""
+    module, colon, attribute = spec.partition(":")
+    return bool(colon) and all(each.isidentifier() for each in (*module.split("."), attribute))
 
 
 def plug_in(spec: str) -> Any:

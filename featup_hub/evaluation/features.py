@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featup_hub.backbones import Backbone, ShiftAndStitch
-from featup_hub.evaluation.candidates import plug_in
+from featup_hub.evaluation.candidates import is_plug_in, plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.loading import find_card, load_backbone, name_and_file
@@ -107,8 +107,8 @@ def open_source(spec: str) -> Source:
         FileNotFoundError: If there is no such file.
     """
     label, name, file = _parts(spec)
-    backbone = plug_in(name)() if ":" in name else load_backbone(name, weights=file)
-    if file is None and ":" in name:  # a plug-in is identified by the file that defines it
+    backbone = plug_in(name)() if is_plug_in(name) else load_backbone(name, weights=file)
+    if file is None and is_plug_in(name):  # a plug-in is identified by the file that defines it
         file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     identity = f"{name} {digest(file) if file else 'pretrained'}"
     return Source(name=label, backbone=backbone.requires_grad_(False), identity=identity)
@@ -117,7 +117,7 @@ def open_source(spec: str) -> Source:
 def check_source(spec: str) -> None:
     """Raises the errors of :func:`open_source` about names and missing files; loads nothing."""
     _, name, file = _parts(spec)
-    (plug_in if ":" in name else find_card)(name)
+    (plug_in if is_plug_in(name) else find_card)(name)
     if file:
         resolve(Path(file))
 
@@ -134,7 +134,7 @@ def _parts(spec: str) -> tuple[str, str, str | None]:
 
 def _is_backbone(name: str) -> bool:
     try:
-        return ":" in name or bool(find_card(name))
+        return is_plug_in(name) or bool(find_card(name))
     except ValueError:
         return False
 

@@ -20,6 +20,7 @@ from featup_hub.evaluation.probes import measure_preservation, measure_transfer
 from featup_hub.evaluation.propagation import measure_propagation
 from featup_hub.evaluation.report import Row, rows
 from featup_hub.evaluation.sums import Measurement, Results, measure_new
+from featup_hub.loading import find_card
 
 __all__ = ["evaluate", "measure"]
 
@@ -180,6 +181,8 @@ def _check(config: EvaluationConfig, names: Sequence[str]) -> None:
         )
     if "cam" in config.protocols:
         open_photos(config)
+        with _about("classifier", ValueError):  # its weights are loaded later
+            find_card(config.classifier)
     if len(set(names)) < len(names):
         raise ValueError(
             f"upsamplers must each have a name of its own; got {', '.join(names)}; write NAME=FILE"

@@ -67,7 +67,8 @@ def fit(
             option is out of its range.
         TypeError: If ``image`` is not a float32 tensor, ``backbone`` is not a backbone, or an
             option is unknown.
-        RuntimeError: If the backbone's features or the network's loss are not finite.
+        RuntimeError: If the backbone's features or the network's loss are not finite, or the
+            features are the same everywhere.
 
     Example:
         >>> from featup_hub import ModuleBackbone
@@ -137,6 +138,12 @@ def _observe(
             raise RuntimeError(
                 "a fit needs finite features; the backbone gave NaN or infinity; check that the "
                 "image is normalised, and the backbone's weights"
+            )
+        places = features.transpose(0, 1).flatten(1)  # (C, V·h·w)
+        if first == 0 and places.shape[1] > 1 and (places == places[:, :1]).all():
+            raise RuntimeError(
+                "a fit needs features that differ from place to place; the backbone gave the same "
+                "everywhere; check the image, and the backbone's weights"
             )
         bar.update(len(part))
         yield part, features

@@ -36,6 +36,15 @@ def test_a_plug_in_gives_a_backbone():
         open_source("no_such_module:x")
 
 
+def test_timms_name_of_a_repository_is_not_taken_for_a_plug_in(monkeypatch):
+    monkeypatch.setattr(
+        "featup_hub.evaluation.features.load_backbone",
+        lambda name, weights: MeanColour() if weights is None else name,
+    )
+    for name in ("hf-hub:owner/some.vit", "hf_hub:owner/some.vit"):
+        assert open_source(name).identity == f"{name} pretrained"
+
+
 def test_a_backbone_s_own_weights_are_named_as_on_every_command_and_as_before() -> None:
     file = shipped_folder() / "efficientnet_lite0.safetensors"
     now = open_source(f"efficientnet_lite0={file}")

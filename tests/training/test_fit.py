@@ -152,6 +152,12 @@ def test_upstreams_recipe_has_upstreams_numbers() -> None:
     assert (fitted.dropout, len(fitted.fourier.frequency)) == (0.2, 30)
 
 
+@pytest.mark.parametrize("method", ["least-squares", "network"])
+def test_an_image_whose_features_are_the_same_everywhere_is_refused(method: str) -> None:
+    with pytest.raises(RuntimeError, match="needs features that differ from place to place"):
+        fit(torch.zeros(1, 3, 32, 40), Blur(), method=method, views=3, held_out=1)
+
+
 def test_features_that_are_not_finite_and_a_loss_that_diverges_are_errors() -> None:
     with pytest.raises(RuntimeError, match="needs finite features; the backbone gave NaN or inf"):
         fit(picture() * math.nan, Blur(), views=20)

@@ -65,6 +65,17 @@ def test_backbones_are_opened_by_name_or_given(stem):
         open_backbones(("jbu",))
 
 
+def test_all_names_and_files_are_checked_before_one_is_loaded(monkeypatch):
+    def load_backbone(*_, **__):
+        raise AssertionError("a backbone is loaded")
+
+    monkeypatch.setattr("featup_hub.training.training_source.load_backbone", load_backbone)
+    with pytest.raises(ValueError, match="got 'efficientnet_lite'"):
+        open_backbones(("efficientnet_lite0", "efficientnet_lite"))
+    with pytest.raises(FileNotFoundError, match=r"no weights file missing\.safetensors"):
+        open_backbones(("efficientnet_lite0", "dinov2=missing.safetensors"))
+
+
 def test_a_timm_model_takes_its_weights_from_a_file(tmp_path):
     model = timm.create_model("test_vit", dynamic_img_size=True)
     write({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors")
