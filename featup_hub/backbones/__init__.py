@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("timm", "timm_network", "contract", "stitch", "module", "clip")
+_MODULES = ("contract", "timm", "timm_network", "stitch", "module", "clip")
 
 
 def __getattr__(name: str) -> Any:
