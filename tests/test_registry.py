@@ -64,19 +64,6 @@ def test_shipped_files_have_the_digest_of_their_row(file: WeightFile) -> None:
     assert str(file.sha256) in (shipped_folder() / file.filename).with_suffix(".md").read_text()
 
 
-def test_the_upsampler_alone_is_a_row_without_a_backbone() -> None:
-    row = MODELS["jbu"]
-    assert (row.backbone, row.feat_dim) == ("", None)
-    assert row.licence == UPSAMPLERS["jbu_denoise"].licence
-
-
-@pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vitb16"])
-def test_the_licence_of_dinov3_is_not_passed_off_as_open_source(name: str) -> None:
-    row = MODELS[name]
-    assert row.licence == "DINOv3 License"
-    assert "not an open-source licence" in row.note
-
-
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [("dinov22", "dinov2"), ("MaskCLP", "maskclip"), ("ResNet", "resnet50"), ("DINOv2", "dinov2")],

@@ -73,21 +73,6 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "line", ["fit photos/a.jpg --out d.safetensors", "export d.onnx", "convert x d.safetensors"]
-)
-def test_an_output_that_is_a_folder_is_refused_before_the_work(
-    line: str, photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("image.read_image", "loading.load", "weights.convert"):
-        monkeypatch.setattr(f"featup_hub.{name}", None)
-    out = Path(line.split()[-1])
-    out.mkdir()
-    done = command(line)
-    assert done.code == 2
-    assert f"{out} is a folder; name a file in it" in done.err
-
-
-@pytest.mark.parametrize(
     ("line", "goes_on"),
     [
         ("export m.onnx", False),

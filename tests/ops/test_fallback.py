@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -142,43 +143,25 @@ FAULTS = [
     (no_driver, "driver's library could not be loaded; install a driver"),
     (rejected_image, "error 218 in loading"),
 ]
-faults = pytest.mark.parametrize(
-    ("break_it", "words"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS]
-)
 
 
 def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word() -> None:
     assert [choose(impl) for impl in ("auto", "cuda", "torch")] == ["cuda", "cuda", "torch"]
 
 
-@faults
-def test_auto_takes_the_torch_backend_with_one_warning_that_names_reason_and_remedy(
+@pytest.mark.parametrize(("break_it", "words"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_auto_falls_back_with_one_warning_a_named_one_never_does_and_the_status_says_the_same(
     monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
 ) -> None:
     break_it(monkeypatch)
     with pytest.warns(UserWarning, match=f"without the fused CUDA kernels: .*{words}") as caught:
         assert [choose("auto") for _ in range(3)] == ["torch"] * 3
     assert len(caught) == 1
-
-
-@faults
-def test_a_named_implementation_never_falls_back(
-    monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
-) -> None:
-    break_it(monkeypatch)
     with pytest.raises(RuntimeError, match=f"impl='cuda' was asked for and cannot run: .*{words}"):
         choose("cuda")
-
-
-@faults
-def test_the_status_says_the_same(
-    monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
-) -> None:
-    break_it(monkeypatch)
     _, status = ops.implementations()
     assert (status.impl, status.cubins) == ("torch", ())
-    with pytest.raises(RuntimeError, match=words):
-        raise RuntimeError(str(status))
+    assert re.search(words, str(status))
 
 
 def test_what_went_wrong_is_found_out_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,20 +242,6 @@ def test_an_unwritable_cache_is_no_obstacle(
         assert [choose("auto") for _ in range(3)] == ["cuda"] * 3
     assert len(caught) == 1
     assert "kept in memory only" in str(ops.implementations()[1])
-
-
-def test_a_damaged_cubin_is_replaced_before_it_reaches_the_driver(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    program = backend.usual_programs()[0]
-    path = programs.compile_program(program, 90)[1]
-    assert path is not None
-    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
-    images = []
-    monkeypatch.setattr(Driver, "load", lambda self, device, image, names: images.append(image))
-    programs.prepare(program, CUDA)
-    assert images == [cache.fetch(path.name, lambda: b"never")[0]]
-    assert images[0].startswith(b"\x7fELF")
 
 
 def test_the_status_names_device_compiler_and_cubin(tmp_path: Path) -> None:

@@ -145,30 +145,6 @@ def test_a_forward_pass_of_the_default_upsampler_is_few_operators() -> None:
     assert len(launches.names) <= 40
 
 
-def test_an_absent_bias_is_none() -> None:
-    _, source, kernel, bias = maps()
-    without = jbu_apply(source, kernel, impl="torch")
-    with_bias = jbu_apply(source, kernel, bias, impl="torch")
-    torch.testing.assert_close(with_bias - without, bias[:, None, None].expand_as(without))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_leaves_kernels_in_float32_and_features_in_their_own_precision(
-    dtype: torch.dtype,
-) -> None:
-    guidance, source, kernel, _ = maps()
-    weights = stage_weights()
-    expected = jbu_kernel(guidance, weights, impl="torch")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(jbu_kernel(guidance, weights, impl="torch"), expected)
-        assert torch.equal(
-            jbu_kernel(guidance.to(dtype), weights, impl="torch"),
-            jbu_kernel(guidance.to(dtype).float(), weights, impl="torch"),
-        )
-        assert jbu_apply(source.to(dtype), kernel, impl="torch").dtype == dtype
-        assert jbu_apply(source, kernel, impl="torch").dtype == torch.float32
-
-
 @pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="torch before 2.5")
 def test_vmap_is_a_loop_over_samples_whatever_is_mapped() -> None:
     guidance, source, kernel, bias = (torch.stack([x, 2 * x, -x]) for x in maps())

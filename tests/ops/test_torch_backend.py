@@ -109,14 +109,6 @@ def test_gradients_of_what_is_not_finite_are_the_definitions(
             torch.testing.assert_close(gradient, due, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def test_a_sample_is_filtered_alike_alone_and_in_a_batch() -> None:
-    source, kernel = torch.randn(3, 6, 7, 9), torch.randn(3, 49, 13, 18)
-    together = jbu_apply(source, kernel, impl="torch")
-    for index in range(3):
-        alone = jbu_apply(source[index : index + 1], kernel[index : index + 1], impl="torch")
-        assert torch.equal(alone[0], together[index])
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 3), (4, 7), (20, 9)])
 @pytest.mark.parametrize("sigma", [0.8, 0.02])
 def test_kernels_and_their_gradients_are_the_definitions(
@@ -213,14 +205,6 @@ def test_upstreams_gradient_would_fail_that_test() -> None:
     assert taps_that_learn(UpstreamApply.apply) == list(UPSTREAM_TAPS)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_every_row_of_the_correction_learns(impl: str) -> None:
-    stage = randomise(JBUStage().double())
-    source = torch.randn(1, 3, 6, 6, dtype=torch.float64)
-    stage(source, torch.randn(1, 3, 12, 12).double(), impl=impl).square().sum().backward()
-    assert (stage.fixup_proj[3].weight.grad.flatten(1).abs().sum(1) > 0).all()
-
-
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     """Records the largest tensor that any operator makes."""
 
@@ -247,16 +231,6 @@ def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> N
     unfolded_keys = 32 * 49 * 96 * 96
     assert seen.elements <= 1.2 * max(output.numel(), kernel.numel(), folded.PART_ELEMENTS)
     assert seen.elements < unfolded_keys / 10
-
-
-def test_the_result_is_the_same_for_every_memory_format_and_for_slices() -> None:
-    source, kernel = torch.randn(2, 6, 5, 4), torch.randn(2, 49, 10, 8)
-    expected = jbu_apply(source, kernel, impl="torch")
-    wide = torch.randn(2, 9, 7, 9)
-    wide[:, 1:7, 1:6, 2:6] = source
-    variants = (source.contiguous(memory_format=torch.channels_last), wide[:, 1:7, 1:6, 2:6])
-    for variant in variants:
-        assert torch.equal(jbu_apply(variant, kernel, impl="torch"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

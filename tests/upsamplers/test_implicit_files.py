@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -69,21 +68,16 @@ def test_a_file_whose_parts_do_not_fit_is_refused(change: str, tmp_path: Path) -
         ("scores", "[]"),
         ("scores", "null"),
         ("scores", '{"a": 1' + 400 * "0" + "}"),
+        *((note, None) for note in ("backbone", "backbone_digest", "base", "dropout", "scores")),
     ],
 )
-def test_a_file_whose_notes_are_spoilt_is_refused(note: str, spoilt: str, tmp_path: Path) -> None:
+def test_a_file_whose_notes_are_spoilt_or_missing_is_refused(
+    note: str, spoilt: str | None, tmp_path: Path
+) -> None:
     path = tmp_path / "x.safetensors"
     make().save(path)
-    write(read(path), path, metadata={**metadata(path), note: spoilt})
-    with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again"):
-        ImplicitUpsampler.load(path)
-
-
-@pytest.mark.parametrize("note", ["backbone", "backbone_digest", "base", "dropout", "scores"])
-def test_a_file_that_lacks_a_note_is_refused(note: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    make().save(path)
-    write(read(path), path, metadata={k: v for k, v in metadata(path).items() if k != note})
+    notes = {**metadata(path), note: spoilt}
+    write(read(path), path, metadata={k: v for k, v in notes.items() if v is not None})
     with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again"):
         ImplicitUpsampler.load(path)
 
@@ -105,13 +99,3 @@ def test_a_file_in_double_precision_tells_the_same(tmp_path: Path) -> None:
     module.save(path)
     write({k: v.double() for k, v in read(path).items()}, path, metadata=metadata(path))
     assert torch.equal(ImplicitUpsampler.load(path).features(), module.features())
-
-
-def test_the_format_names_its_version_and_holds_what_the_fit_needs(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    make(scores={"held_out_error": 0.25}).save(path)
-    notes = metadata(path)
-    assert notes["upsampler"] == ImplicitUpsampler.FORMAT
-    assert json.loads(notes["scores"]) == {"held_out_error": 0.25}
-    assert (notes["base"], notes["dropout"]) == ("no", "0.2")
-    assert {"image", "mean", "directions", "fourier.frequency", "fourier.phase"} <= set(read(path))

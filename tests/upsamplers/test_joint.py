@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def unlike(a: Tensor, b: Tensor, bandwidth: float) -> float:
     return gaussian(a, a, bandwidth) + gaussian(b, b, bandwidth) - 2 * gaussian(a, b, bandwidth)
 
 
+def check(
+    kernel: Tensor, places: list[tuple[int, int]], weight: Callable[[int, int, int, int], float]
+) -> None:
+    """Compares 3×3 kernels at some places, (9, H, W), with weights of each neighbour."""
+    for y, x in places:
+        weights = [weight(y, x, dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        expected = torch.tensor(weights) / sum(weights)
+        torch.testing.assert_close(kernel[:, y, x], expected, rtol=0.05, atol=5e-3)
+
+
 def test_embeddings_stand_for_a_gaussian_kernel() -> None:
     stage = JointBilateralStage(embedding_dim=4096, bandwidth=0.4)
     colours = torch.rand(1, 3, 1, 40)
@@ -60,10 +71,7 @@ def test_smoothing_compares_cells_by_place_and_distribution() -> None:
         apart = unlike(patches[y, x], patches[y + dy, x + dx], 0.5)
         return math.exp(-(dy**2 + dx**2) / (2 * 0.9**2) - apart / (2 * 0.4**2))
 
-    for y, x in ((1, 1), (2, 3)):
-        weights = [weight(y, x, dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        expected = torch.tensor(weights) / sum(weights)
-        torch.testing.assert_close(kernel[:, y, x], expected, rtol=0.05, atol=5e-3)
+    check(kernel, [(1, 1), (2, 3)], weight)
 
 
 def test_upsampling_compares_a_pixel_with_its_neighbours_cells() -> None:
@@ -79,10 +87,7 @@ def test_upsampling_compares_a_pixel_with_its_neighbours_cells() -> None:
         apart = unlike(pixels[y, x], cells[row, column], 0.5)
         return math.exp(-away / (2 * 0.6**2) - apart / (2 * 0.5**2))
 
-    for y, x in ((3, 4), (4, 7)):
-        weights = [weight(y, x, dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        expected = torch.tensor(weights) / sum(weights)
-        torch.testing.assert_close(kernel[:, y, x], expected, rtol=0.05, atol=5e-3)
+    check(kernel, [(3, 4), (4, 7)], weight)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +189,7 @@ def test_a_second_pass_compares_with_pixels_of_the_first_in_cells_of_the_source(
         apart = unlike(pixels[y, x], between[row, column], 0.5)
         return math.exp(-away / (2 * 0.4**2) - apart / (2 * 0.5**2))
 
-    for y, x in ((3, 4), (4, 5)):
-        weights = [weight(y, x, dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        expected = torch.tensor(weights) / sum(weights)
-        torch.testing.assert_close(kernel[:, y, x], expected, rtol=0.05, atol=5e-3)
+    check(kernel, [(3, 4), (4, 5)], weight)
 
 
 def test_a_stage_without_a_pass_is_refused() -> None:
@@ -195,17 +197,13 @@ def test_a_stage_without_a_pass_is_refused() -> None:
         JointBilateralStage().kernels(torch.rand(1, 3, 16, 16), (2, 2), [])
 
 
-def test_kernels_of_learned_stages_are_refused_where_a_joint_one_belongs() -> None:
-    kernels = JBUStack().eval().kernels(torch.randn(1, 3, 32, 32), (4, 4))
-    with pytest.raises(ValueError, match="has a joint bilateral stage, unlike"):
-        JBUStack(joint_first=True).eval().upsample(torch.randn(1, 5, 4, 4), kernels)
-
-
-def test_kernels_of_a_joint_stage_are_refused_where_there_is_none() -> None:
+@pytest.mark.parametrize(("joint", "has"), [(True, "a"), (False, "no")])
+def test_kernels_of_a_stack_of_another_kind_are_refused(joint: bool, has: str) -> None:
     image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
-    kernels = JBUStack(joint_first=True).eval().kernels(image, (4, 4))
-    for use in (JBUStack().eval().upsample, JBUStack().eval().pyramid):
-        with pytest.raises(ValueError, match="has no joint bilateral stage, unlike"):
+    kernels = JBUStack(joint_first=not joint).eval().kernels(image, (4, 4))
+    stack = JBUStack(joint_first=joint).eval()
+    for use in (stack.upsample, stack.pyramid):
+        with pytest.raises(ValueError, match=f"has {has} joint bilateral stage, unlike"):
             use(source, kernels)
 
 
