@@ -28,6 +28,7 @@ DOCUMENTS = (
     "README.md",
     "benchmarks/RESULTS.md",
     "benchmarks/LOG.md",
+    "docs/howto.md",
     "weights/jbu_universal.md",
     "weights/jbu_sharp.md",
 )
@@ -217,6 +218,16 @@ def fit() -> str:
     return markdown(["features", "photographs", *names, below, "least"], lines)
 
 
+def position_embeddings() -> str:
+    """What timm's and Meta's resampling of position embeddings change, by the size of the image."""
+    rows = read("position_embeddings.csv")
+    lines = [
+        [f"{r['height']}×{r['width']}", *(v for k, v in r.items() if k not in ("height", "width"))]
+        for r in rows
+    ]
+    return markdown(["image", "embeddings", "features", "cosine"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "readme": readme,
@@ -226,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sizes_cost": sizes_cost,
     "peers_cost": peers_cost,
     "oracle": oracle,
+    "position_embeddings": position_embeddings,
 }
 
 
