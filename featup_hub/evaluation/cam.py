@@ -29,14 +29,13 @@ from featup_hub.backbones import create
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset
-from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Results
 from featup_hub.image import list_images, preprocess, read_image
 from featup_hub.loading import find_card
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.weights import load
 
-__all__ = ["CAM", "Classifier", "measure_cam", "open_classifier", "open_photos"]
+__all__ = ["Classifier", "measure_cam", "open_classifier", "open_photos"]
 
 MIN_TERM = 1e-6
 
@@ -145,12 +144,3 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
     norm = a.norm() * b.norm()
     return torch.where(norm > MIN_TERM, a @ b / norm.clamp(min=MIN_TERM), 0.0)
-
-
-CAM = (
-    ratio("Average Drop", "cam", 1, 0, higher_is_better=False),
-    ratio("Average Increase", "cam", 2, 0),
-    ratio("Coherency", "cam", 3, 0),
-    ratio("Complexity", "cam", 4, 0, higher_is_better=False),
-    ratio("ADCC", "cam", 5, 0),
-)

@@ -158,18 +158,16 @@ def plug_in(spec: str) -> Any:
 
 def _check_call(function: Callable[..., Tensor], head: Head, spec: str) -> None:
     """Checks a plug-in's parameters before anything is measured."""
-    options = ("head",) if head == "inside" else ()
-    needed = f"a plug-in must be a function of ({', '.join(('source', 'image', 'size', *options))})"
-    if not callable(function):
-        raise TypeError(f"{needed}; {spec!r} is of type {type(function).__name__}")
+    names = ("source", "image", "size", *(("head",) if head == "inside" else ()))
     try:
-        parameters = inspect.signature(function)
+        inspect.signature(function).bind(*names[:3], **dict.fromkeys(names[3:]))
     except ValueError:  # some functions written in C have no signature
-        return
-    try:
-        parameters.bind("source", "image", "size", **dict.fromkeys(options))
+        pass
     except TypeError as error:
-        raise TypeError(f"{needed}; {spec!r} takes {parameters} ({error}); wrap it") from error
+        raise TypeError(
+            f"a plug-in must be a function of ({', '.join(names)}); {spec!r} is not: {error}; "
+            "wrap it"
+        ) from error
 
 
 def _stack(path: Path, *, unit_sum: bool) -> Callable[..., Tensor]:

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench, with_looks
-from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["CONSISTENCY", "measure_consistency"]
+__all__ = ["measure_consistency"]
 
 SIDE = 224
 FIT_IMAGES = 30
@@ -133,6 +132,3 @@ def _solve(gram: Tensor, moment: Tensor) -> Tensor:
     gram = gram.double()
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     return torch.linalg.solve(gram, moment.double()).float()
-
-
-CONSISTENCY = (ratio("view error", "consistency", 0, 1, higher_is_better=False),)

@@ -18,23 +18,16 @@ from torch import Tensor
 
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench
-from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["COST", "measure_cost"]
+__all__ = ["measure_cost"]
 
 MIB = 2**20
 
 
 def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> Results:
-    """Measures upsamplers in turn on a few images, after one warm-up image.
-
-    Raises:
-        ValueError: If there are no images.
-    """
+    """Measures upsamplers in turn on a few images, after one warm-up image."""
     dataset = bench.val.spread(bench.config.cost_images + 1)
-    if not len(dataset):
-        raise ValueError(f"time and memory need at least one image; {bench.val.name} has none")
     for turn, index in enumerate([0, 0] if len(dataset) == 1 else range(len(dataset))):
         image = dataset[index].crop(bench.stride).normalised()
         for each in candidates:
@@ -57,9 +50,9 @@ def cost_sums(
         ``cost`` (5,): images, seconds, CPU seconds summed over cores, MiB, and CPU seconds
         including the backbone's.
     """
-    device = source.device
+    device, on_cuda = source.device, source.is_cuda
     gc.collect()
-    if device.type == "cuda":
+    if on_cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before: float = torch.cuda.memory_allocated(device)
@@ -71,10 +64,9 @@ def cost_sums(
         before = _resident("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     output = upsampler(source, image, (image.shape[-2], image.shape[-1]))
-    if device.type == "cuda":
+    if on_cuda:
         torch.cuda.synchronize(device)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    on_cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else _resident("VmHWM")
     del output
     costs = [1.0, wall, cpu, (peak - before) / MIB, cpu + encoding]
@@ -86,11 +78,3 @@ def _resident(key: str) -> float:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if sys.platform == "linux" else []
     return next((1024.0 * int(x.split()[1]) for x in lines if x.startswith(key)), float("nan"))
-
-
-COST = tuple(
-    ratio(name, "cost", index, 0, higher_is_better=False, percent=False)
-    for index, name in enumerate(
-        ("seconds", "CPU seconds", "peak MiB", "CPU seconds with backbone"), start=1
-    )
-)

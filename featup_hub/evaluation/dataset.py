@@ -177,11 +177,9 @@ class Dataset:
 
     def spread(self, count: int) -> Dataset:
         """Keeps ``count`` evenly spread images; all if 0 or if there are fewer."""
-        total = len(self)
-        if not 0 < count < total:
-            return self
-        block = max(round(self.block * count / total), 1)
-        return replace(self._only(evenly(total, count)), block=block)
+        kept = evenly(len(self), count)
+        block = max(round(self.block * len(kept) / len(self)), 1)
+        return replace(self._only(kept), block=block)
 
     def videos(self) -> list[Dataset]:
         """Splits the images by folder; a folder of several holds the frames of one video.

@@ -19,10 +19,9 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.dataset import Sample, evenly
 from featup_hub.evaluation.features import Bench
-from featup_hub.evaluation.statistics import ratio
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["PROPAGATION", "measure_propagation", "propagate"]
+__all__ = ["measure_propagation", "propagate"]
 
 SHRINK = 4
 NEIGHBOURS = 7
@@ -108,6 +107,3 @@ def _shares(sample: Sample, classes: int, size: tuple[int, int]) -> Tensor:
         )
     onehot = (sample.labels == torch.arange(classes)[:, None, None]).float()
     return F.adaptive_avg_pool2d(onehot, size)
-
-
-PROPAGATION = (ratio("J", "jaccard", 0, 1),)

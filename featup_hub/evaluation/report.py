@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from featup_hub import __version__
-from featup_hub.evaluation.cam import CAM
-from featup_hub.evaluation.consistency import CONSISTENCY
-from featup_hub.evaluation.cost import COST
-from featup_hub.evaluation.propagation import PROPAGATION
-from featup_hub.evaluation.scores import DEPTH, SEGMENTATION
+from featup_hub.evaluation.scores import METRICS
 from featup_hub.evaluation.statistics import Estimate, Metric, estimate
 from featup_hub.evaluation.sums import Measurement
 from featup_hub.files import write_atomically
@@ -27,8 +23,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = ["Row", "as_json", "draw", "rows", "table", "write_results"]
-
-METRICS = (*PROPAGATION, *SEGMENTATION, *DEPTH, *CAM, *CONSISTENCY, *COST)
 
 
 @dataclass(frozen=True, kw_only=True)

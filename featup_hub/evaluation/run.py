@@ -42,9 +42,8 @@ class Stage(NamedTuple):
     """Protocols on a data set and a backbone; ``run`` and ``settings`` as in measure_new."""
 
     title: str
-    data: str
+    data: Dataset
     backbone: str
-    block: int
     run: Callable[[Sequence[Candidate]], Results]
     settings: dict[str, object] | None
 
@@ -107,12 +106,10 @@ def measure(
     stages = list(_stages(data, sources, config))
 
     def measured() -> Iterator[Measurement]:
-        for title, data, backbone, block, run, settings in stages:
+        for title, data, backbone, run, settings in stages:
             progress(title)
             for protocol, sums in measure_new(run, candidates, settings, config.cache).items():
-                yield Measurement(
-                    protocol=protocol, data=data, backbone=backbone, block=block, sums=sums
-                )
+                yield Measurement(protocol, data.name, backbone, data.block, sums)
 
     return measured()
 
@@ -136,8 +133,8 @@ def _stages(
         for stride in config.strides if "oracle" in wanted else ():
             run = partial(measure_oracle, val, stride=stride, reductions=config.reductions)
             settings = {**common, "oracle": stride, "reductions": config.reductions}
-            title, row = f"oracle {where}, stride {stride}", f"stride {stride}"
-            yield Stage(title, val.name, row, val.block, run, settings)
+            title = f"oracle {where}, stride {stride}"
+            yield Stage(title, val, f"stride {stride}", run, settings)
         for source in sources:
             for protocol in (name for name in ON_FEATURES if name in wanted):
                 scored = every if protocol == "propagation" else val
@@ -145,9 +142,8 @@ def _stages(
                 kept = source.identity is not None and protocol != "cost"
                 yield Stage(
                     f"{protocol} {where}, {source.name}",
-                    scored.name,
+                    scored,
                     f"{source.name} /{bench.stride}",
-                    scored.block,
                     partial(ON_FEATURES[protocol], bench),
                     {**common, protocol: source.name, "source": source.identity} if kept else None,
                 )
@@ -158,7 +154,7 @@ def _stages(
         run = partial(measure_cam, photos, classifier)
         settings = {"cam": config.classifier, "photos": _stamp(photos)}
         title = f"class activation maps of {config.classifier}"
-        yield Stage(title, photos.name, config.classifier, photos.block, run, settings)
+        yield Stage(title, photos, config.classifier, run, settings)
 
 
 def _stamp(dataset: Dataset) -> dict[str, object]:

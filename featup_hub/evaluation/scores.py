@@ -1,4 +1,4 @@
-"""Scores of predicted labels and depth, as sums per image.
+"""All scores; those of predicted labels and depth, as sums per image.
 
 Labels are (H, W) integers; negative labels are void. Depth is (H, W) in metres; values of zero or
 less are missing. Void and missing pixels do not count.
@@ -6,15 +6,16 @@ less are missing. Void and missing pixels do not count.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.evaluation.statistics import Metric, ratio
+from featup_hub.evaluation.statistics import Metric
 
 __all__ = [
-    "DEPTH",
-    "SEGMENTATION",
+    "METRICS",
     "boundary_band",
     "confusion",
     "depth_edges",
@@ -47,11 +48,6 @@ def mean_iou(counts: Tensor) -> Tensor:
     union = counts.sum(-1) + counts.sum(-2) - hits
     occurs = union > 0
     return torch.where(occurs, hits / union.clamp(min=1), 0.0).sum(-1) / occurs.sum(-1)
-
-
-def pixel_accuracy(counts: Tensor) -> Tensor:
-    """Divides the correct pixels by all, (..., K, K) -> (...)."""
-    return counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1))
 
 
 def boundary_band(labels: Tensor, width: int = 4) -> Tensor:
@@ -95,8 +91,8 @@ def depth_edges(depth: Tensor, width: int = 4) -> Tensor:
     jump = torch.zeros_like(valid)
     for axis in (0, 1):
         length = depth.shape[axis] - 1
-        ends = [x.narrow(axis, start, length) for start in (0, 1) for x in (log, valid)]
-        step = ((ends[0] - ends[2]).abs() > EDGE_JUMP) & ends[1] & ends[3]
+        both = valid.narrow(axis, 0, length) & valid.narrow(axis, 1, length)
+        step = (log.diff(dim=axis).abs() > EDGE_JUMP) & both
         for start in (0, 1):
             jump.narrow(axis, start, length).logical_or_(step)
     # A marked pixel touches the edge, so it already counts as one of the ``width`` pixels.
@@ -126,21 +122,40 @@ def depth_sums(prediction: Tensor, depth: Tensor, edges: Tensor) -> dict[str, Te
     }
 
 
-def _rmse(name: str, sums: str) -> Metric:
-    def value(s: Tensor) -> Tensor:
-        return (s[..., 1] / s[..., 0]).sqrt()
-
-    return Metric(name=name, sums=sums, value=value, higher_is_better=False, percent=False)
+def _ratio(top: int, bottom: int) -> Callable[[Tensor], Tensor]:
+    """Divides one of the sums by another."""
+    return lambda sums: sums[..., top] / sums[..., bottom]
 
 
-SEGMENTATION = (
-    ratio("boundary accuracy", "band", 0, 1),
-    Metric(name="mIoU", sums="confusion", value=mean_iou),
-    Metric(name="accuracy", sums="confusion", value=pixel_accuracy),
+def _accuracy(counts: Tensor) -> Tensor:
+    """Divides the correct pixels of confusion matrices by all."""
+    return counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1))
+
+
+def _rmse(sums: Tensor) -> Tensor:
+    return (sums[..., 1] / sums[..., 0]).sqrt()
+
+
+METRICS = (
+    Metric("J", "jaccard", _ratio(0, 1)),
+    Metric("boundary accuracy", "band", _ratio(0, 1)),
+    Metric("mIoU", "confusion", mean_iou),
+    Metric("accuracy", "confusion", _accuracy),
+    Metric("edge RMSE", "depth_edges", _rmse, higher_is_better=False, percent=False),
+    Metric("RMSE", "depth", _rmse, higher_is_better=False, percent=False),
+    Metric("AbsRel", "depth", _ratio(2, 0), higher_is_better=False, percent=False),
+    Metric("δ<1.25", "depth", _ratio(3, 0)),
+    Metric("Average Drop", "cam", _ratio(1, 0), higher_is_better=False),
+    Metric("Average Increase", "cam", _ratio(2, 0)),
+    Metric("Coherency", "cam", _ratio(3, 0)),
+    Metric("Complexity", "cam", _ratio(4, 0), higher_is_better=False),
+    Metric("ADCC", "cam", _ratio(5, 0)),
+    Metric("view error", "consistency", _ratio(0, 1), higher_is_better=False),
+    *(
+        Metric(name, "cost", _ratio(place, 0), higher_is_better=False, percent=False)
+        for place, name in enumerate(
+            ("seconds", "CPU seconds", "peak MiB", "CPU seconds with backbone"), start=1
+        )
+    ),
 )
-DEPTH = (
-    _rmse("edge RMSE", "depth_edges"),
-    _rmse("RMSE", "depth"),
-    ratio("AbsRel", "depth", 2, 0, higher_is_better=False, percent=False),
-    ratio("δ<1.25", "depth", 3, 0),
-)
+"""All scores, in the order of tables. The protocols say what their sums are."""

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "Metric", "estimate", "ratio"]
+__all__ = ["Estimate", "Metric", "estimate"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metric:
+class Metric(NamedTuple):
     """A score as a function of per-image sums.
 
     Attributes:
@@ -37,25 +37,6 @@ class Metric:
     value: Callable[[Tensor], Tensor]
     higher_is_better: bool = True
     percent: bool = True
-
-
-def ratio(
-    name: str,
-    sums: str,
-    top: int,
-    bottom: int,
-    *,
-    higher_is_better: bool = True,
-    percent: bool = True,
-) -> Metric:
-    """Makes a score of two of the sums, ``sums[top] / sums[bottom]``."""
-    return Metric(
-        name=name,
-        sums=sums,
-        value=lambda s: s[..., top] / s[..., bottom],
-        higher_is_better=higher_is_better,
-        percent=percent,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

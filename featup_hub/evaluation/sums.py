@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,13 @@ Sums = dict[str, dict[str, Tensor]]
 """Upsampler -> name of the sums -> sums of every image, (N, *S)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
+class Measurement(NamedTuple):
     """Results of one protocol on one data set, for every upsampler."""
 
     protocol: str  # such as "point oracle"
     data: str  # such as "camvid/val"
     backbone: str  # of the features, and the stride; for the oracle only the stride
-    block: int = 1  # number of neighbouring images that are correlated
+    block: int  # number of neighbouring images that are correlated
     sums: Sums
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from featup_hub.backbones.timm import create
 from featup_hub.evaluation import cam
 from featup_hub.evaluation.cam import (
-    CAM,
     Classifier,
     cam_sums,
     measure_cam,
@@ -21,6 +20,7 @@ from featup_hub.evaluation.cam import (
 )
 from featup_hub.evaluation.candidates import candidate
 from featup_hub.evaluation.config import EvaluationConfig
+from featup_hub.evaluation.scores import METRICS
 from featup_hub.image import preprocess, read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
@@ -36,7 +36,7 @@ def scores(first, last):
     image = torch.zeros(1, 3, 4, 4)
     image[..., :2, :2], image[..., 2:, 2:] = first, last
     sums = cam_sums(image, RED, candidate("nearest"))["cam"]
-    return {metric.name: float(metric.value(sums)) for metric in CAM}
+    return {metric.name: float(metric.value(sums)) for metric in METRICS if metric.sums == "cam"}
 
 
 def test_a_map_that_keeps_all_evidence_drops_nothing():

@@ -53,14 +53,11 @@ DATA = "--data folder:SCENES "
         ("", "--data must be given, as LAYOUT:FOLDER, for oracle, preservation; got none"),
         ("--data nowhere", "--data must be LAYOUT:FOLDER with one of the layouts folder, "),
         ("--upsamplers lanczos", "--upsamplers: an upsampler is one of nearest, "),
-        ("--upsamplers :x", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers .a:x", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers no_module:x", "--upsamplers: a plug-in module:callable must be importable"),
         ("--upsamplers json:dumps", "--upsamplers: a plug-in must be a function of (source, image"),
-        ("--upsamplers x=math:pi", "--upsamplers: a plug-in must be a function of (source, image"),
         (DATA + "--upsamplers nearest nearest", "--upsamplers must each have a name of its own; "),
         (DATA + "--backbones nope", "--backbone: a model must be one of "),
-        (DATA + "--backbones jbu", "--backbone: a model with a backbone is needed; got"),
         (DATA + "--backbones dinov2@no.file", "--backbone: no weights file no.file; check"),
         (DATA + "--backbone dinov2=no.file", "--backbone: no weights file no.file; check"),
         (
@@ -93,19 +90,15 @@ def test_what_files_do_not_hold_is_one_line_and_exit_code_1(missing, tmp_path, c
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-REFUSED = [
-    ("strides", (16, 0), "must be at least 1 pixel each; got 16, 0"),
-    ("looks", (2,), "must be square numbers, 1, 4, 9 …; got 2"),
-    *((name, 0, "must be at least 1; got 0") for name in ("resamples", "pixels", "probe_steps")),
-    ("cost_images", 0, "must be at least 1; got 0"),
-    *(
-        (name, -5, "must be at least 0; got -5")
-        for name in ("max_side", "train_images", "transfer_images", "val_images", "photo_images")
-    ),
-]
-
-
-@pytest.mark.parametrize(("field", "value", "message"), REFUSED)
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("strides", (16, 0), "must be at least 1 pixel each; got 16, 0"),
+        ("looks", (2,), "must be square numbers, 1, 4, 9 …; got 2"),
+        ("probe_steps", 0, "must be at least 1; got 0"),
+        ("max_side", -5, "must be at least 0; got -5"),
+    ],
+)
 def test_a_value_out_of_range_is_refused_here_and_in_terms_of_the_flag(
     field, value, message, capsys
 ):

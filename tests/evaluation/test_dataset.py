@@ -54,8 +54,7 @@ def test_spread_takes_first_and_last_and_evenly_between(tmp_path):
     assert folder.spread(3).labels == folder.spread(3).images
     assert replace(folder, block=6).spread(3).block == 2
     assert replace(folder, block=2).spread(3).block == 1
-    assert folder.spread(0) is folder
-    assert folder.spread(20) is folder
+    assert folder.spread(0) == folder.spread(20) == folder
 
 
 @pytest.mark.parametrize(

@@ -135,13 +135,3 @@ def test_a_description_that_does_not_hold_is_refused(tmp_path, description, mess
     (tmp_path / "dataset.json").write_text(description, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         open_data(f"folder:{tmp_path}", "val")
-
-
-@pytest.mark.shared
-def test_the_shared_sets_open_with_every_image(shared):
-    counts = {
-        (name, split): len(open_data(f"{name}:{shared / 'data' / name}", split))
-        for name in ("camvid", "nyu", "ccp", "bsds", "davis")
-        for split in ("train", "val")
-    }
-    assert list(counts.values()) == [367, 101, 400, 100, 200, 100, 120, 120, 60, 60]

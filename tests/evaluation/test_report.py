@@ -27,8 +27,7 @@ def measured(**sums):
         name: {key: torch.tensor([each[key] for each in images]) for key in images[0]}
         for name, images in sums.items()
     }
-    named = {"protocol": "frozen probe", "data": "rooms/val", "backbone": "net /16"}
-    return [Measurement(**named, sums=stacked)]
+    return [Measurement("frozen probe", "rooms/val", "net /16", 1, stacked)]
 
 
 @pytest.fixture
@@ -72,22 +71,17 @@ def test_the_table_marks_improvements_in_either_direction_and_losses(scored):
     assert "90.00  · +0.00" in shown
 
 
-def test_json_holds_rows_configuration_and_versions(scored, tmp_path):
-    write_results(scored, Config(), tmp_path)
-    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+def test_json_holds_rows_configuration_versions_and_null_where_there_is_no_score(scored, tmp_path):
+    nothing = {name: [{"band": [0, 0]}] for name in ("bilinear", "ours")}
+    write_results([*scored, *rows(measured(**nothing), resamples=5)], Config(), tmp_path)
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    content = json.loads(text)
     assert content["config"] == {"seed": 3}
     assert content["versions"]["torch"] == torch.__version__
     assert content["rows"][1]["versus"]["bilinear"]["value"] == pytest.approx(0.2)
-
-
-def test_json_has_null_where_there_is_no_score(tmp_path):
-    nothing = {name: [{"band": [0, 0]}] for name in ("bilinear", "ours")}
-    write_results(rows(measured(**nothing), resamples=5), Config(), tmp_path)
-    text = (tmp_path / "results.json").read_text(encoding="utf-8")
-    assert "NaN" not in text
-    row = json.loads(text)["rows"][1]
     null = {"value": None, "low": None, "high": None}
-    assert (row["score"], row["versus"]) == (null, {"bilinear": null})
+    assert (content["rows"][-1]["score"], content["rows"][-1]["versus"]["bilinear"]) == (null, null)
+    assert "NaN" not in text
 
 
 def test_csv_has_one_line_per_score(scored, tmp_path):

@@ -145,15 +145,6 @@ def test_missing_truth_is_an_error_before_anything_is_measured(splits, protocol,
     assert lines == []
 
 
-def test_missing_photographs_are_an_error_before_anything_is_measured(scenes, tmp_path):
-    lines = []
-    data = (f"folder:{scenes}",)
-    config = EvaluationConfig(data=data, protocols=("oracle", "cam"), photos=tmp_path)
-    with pytest.raises(ValueError, match=r"must hold photographs, .* has none"):
-        evaluate(config, progress=lines.append)
-    assert lines == []
-
-
 @pytest.mark.parametrize(
     ("later", "message"),
     [
