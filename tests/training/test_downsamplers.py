@@ -53,15 +53,9 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(call, (x, *parameters))
 
 
-def test_without_saliency_it_is_the_mean_of_each_cell():
-    module, x = AttentionDownsampler(3, 4), torch.randn(1, 3, 12, 20)
-    module.saliency.data.zero_()
-    torch.testing.assert_close(module(x, (3, 5)), F.avg_pool2d(x, 4))
-
-
 @pytest.mark.parametrize("kind", [AttentionDownsampler, SimpleDownsampler])
-@pytest.mark.parametrize("size", [(3, 5), (4, 4), (7, 2)])
-@pytest.mark.parametrize("shape", [(31, 45), (12, 20), (8, 8)])
+@pytest.mark.parametrize("size", [(3, 5), (7, 2)])
+@pytest.mark.parametrize("shape", [(31, 45), (8, 8)])
 def test_any_size_comes_from_any_size_and_constants_stay(kind, shape, size):
     out = kind(3, 4)(torch.full((2, 3, *shape), 2.5), size)
     torch.testing.assert_close(out, torch.full((2, 3, *size), 2.5))

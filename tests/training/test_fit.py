@@ -77,24 +77,17 @@ def test_a_pattern_that_does_not_move_with_the_image_is_averaged_out() -> None:
     assert left.square().mean() < 0.3 * noise
 
 
-@pytest.mark.parametrize("options", [EXACT, NETWORK])
-def test_a_fit_is_in_evaluation_mode_without_gradients_and_knows_its_backbone(
-    options: dict,
+@pytest.mark.parametrize("size", [(33, 50), (8, 8)])
+@pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
+def test_any_size_is_fitted_in_evaluation_mode_and_knows_its_backbone(
+    size: tuple[int, int], options: dict
 ) -> None:
-    fitted = fit(picture(), Blur(), **options)
-    assert isinstance(fitted, ImplicitUpsampler if "method" in options else JBUFit)
+    fitted = fit(picture(*size), Blur(), **{**options, "max_pad": 3})
+    assert fitted.features().shape == (1, 5, *size)
+    assert fitted.features().isfinite().all()
     assert not any(module.training for module in fitted.modules())
     assert not any(p.requires_grad for p in fitted.parameters())
     assert (fitted.backbone, len(fitted.backbone_digest)) == ("blur", 64)
-    assert fitted.features().shape == (1, 5, 40, 56)
-
-
-@pytest.mark.parametrize("size", [(24, 40), (33, 50), (9, 11), (8, 8)])
-@pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
-def test_any_size_of_image_is_fitted(size: tuple[int, int], options: dict) -> None:
-    features = fit(picture(*size), Blur(), **{**options, "max_pad": 3}).features()
-    assert features.shape == (1, 5, *size)
-    assert features.isfinite().all()
 
 
 @pytest.mark.parametrize("options", [EXACT, NETWORK])
@@ -182,12 +175,6 @@ def test_wrong_images_and_options_are_refused() -> None:
         fit(picture(), Blur(), stepz=3)
     with pytest.raises(ValueError, match="views must be at least 1; got 0"):
         fit(picture(), Blur(), views=0)
-
-
-def test_fit_is_a_name_of_the_package() -> None:
-    assert featup_hub.fit is fit
-    with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
-        _ = featup_hub.fitt
 
 
 @pytest.mark.parametrize("options", [[], ["--preset", "upstream", "--steps", "2", "--batch", "1"]])

@@ -149,21 +149,18 @@ def test_odd_strides_and_shapes_and_several_backbones_train(photos, stem, tmp_pa
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_run_can_start_from_a_file_or_from_shipped_stages_by_their_name(run, tmp_path):
+def test_a_run_starts_from_a_file_or_shipped_stages_and_its_own_file_names_no_folder(run, tmp_path):
     write(JBUStack(unit_sum=True).state_dict(), tmp_path / "first.safetensors")
     for name in (str(tmp_path / "first.safetensors"), "jbu_sharp"):
-        started = run(start=name, seed=5)
+        started = run(start=name, seed=5, backbones=(f"stem={tmp_path}/w.safetensors",))
         for key, value in load_upsampler(weights=name).state_dict().items():
             torch.testing.assert_close(started.stack.state_dict()[key], value, atol=1e-6, rtol=0)
-    started.export(tmp_path / "made.safetensors")
-    assert json.loads(metadata(tmp_path / "made.safetensors")["config"])["start"] == "jbu_sharp"
+        started.export(tmp_path / "made.safetensors")
+        config = json.loads(metadata(tmp_path / "made.safetensors")["config"])
+        assert config["start"] == name.rpartition("/")[2]
+        assert config["backbones"] == ["stem=w.safetensors"]
     with pytest.raises(FileNotFoundError, match="no weights file jbu_blunt; check the name"):
         run(start="jbu_blunt")
-
-
-@pytest.mark.parametrize("name", ["vit_tiny=/home/somebody/w.safetensors", "lite0", ""])
-def test_the_file_names_no_folder(name):
-    assert jbu._without_folder(name) == name.replace("/home/somebody/", "")
 
 
 def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(photos, stem, tmp_path):

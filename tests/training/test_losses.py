@@ -38,10 +38,11 @@ def test_scale_net_is_the_exponential_of_a_linear_map_with_a_floor():
     assert torch.equal(net(features), torch.full((2, 1, 3, 3), 1e-4))
 
 
-def test_total_variation_counts_steps_of_the_length_only():
+def test_total_variation_and_the_mean_are_of_the_length_only():
     angle = torch.rand(1, 6, 7) * 6
     turning = 2 * torch.stack([angle.sin(), angle.cos()], 1)
     assert float(magnitude_tv(turning)) == pytest.approx(0, abs=1e-10)
+    assert float(mean_magnitude(turning)) == pytest.approx(2)
     step = torch.zeros(1, 2, 4, 6)
     step[:, 0, :, 3:] = 5.0
     assert float(magnitude_tv(step)) == pytest.approx(25 / 5, rel=1e-4)  # 4 of 4 · 5 steps right
@@ -69,28 +70,9 @@ def test_the_crf_is_the_double_sum_over_its_pixels():
     assert float(loss) == pytest.approx(total / (2 * 11 * 11), rel=1e-4)
 
 
-def test_the_crf_prefers_features_whose_edges_are_the_images():
-    image = torch.zeros(1, 3, 32, 32)
-    image[..., 16:] = 2.0
-    aligned, shifted = torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)
-    aligned[..., 16:] = 1.0
-    shifted[..., 8:24] = 1.0
-    values = [sampled_crf(image, f, generator=seeded(1)) for f in (aligned, shifted)]
-    assert values[0] < 0.5 * values[1]
-
-
 def test_the_blur_term_is_what_a_binomial_kernel_changes():
     x = torch.randn(2, 3, 7, 5)
     kernel = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     blurred = F.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None]).reshape(x.shape)
     torch.testing.assert_close(blur_residual(x), (x - blurred).square().mean())
-    assert float(blur_residual(torch.full((1, 2, 4, 4), 3.0))) == 0
-    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)[None, None]
-    assert float(blur_residual(checks)) > 0.5  # the kernel removes the finest pattern
-
-
-def test_the_magnitude_is_the_mean_length():
-    x = torch.zeros(1, 2, 2, 2)
-    x[0, :, 0, 0] = torch.tensor([3.0, 4.0])
-    assert float(mean_magnitude(x)) == pytest.approx(5 / 4, rel=1e-4)

@@ -64,14 +64,6 @@ def test_a_folder_without_photographs_is_refused(tmp_path):
         PhotoStream(tmp_path)
 
 
-def test_hidden_files_and_folders_are_no_photographs(photos, tmp_path):
-    folder = shutil.copytree(photos, tmp_path / "photos")
-    (folder / "._p0.png").write_bytes(b"a note of another program")
-    (folder / "folder.png").mkdir()
-    found = [path.relative_to(folder) for path in PhotoStream(folder).paths]
-    assert found == [path.relative_to(photos) for path in PhotoStream(photos).paths]
-
-
 def test_a_damaged_photograph_is_told_once_and_the_next_one_takes_its_place(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     damaged = folder / "p4.png"
