@@ -34,6 +34,7 @@ import resource
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,11 +112,7 @@ def measure(passes: str, channels: int, low: int, high: int, impl: str) -> dict[
     with torch.no_grad():  # what the libraries set up once is not counted
         stack(source[..., :4, :4], image[..., :64, :64], impl="torch")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(5 if impl == "torch" else 1):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
+    times = timeit.repeat(run, number=1, repeat=5 if impl == "torch" else 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"seconds": min(times), "bytes": 1024 * peak}
 
@@ -125,12 +122,7 @@ def best(
 ) -> float:
     """Returns the least time of several runs, after one that sets up memory."""
     run()
-    seconds = []
-    for _ in range(times):
-        began = clock()
-        run()
-        seconds.append(clock() - began)
-    return min(seconds)
+    return min(timeit.repeat(run, timer=clock, number=1, repeat=times))
 
 
 def rates(clock: Callable[[], float] = time.process_time) -> dict[str, float]:

@@ -6,7 +6,8 @@
         --sets davis --sources vit lite16 --looks 1 4
 
 Sums are kept in the cache: a run that was stopped goes on, and a new upsampler joins old ones.
-``featup-hub evaluate`` does the same for any data; this script knows where ours lies.
+``featup-hub evaluate`` does the same for any data and has the same flags; this script knows where
+ours lies, has defaults of its own, and calls ``--val-images`` ``--images``.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 from benchmarks.sources import SHARED, SOURCES
+from featup_hub.cli.flags import add_flags, from_flags
 from featup_hub.evaluation.config import EvaluationConfig, Protocol
 from featup_hub.evaluation.report import table, write_results
 from featup_hub.evaluation.run import evaluate
 
 SETS = ("camvid", "nyu", "ccp", "bsds", "davis")
-FULL = ("oracle", "preservation", "transfer", "consistency", "cost", "cam")
+FULL: tuple[Protocol, ...] = ("oracle", "preservation", "transfer", "consistency", "cost", "cam")
 
 
 def main() -> None:
@@ -32,47 +33,30 @@ def main() -> None:
     parser.add_argument("upsampler", nargs="*", help="FILE, FILE@unit, module:callable, a baseline")
     parser.add_argument("--full", action="store_true", help="every protocol on every source")
     parser.add_argument("--sets", nargs="+", default=("camvid", "nyu"), choices=SETS)
-    parser.add_argument("--strides", nargs="*", type=int, default=[16], help="of the label oracle")
     parser.add_argument("--sources", nargs="*", choices=SOURCES, help="whose features")
-    parser.add_argument("--looks", nargs="+", type=int, default=[1], help="of the backbone")
-    parser.add_argument("--images", type=int, help="validation images of each set, 0 for all")
-    parser.add_argument("--train-images", type=int, default=200, help="images a probe is fitted on")
-    parser.add_argument("--transfer-images", type=int, default=50, help="of a transfer probe")
-    parser.add_argument("--max-side", type=int, default=0, help="resize longer images to this")
-    parser.add_argument("--cost-images", type=int, default=5, help="of time and memory")
-    parser.add_argument("--area", action="store_true", help="the area oracle, too")
-    parser.add_argument("--protocols", nargs="+", choices=get_args(Protocol))
-    parser.add_argument("--photo-images", type=int, default=200, help="of the activation maps")
     parser.add_argument("--metrics", nargs="+", help="show only these scores")
-    parser.add_argument("--versus", nargs="+", default=["bilinear"], metavar="NAME")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "featup_hub_eval")
     parser.add_argument("--out", type=Path, help="folder for results.json and results.csv")
+    add_flags(parser, EvaluationConfig, flags={"val_images": "--images"})
     chosen = parser.parse_args()
     start = time.perf_counter()
-
-    protocols = chosen.protocols or (FULL if chosen.full else ["oracle"])
     sources = chosen.sources
     if sources is None:
         sources = ["lite16", "lite32", "vit"] if chosen.full else []
-    images = chosen.images if chosen.images is not None else 60 if chosen.full else 12
-    config = EvaluationConfig(
+    preset = EvaluationConfig(
         data=tuple(f"{name}:{SHARED / 'data' / name}" for name in chosen.sets),
         upsamplers=tuple(dict.fromkeys(["bilinear", *chosen.upsampler])),
         backbones=tuple(SOURCES[name] for name in sources),
-        protocols=tuple(protocols),
-        looks=tuple(chosen.looks),
-        strides=tuple(chosen.strides),
-        reductions=("point", "area") if chosen.area else ("point",),
-        versus=tuple(chosen.versus),
-        train_images=chosen.train_images,
-        transfer_images=chosen.transfer_images,
-        val_images=images,
-        max_side=chosen.max_side,
-        cost_images=chosen.cost_images,
+        protocols=FULL if chosen.full else ("oracle",),
+        strides=(16,),
+        reductions=("point",),
+        versus=("bilinear",),
+        train_images=200,
+        transfer_images=50,
+        val_images=60 if chosen.full else 12,
         photos=SHARED / "data" / "photos",
-        photo_images=chosen.photo_images,
-        cache=chosen.cache,
+        cache=Path.home() / ".cache" / "featup_hub_eval",
     )
+    config = from_flags(EvaluationConfig, chosen, preset)
 
     def progress(line: str) -> None:
         print(f"{time.perf_counter() - start:5.0f} s {line}", file=sys.stderr, flush=True)

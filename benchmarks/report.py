@@ -79,11 +79,6 @@ def headline(protocols: Sequence[str] = ("frozen probe", "consistency")) -> str:
     return markdown(["protocol", "data", "features", *UPSAMPLERS], lines)
 
 
-def readme() -> str:
-    """Frozen probes alone: boundary accuracy and mIoU."""
-    return headline(("frozen probe",))
-
-
 def evaluations(folder: str) -> list[dict[str, Any]]:
     """Reads the rows of every evaluation in a folder of the results."""
     files = sorted((RESULTS / folder).glob("*.json"))
@@ -141,7 +136,7 @@ def propagation() -> str:
             lines.append([source, name, best[0][index], ends[0], best[1][index], ends[1]])
     against = "against jbu_denoise"
     head = ["features", "upsampler", "boundary accuracy", against, "J", against]
-    return markdown(head, lines) if lines else "Not measured yet."
+    return markdown(head, lines)
 
 
 def sizes_cost() -> str:
@@ -166,12 +161,8 @@ def costs() -> dict[str, dict[str, dict[str, float]]]:
 def peers_cost() -> str:
     """CPU seconds without and with the backbone, and memory, one line per source of features."""
     found = costs()
-    names = dict.fromkeys(
-        name
-        for by_name in found.values()
-        for name in by_name
-        if "×" not in name or name == "jbu_denoise ×4"
-    )
+    every = dict.fromkeys(name for by_name in found.values() for name in by_name)
+    names = [name for name in every if "×" not in name or name == "jbu_denoise ×4"]
     lines = []
     for features, by_name in found.items():
         cells = [
@@ -187,17 +178,12 @@ def peers_cost() -> str:
 
 def oracle() -> str:
     """The label oracle on BSDS: boundary accuracy and mIoU by upsampler."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, str]] = {"boundary accuracy": {}, "mIoU": {}}
     for row in evaluations("oracle"):
-        found.setdefault(row["metric"], {})[row["upsampler"]] = row
-    if not found:
-        return "Not measured yet."
-    names = list(found["mIoU"])
-    lines = []
-    for metric in ("boundary accuracy", "mIoU"):
-        values = [f"{100 * found[metric][name]['score']['value']:.2f}" for name in names]
-        lines.append([metric, *bold_best(values, metric)])
-    return markdown(["score", *names], lines)
+        value = f"{100 * row['score']['value']:.2f}"
+        found.setdefault(row["metric"], {})[row["upsampler"]] = value
+    lines = [[name, *bold_best(list(found[name].values()), name)] for name in list(found)[:2]]
+    return markdown(["score", *found["mIoU"]], lines)
 
 
 def fit() -> str:
@@ -230,7 +216,7 @@ def position_embeddings() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
-    "readme": readme,
+    "readme": lambda: headline(("frozen probe",)),
     "looks": looks,
     "propagation": propagation,
     "fit": fit,
