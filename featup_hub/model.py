@@ -66,7 +66,13 @@ class UpsampledBackbone(nn.Module):
             )
         self.backbone = backbone
         self.norm = norm
-        self.upsampler = _for_looks(upsampler, backbone.looks_per_side)
+        self.upsampler = upsampler
+        if self.stack.looks_per_side != backbone.looks_per_side:
+            # A copy with shared parts: the user's upsampler stays as it is.
+            stack = copy.copy(self.stack)
+            stack.looks_per_side = backbone.looks_per_side
+            head = upsampler.head if isinstance(upsampler, FoldedHead) else None
+            self.upsampler = stack if head is None else FoldedHead(stack, head)
         self.image_size = image_size
         self.mean, self.std = backbone.mean, backbone.std
         self.patch_size, self.feat_dim = backbone.patch_size, backbone.feat_dim
@@ -114,10 +120,7 @@ class UpsampledBackbone(nn.Module):
         return image.to(like.device, like.dtype)
 
     def source(self, image: Tensor) -> Tensor:
-        """Returns the features before upsampling, (B, C, ceil(H/p), ceil(W/p)), p the patch size.
-
-        The image is the one of :meth:`forward`.
-        """
+        """Returns the features before upsampling, (B, C, ceil(H/p), ceil(W/p)) for stride p."""
         source: Tensor = self.backbone(image)
         return source if self.norm is None else self.norm(source)
 
@@ -166,12 +169,8 @@ class UpsampledBackbone(nn.Module):
     def fold_head(self, head: nn.Module) -> UpsampledBackbone:
         """Adds a linear head to this model, with the exact result, at the cost of only K channels.
 
-        Args:
-            head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d``, from C features to K outputs.
-
-        Returns:
-            A model that returns (B, K, H, W) and shares its parameters with this one and the
-            head.
+        Takes an ``nn.Linear`` or a 1×1 ``nn.Conv2d``, from C features to K outputs. Returns a model
+        of (B, K, H, W) that shares its parameters with this one and the head.
         """
         if isinstance(self.upsampler, FoldedHead):
             raise ValueError("this model has a head already; fold one into the model it came from")
@@ -225,13 +224,3 @@ class UpsampledBackbone(nn.Module):
                 "and divide by model.std",
                 stacklevel=4,
             )
-
-
-def _for_looks(upsampler: JBUStack | FoldedHead, count: int) -> JBUStack | FoldedHead:
-    """Returns a copy of an upsampler for this number of looks per side, with shared parts."""
-    stack = upsampler.upsampler if isinstance(upsampler, FoldedHead) else upsampler
-    if stack.looks_per_side == count:
-        return upsampler
-    stack = copy.copy(stack)
-    stack.looks_per_side = count
-    return FoldedHead(stack, upsampler.head) if isinstance(upsampler, FoldedHead) else stack

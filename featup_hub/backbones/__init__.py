@@ -1,8 +1,8 @@
 """Backbones: networks with one common interface."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from featup_hub import _imported
+from featup_hub import _lazy
 
 if TYPE_CHECKING:
     from featup_hub.backbones.clip import ClipBackbone, MaskClipBackbone
@@ -26,14 +26,6 @@ __all__ = [
     "timm_card",
 ]
 
-
-_MODULES = ("contract", "timm", "timm_network", "stitch", "module", "clip")
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a name at its first use, because a model needs few of them."""
-    return _imported(__name__, name, _MODULES if name in (*__all__, *_MODULES) else ())
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _lazy(
+    globals(), ("contract", "timm", "timm_network", "stitch", "module", "clip")
+)

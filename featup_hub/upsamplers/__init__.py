@@ -1,8 +1,8 @@
 """Modules that upsample low-resolution features."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from featup_hub import _imported
+from featup_hub import _lazy
 
 if TYPE_CHECKING:
     from featup_hub.upsamplers.fitted import FittedFeatures, JBUFit
@@ -27,14 +27,6 @@ __all__ = [
     "stage_sizes",
 ]
 
-
-_MODULES = ("jbu", "stage", "plan", "joint", "head", "fitted", "implicit")
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a name at its first use, because a model needs few of them."""
-    return _imported(__name__, name, _MODULES if name in (*__all__, *_MODULES) else ())
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _lazy(
+    globals(), ("jbu", "stage", "plan", "joint", "head", "fitted", "implicit")
+)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -196,13 +196,6 @@ class JBUStack(Pretrained):
 
         Arguments and errors are those of :meth:`upsample`, which the last map equals. All maps
         include the closing convolution, if there is one.
-
-        Example:
-            >>> upsampler, image = JBUStack().eval(), torch.randn(1, 3, 64, 96)
-            >>> kernels = upsampler.kernels(image, (4, 6))
-            >>> levels = upsampler.pyramid(torch.randn(1, 5, 4, 6), kernels)
-            >>> [level.shape[-1] for level in levels]
-            [6, 12, 24, 48, 96]
         """
         check_kernels(kernels, source, joint_first=self.joint_first)
         source, bias = self.before(source)
@@ -268,11 +261,10 @@ class JBUStack(Pretrained):
         size, sizes, shrink = plan_sizes(source_size, guidance, size, may_shrink=self.joint_first)
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
-            pooled = [pool_guidance(guidance, stage_size) for stage_size in sizes]
             chosen = self.stages(len(sizes))
             stages = [
-                (partial(stage.kernel, weights=weights, impl=impl), image)
-                for stage, weights, image in zip(chosen, stage_weights(chosen), pooled, strict=True)
+                (partial(stage.kernel, weights=weights, impl=impl), pool_guidance(guidance, at))
+                for stage, weights, at in zip(chosen, stage_weights(chosen), sizes, strict=True)
             ]
             if self.first is None or not stages:
                 return JBUPlan(size=size, first=None, stages=stages, shrink=shrink)
@@ -300,14 +292,13 @@ class JBUStack(Pretrained):
             bias = bias if offset is None else offset if bias is None else bias + offset
         return source, bias
 
-    def begin(
-        self, source: Tensor, first: JointKernels | None, impl: Implementation, head: Any = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Does :meth:`before`, and applies the joint bilateral stage if it has kernels."""
-        source, bias = self.before(source, head)
-        if self.first is not None and first is not None:
-            source = self.first(source, first, impl=impl)
-        return source, bias
+    def pass_first(
+        self, source: Tensor, kernels: JointKernels | None, *, impl: Implementation = "auto"
+    ) -> Tensor:
+        """Applies the joint bilateral stage, if there is one and a stage is needed."""
+        if self.first is None or kernels is None:
+            return source
+        return cast(Tensor, self.first(source, kernels, impl=impl))
 
     def _pass(
         self,
@@ -315,10 +306,11 @@ class JBUStack(Pretrained):
         plan: JBUPlan | JBUKernels,
         kernels: Iterable[Tensor],
         impl: Implementation,
-        head: Any = None,
+        head: nn.Module | None = None,
     ) -> Tensor:
         """Applies all stages; the last one adds the bias."""
-        source, bias = self.begin(source, plan.first, impl, head)
+        source, bias = self.before(source, head)
+        source = self.pass_first(source, plan.first, impl=impl)
         count = len(plan.stages)
         for index, kernel in enumerate(kernels, start=1):
             source = jbu_apply(source, kernel, bias if index == count else None, impl=impl)

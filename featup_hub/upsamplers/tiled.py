@@ -92,7 +92,8 @@ def upsample_tiled(
     upsampler.check(source, guidance)
     with torch.no_grad():
         plan = upsampler.plan(guidance, (source.shape[2], source.shape[3]), size=size, impl=impl)
-        source, bias = upsampler.begin(source, plan.first, impl)
+        source, bias = upsampler.before(source)
+        source = upsampler.pass_first(source, plan.first, impl=impl)
         height, width = plan.size
         shape = (*source.shape[:2], height, width)
         if out is None:

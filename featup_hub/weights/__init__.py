@@ -4,9 +4,9 @@ Shipped files are safetensors. Their digest is in the registry and checked on ev
 timm loads its own weights, see :mod:`featup_hub.backbones`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from featup_hub import _imported
+from featup_hub import _lazy
 from featup_hub.files import sha256_of_file as digest
 
 if TYPE_CHECKING:
@@ -44,14 +44,4 @@ __all__ = [
     "write",
 ]
 
-
-_MODULES = ("files", "checkpoints", "hub", "upstream")
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a name at its first use, because a model needs few of them."""
-    return _imported(__name__, name, _MODULES if name in (*__all__, *_MODULES) else ())
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _lazy(globals(), ("files", "checkpoints", "hub", "upstream"))
