@@ -4,8 +4,8 @@
 
 A document marks a table with ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; the text between is
 replaced. No number of a table is typed by hand. ``results/runs.json`` holds the command, commit and
-hardware of every CSV file; JSON files of ``results/looks``, ``propagation`` and ``cost`` are what
-``benchmarks.evaluate --out`` wrote.
+hardware of every CSV file; JSON files of ``results/looks``, ``with_peers``, ``propagation`` and
+``cost`` are what ``benchmarks.evaluate --out`` wrote.
 """
 
 from __future__ import annotations
@@ -117,6 +117,21 @@ def difference(row: dict[str, Any], reference: str) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def with_peers() -> str:
+    """Scores beside AnyUp and JAFAR, one line per protocol, data and source of features."""
+    found: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for row in evaluations("with_peers"):
+        line = found.setdefault((row["protocol"], row["data"].split("/")[0], row["backbone"]), {})
+        line[row["upsampler"], row["metric"]] = f"{100 * row['score']['value']:.2f}"
+    names = list(dict.fromkeys(name for line in found.values() for name, _ in line))
+    lines = []
+    for key, line in found.items():
+        scores = ("view error",) if key[0] == "consistency" else ("boundary accuracy", "mIoU")
+        cells = [bold_best([line.get((name, s), "") for name in names], s) for s in scores]
+        lines.append([*key, *(" / ".join(cell) for cell in zip(*cells, strict=True))])
+    return markdown(["protocol", "data", "features", *names], lines)
+
+
 def propagation() -> str:
     """Masks of a first frame, carried by features alone: boundary accuracy and J."""
     by_source: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
@@ -218,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "readme": lambda: headline(("frozen probe",)),
     "looks": looks,
+    "with_peers": with_peers,
     "propagation": propagation,
     "fit": fit,
     "sizes_cost": sizes_cost,

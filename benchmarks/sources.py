@@ -12,17 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.convert_efficientnet_lite0 import converted
 from featup_hub.backbones import Backbone, ModuleBackbone, TimmBackbone
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+VIT_FILE = SHARED / "backbones" / "dinov2_vits14_saliency_ft.safetensors"
 SOURCES = {
     "lite16": "lite16=efficientnet_lite0",
     "lite32": "lite32=efficientnet_lite0_stride32",
-    "vit": "vit14_saliency=timm/vit_small_patch14_dinov2.lvd142m"
-    f"@{SHARED}/backbones/dinov2_vits14_saliency_ft.safetensors",
+    "vit": f"vit14_saliency=timm/vit_small_patch14_dinov2.lvd142m@{VIT_FILE}",
+    "vit28": "vit28=benchmarks.sources:vit_at_half_size",
     "mobilenet16": "mobilenet16=benchmarks.sources:mobilenet_v2_16",
     "mobilenet32": "mobilenet32=benchmarks.sources:mobilenet_v2_32",
     "lite2_16": "lite2_16=benchmarks.sources:efficientnet_lite2_16",
@@ -48,6 +50,25 @@ def efficientnet_lite2_16() -> Backbone:
     state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     weights = converted(state, LITE2_BLOCKS)
     return TimmBackbone("tf_efficientnet_lite2", weights=weights, stride=16).eval()
+
+
+def vit_at_half_size() -> Backbone:
+    """The ViT at half of the image's size, 28 pixels a cell."""
+    return _HalfSize(TimmBackbone("vit_small_patch14_dinov2.lvd142m", weights=VIT_FILE)).eval()
+
+
+class _HalfSize(Backbone):
+    def __init__(self, inner: Backbone) -> None:
+        super().__init__(
+            feat_dim=inner.feat_dim,
+            patch_size=2 * inner.patch_size,
+            mean=inner.mean,
+            std=inner.std,
+        )
+        self.inner = inner
+
+    def features(self, image: Tensor) -> Tensor:
+        return self.inner(F.interpolate(image, scale_factor=0.5, mode="bilinear", antialias=True))
 
 
 def _mobilenet_v2(layers: int, *, channels: int, stride: int) -> Backbone:
