@@ -35,7 +35,7 @@ def create(
     kwargs = dict(backbone_kwargs or {})
     if weights is None:
         if not pretrained:
-            return build(name, kwargs)
+            return build(name, {**kwargs, "pretrained": False})
         if not config.has_weights:
             raise RuntimeError(
                 f"timm has no weights for {name!r}; give a file of your own, or pretrained=False"

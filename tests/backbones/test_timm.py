@@ -62,6 +62,19 @@ def test_a_vit_gives_its_normalised_patch_tokens(name: str) -> None:
         torch.testing.assert_close(source.flatten(2).mT, tokens, atol=1e-4, rtol=1e-4)
 
 
+def test_pretrained_false_holds_whatever_timm_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def create_model(name: str, *, pretrained: bool, **kwargs: object) -> torch.nn.Module:
+        asked.append(pretrained)
+        return make(name, **kwargs)
+
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create_model)
+    TimmBackbone("test_vit", backbone_kwargs={"pretrained": True})
+    assert asked == [False]
+
+
 @pytest.mark.parametrize("size", [(64, 96), (240, 112)])
 def test_position_embeddings_follow_the_image(size: tuple[int, int]) -> None:
     donor = timm.create_model("test_vit")
