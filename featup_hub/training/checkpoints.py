@@ -49,7 +49,7 @@ def load_checkpoint(
 def _changes(theirs: Mapping[str, object], ours: Mapping[str, object]) -> Iterator[str]:
     for key in sorted({*theirs, *ours}):
         there, here = theirs.get(key, "none"), ours.get(key, "none")
-        is_digest = isinstance(here, str) and len(here) == 64
+        is_digest = any(isinstance(value, str) and len(value) == 64 for value in (there, here))
         if there != here:
             yield f"{key}: another one" if is_digest else f"{key}: {there} there, {here} here"
 

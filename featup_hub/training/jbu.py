@@ -158,7 +158,7 @@ class _Run:
                 name: TrainingSource(backbone.to(config.device), downsampler=config.downsampler)
                 for name, backbone in backbones.items()
             }
-        if start:
+        if config.start:
             load_into(self.stack, start, origin=config.start)
         weights = {config.start: start} if start else {}
         weights |= {name: backbone.state_dict() for name, backbone in backbones.items()}

@@ -39,6 +39,7 @@ def test_a_checkpoint_of_another_kind_is_refused_in_one_sentence(tmp_path, state
         ({"window": 2.0}, {}, "window: 2.0 there, none here"),
         ({}, {"parts": 2}, "parts: none there, 2 here"),
         ({"image": "a" * 64}, {"image": "b" * 64}, "image: another one"),
+        ({"weights of a": "a" * 64}, {}, "weights of a: another one"),
     ],
 )
 def test_another_config_is_refused_and_digests_are_not_spelt_out(tmp_path, theirs, ours, change):

@@ -163,6 +163,12 @@ def test_a_run_starts_from_a_file_or_shipped_stages_and_its_own_file_names_no_fo
         run(start="jbu_blunt")
 
 
+def test_a_file_without_stages_is_no_start(run, tmp_path):
+    write({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match=r"empty.safetensors does not fit JBUStack"):
+        run(start=str(tmp_path / "empty.safetensors"))
+
+
 def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(photos, stem, tmp_path):
     joint = JBUStack(joint_first=True).state_dict()
     write(joint, tmp_path / "joint.safetensors")
