@@ -82,7 +82,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(nvrtc, "load", Compiler)
     monkeypatch.setattr(programs, "open_driver", Driver)
-    for name in ("kernel", "apply"):
+    for name in ("kernel", "apply", "apply_backward"):
         monkeypatch.setattr(torch_backend, name, lambda *args: None)
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path))
     yield
@@ -222,8 +222,11 @@ def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_backend(case: s
     tensors, words = UNSUPPORTED[case]
     with pytest.warns(UserWarning, match=words):
         assert choose("auto", *tensors) == "torch"
+    assert chosen("auto", "apply_backward", KERNEL, *tensors, True, True) == "torch"
     with pytest.raises(RuntimeError, match=words):
         choose("cuda", *tensors)
+    with pytest.raises(RuntimeError, match=words):
+        chosen("cuda", "apply_backward", KERNEL, *tensors, True, True)
 
 
 @pytest.mark.parametrize("stage", [JBUStage(radius=2), JBUStage(key_dim=16), JBUStage(15)])
