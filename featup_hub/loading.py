@@ -299,7 +299,7 @@ def open_device(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=place).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # the rest is a list of backends
-        raise ValueError(f"device {place} cannot be used here: {reason}") from error
+        raise ValueError(f"device {place} cannot be used here: {reason}; take cpu") from error
 
 
 def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | Path | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone, ChannelNorm
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["UpsampledBackbone"]
-
-_LARGEST = 20  # no usual normalisation gives a value this large
 
 
 class UpsampledBackbone(nn.Module):
@@ -76,7 +72,6 @@ class UpsampledBackbone(nn.Module):
         self.image_size = image_size
         self.mean, self.std = backbone.mean, backbone.std
         self.patch_size, self.feat_dim = backbone.patch_size, backbone.feat_dim
-        self._range_checked = False
         if self.stack.feat_dim not in (None, backbone.feat_dim):
             raise ValueError(
                 f"the upsampler was made for {self.stack.feat_dim} channels; the backbone has "
@@ -197,30 +192,4 @@ class UpsampledBackbone(nn.Module):
                     f"upsampling is guided by an image of {channels} channels; the backbone takes "
                     f"{bands}; pass RGB beside the image: model(image, guidance=rgb)"
                 )
-        self._warn_unless_normalised(guidance)
         return cast(Tensor, upsampler(self.source(image), guidance, size=size, impl=impl))
-
-    def _warn_unless_normalised(self, image: Tensor) -> None:
-        """Warns if the first image is not normalised, because features would be silently wrong."""
-        # Reading values would break tracing, vmap and the capture of CUDA graphs.
-        if (
-            self._range_checked
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined]
-            or type(image) is not Tensor
-            or image.is_meta
-            or not image.is_floating_point()
-            or not image.numel()
-            or torch._C._functorch.is_functorch_wrapped_tensor(image)
-            or (image.is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
-            return
-        self._range_checked = True
-        low, high = (float(value) for value in image.detach().aminmax())
-        if high > _LARGEST or 0 <= low < high <= 1:
-            warnings.warn(
-                f"the image has values from {low:.3g} to {high:.3g}, which do not look normalised; "
-                "use model.preprocess(photo), or bring the image to [0, 1], subtract model.mean "
-                "and divide by model.std",
-                stacklevel=4,
-            )

@@ -127,14 +127,19 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
                 "an array of pixels must be (H, W) or (H, W, bands), of integers or floats; got "
                 f"{image.shape} of {image.dtype}"
             )
+        if image.ndim == 3 and image.shape[2] > 4 >= image.shape[0] and not as_stored:
+            raise ValueError(
+                f"the bands of an array come last, (H, W, bands); got {image.shape}; give "
+                "array.transpose(1, 2, 0)"
+            )
         if as_stored or image.dtype != np.uint8 or image.shape[2:] not in ((1,), (2,), (4,)):
             return Pixels(name="the array", values=image)
         picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
         return _decode(picture, None, "the array", as_stored=False)
     if not isinstance(image, (str, Path)):
         raise TypeError(
-            f"an image is a path, a PIL image or a NumPy array; got {type(image).__name__}; "
-            "a tensor needs no reading: normalise it and call the model"
+            f"an image is a path, a PIL image or a NumPy array; got {type(image).__name__}; give "
+            "one image at a time; a tensor needs no reading: normalise it and call the model"
         )
     path = Path(image)
     if path.is_dir():
@@ -142,7 +147,8 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no such file: {path}") from error
+        hint = "; download it first" if "://" in str(image) else ""
+        raise FileNotFoundError(f"no such file: {image}{hint}") from error
     except OSError as error:
         raise type(error)(f"cannot read {path}: {error.strerror}") from error
     with file:

@@ -117,6 +117,11 @@ def comparison(image: Image.Image, source: Tensor, upsampled: Tensor) -> Image.I
             f"image must be a PIL image; got {type(image).__name__}; "
             "call featup_hub.read_image(path)"
         )
+    if _shape(source)[:2] != _shape(upsampled)[:2]:
+        raise ValueError(
+            "source and upsampled must have the same channels, as model.source(image) and "
+            f"model(image) have; got {_shape(source)} and {_shape(upsampled)}"
+        )
     basis = fit_pca(source)
     height, width = upsampled.shape[-2:]
     projected = _project(source, basis)

@@ -83,6 +83,8 @@ def test_an_image_that_was_not_normalised_brings_one_warning(small: UpsampledBac
         with pytest.warns(UserWarning, match=r"do not look normalised; use model\.preprocess"):
             fresh(torch.rand(1, 3, 16, 16) * scale)
         fresh(torch.rand(1, 3, 16, 16) * scale)  # warnings are errors here
+        with pytest.warns(UserWarning, match=r"do not look normalised"):
+            JBUStack()(torch.randn(1, 5, 2, 2), torch.rand(1, 3, 16, 16) * scale)
 
 
 def test_bright_and_constant_images_bring_no_warning(small: UpsampledBackbone) -> None:

@@ -233,7 +233,7 @@ def test_preprocess_takes_a_path_a_picture_of_any_mode_and_an_array(tmp_path: Pa
     [
         (torch.zeros(3, 4, 4), TypeError, "a path, a PIL image or a NumPy array; got Tensor"),
         (np.zeros((1, 3, 4, 4), np.uint8), ValueError, r"must be \(H, W\).*got \(1, 3, 4, 4\)"),
-        (np.zeros((3, 40, 40), np.uint8), ValueError, "three bands are needed; the array has 40"),
+        (np.zeros((3, 40, 40), np.uint8), ValueError, "the bands of an array come last, .*transpose"),
         (np.zeros((4, 4), np.float32), ValueError, "the array has float32 pixels.*value_range"),
         (np.full((4, 4), np.nan), ValueError, "float64 pixels"),
         (Image.new("RGB", (0, 4)), ValueError, r"at least one pixel is needed; got \(0, 4\)"),
@@ -294,3 +294,10 @@ def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path: Path) -
     (data / "a" / "above").symlink_to("..")
     found = [path.relative_to(data / "a").as_posix() for path in list_images(data / "a")]
     assert found == ["above/again.png", "above/linked/x.jpg", "x.jpg"]
+
+
+def test_channels_first_and_addresses_are_told_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"come last, .*; give array\.transpose\(1, 2, 0\)"):
+        read_image(np.zeros((3, 64, 64), dtype=np.uint8))
+    with pytest.raises(FileNotFoundError, match=r"https://a\.b/cat\.jpg; download it first"):
+        read_image("https://a.b/cat.jpg")

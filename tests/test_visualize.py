@@ -169,3 +169,8 @@ def test_a_path_in_place_of_an_image_is_refused() -> None:
     features = torch.randn(1, 4, 8, 8)
     with pytest.raises(TypeError, match=r"got str; call featup_hub.read_image\(path\)"):
         comparison("photo.jpg", features, features)  # type: ignore[arg-type]
+
+
+def test_maps_of_different_channels_are_not_compared() -> None:
+    with pytest.raises(ValueError, match=r"must have the same channels, as model\.source"):
+        comparison(Image.new("RGB", (8, 8)), torch.randn(1, 4, 2, 2), torch.randn(1, 5, 8, 8))

@@ -16,6 +16,7 @@ operators, so the file runs without this package.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -30,6 +31,8 @@ from featup_hub.ops.reference import StageWeights
 __all__ = ["Implementation", "jbu_apply", "jbu_kernel", "joint_kernel", "pool_guidance"]
 
 Implementation = Literal["auto", "cuda", "torch", "reference"]
+
+_LARGEST = 20  # no usual normalisation gives a value this large
 
 
 def jbu_kernel(guidance: Tensor, weights: StageWeights, *, impl: Implementation = "auto") -> Tensor:
@@ -157,6 +160,34 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
             "mean and std must be three numbers each, none of std zero, such as model.mean and "
             f"model.std; got {mean} and {std}"
         )
+
+
+def warn_unless_normalised(image: Tensor) -> bool:
+    """Warns of an image that is not normalised, because features would be silently wrong.
+
+    Returns:
+        Whether the values could be read. Reading them would break tracing, vmap and the capture of
+        CUDA graphs.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or type(image) is not Tensor
+        or image.is_meta
+        or not image.numel()
+        or torch._C._functorch.is_functorch_wrapped_tensor(image)
+        or (image.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return False
+    low, high = (float(value) for value in image.detach().aminmax())
+    if high > _LARGEST or 0 <= low < high <= 1:
+        warnings.warn(
+            f"the image has values from {low:.3g} to {high:.3g}, which do not look normalised; "
+            "use model.preprocess(photo), or bring the image to [0, 1], subtract the mean and "
+            "divide by the standard deviation, as for ImageNet",
+            stacklevel=5,
+        )
+    return True
 
 
 def _check_device(**tensors: Tensor) -> None:

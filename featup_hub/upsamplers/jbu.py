@@ -18,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
-from featup_hub.ops.jbu import _without_autocast, check_floating, check_numbers
+from featup_hub.ops.jbu import (
+    _without_autocast,
+    check_floating,
+    check_numbers,
+    warn_unless_normalised,
+)
 from featup_hub.upsamplers.head import FoldedHead, check_head, head_matrices
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
 from featup_hub.upsamplers.plan import JBUKernels, JBUPlan, check_kernels, plan_sizes, shrunk
@@ -70,6 +75,8 @@ class JBUStack(Pretrained):
         >>> upsampler(source, image).shape
         torch.Size([1, 5, 32, 48])
     """
+
+    _range_checked = False  # whether a first image was looked at
 
     def __init__(
         self,
@@ -150,6 +157,8 @@ class JBUStack(Pretrained):
             the fast ``impl``.
         """
         self.check(source, guidance)
+        if not self._range_checked:
+            self._range_checked = warn_unless_normalised(guidance)
         if head is not None:
             check_head(head, source.shape[1])
         plan = self.plan(guidance, (source.shape[2], source.shape[3]), size=size, impl=impl)

@@ -47,7 +47,8 @@ def stage_sizes(
     if height < h or width < w:
         raise ValueError(
             f"the output must be at least as large as the source, {h}×{w}; "
-            f"got {height}×{width}; resize features with torch.nn.functional.interpolate instead"
+            f"got {height}×{width}; resize features with torch.nn.functional.interpolate instead; "
+            "if their channels are last, give source.movedim(-1, 1)"
         )
     # Uses only comparisons, so that the number of stages is an int when sizes are symbolic. Does
     # not divide negative numbers, because ONNX rounds them towards zero.

@@ -71,6 +71,6 @@ def explained(wanted: str) -> Iterator[None]:
             "with a connection and without HF_HUB_OFFLINE; copy the cache "
             f"{constants.HF_HUB_CACHE} from a machine that has the file, or delete the file there "
             "if it is damaged; fetch the file by other means and give its path, "
-            "on the command line by --model NAME=FILE. To fail at once next time, "
-            "set HF_HUB_OFFLINE=1"
+            "on the command line by --model NAME=FILE, in Python by "
+            "backbone_weights=FILE. To fail at once next time, set HF_HUB_OFFLINE=1"
         ) from None

@@ -262,12 +262,12 @@ def test_shipped_files_are_found_by_their_names_and_keep_constants(name: str) ->
     shipped = read(shipped_folder() / f"{name}.safetensors")
     assert all(torch.equal(shipped[k], v) for k, v in upsampler.state_dict().items())
     with torch.no_grad():
-        ones = upsampler(torch.ones(1, 2, 6, 8), torch.rand(1, 3, 96, 128))
+        ones = upsampler(torch.ones(1, 2, 6, 8), torch.randn(1, 3, 96, 128))
     torch.testing.assert_close(ones, torch.ones_like(ones), rtol=1e-4, atol=1e-4)
 
 
 def test_of_the_shipped_files_one_smooths() -> None:
-    source, image = torch.randn(1, 5, 6, 8), torch.rand(1, 3, 96, 128)
+    source, image = torch.randn(1, 5, 6, 8), torch.randn(1, 3, 96, 128)
     for name, smooths in (("jbu_universal", True), ("jbu_sharp", False)):
         kernels = load_upsampler(weights=name).kernels(image, (6, 8)).first
         assert kernels is not None
