@@ -128,7 +128,8 @@ def with_peers() -> str:
     for key, line in found.items():
         scores = ("view error",) if key[0] == "consistency" else ("boundary accuracy", "mIoU")
         cells = [bold_best([line.get((name, s), "") for name in names], s) for s in scores]
-        lines.append([*key, *(" / ".join(cell) for cell in zip(*cells, strict=True))])
+        joined = [" / ".join(cell) for cell in zip(*cells, strict=True)]
+        lines.append([*key, *(c.replace("– / –", "–") for c in joined)])
     return markdown(["protocol", "data", "features", *names], lines)
 
 

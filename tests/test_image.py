@@ -233,7 +233,11 @@ def test_preprocess_takes_a_path_a_picture_of_any_mode_and_an_array(tmp_path: Pa
     [
         (torch.zeros(3, 4, 4), TypeError, "a path, a PIL image or a NumPy array; got Tensor"),
         (np.zeros((1, 3, 4, 4), np.uint8), ValueError, r"must be \(H, W\).*got \(1, 3, 4, 4\)"),
-        (np.zeros((3, 40, 40), np.uint8), ValueError, "the bands of an array come last, .*transpose"),
+        (
+            np.zeros((3, 40, 40), np.uint8),
+            ValueError,
+            "the bands of an array come last, .*transpose",
+        ),
         (np.zeros((4, 4), np.float32), ValueError, "the array has float32 pixels.*value_range"),
         (np.full((4, 4), np.nan), ValueError, "float64 pixels"),
         (Image.new("RGB", (0, 4)), ValueError, r"at least one pixel is needed; got \(0, 4\)"),
