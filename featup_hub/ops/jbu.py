@@ -170,8 +170,7 @@ def warn_unless_normalised(image: Tensor) -> bool:
         CUDA graphs.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        torch.jit.is_tracing()  # type: ignore[attr-defined]
         or type(image) is not Tensor
         or image.is_meta
         or not image.numel()

@@ -157,7 +157,8 @@ class JBUStack(Pretrained):
             the fast ``impl``.
         """
         self.check(source, guidance)
-        if not self._range_checked:
+        # is_compiling() comes first, so that no compiled graph depends on the attribute.
+        if not torch.compiler.is_compiling() and not self._range_checked:
             self._range_checked = warn_unless_normalised(guidance)
         if head is not None:
             check_head(head, source.shape[1])
