@@ -38,6 +38,7 @@ class UpsampledBackbone(nn.Module):
         feat_dim: Channels of the features.
 
     Example:
+        >>> import torch
         >>> from featup_hub import ModuleBackbone
         >>> cnn = ModuleBackbone(nn.Conv2d(3, 8, 16, stride=16), feat_dim=8, patch_size=16)
         >>> model = UpsampledBackbone(cnn, JBUStack()).eval()

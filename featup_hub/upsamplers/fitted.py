@@ -191,7 +191,7 @@ class JBUFit(FittedFeatures):
         backbone, backbone_digest, scores: See :class:`FittedFeatures`.
 
     Example:
-        >>> fitted = JBUFit(torch.rand(1, 3, 6, 9), torch.rand(1, 8, 2, 3), JBUStack())
+        >>> fitted = JBUFit(torch.randn(1, 3, 6, 9), torch.rand(1, 8, 2, 3), JBUStack())
         >>> fitted.features((12, 18)).shape, fitted.features_at([[2.5, 7.0]]).shape
         (torch.Size([1, 8, 12, 18]), torch.Size([1, 8]))
     """
