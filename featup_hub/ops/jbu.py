@@ -122,8 +122,10 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes an image, (B, C, H, W), as :func:`featup_hub.ops.reference.pool_guidance` does."""
     # torch's own operator neither compiles nor exports with symbolic sizes, and its gradient on a
     # GPU is not deterministic.
-    if torch.compiler.is_compiling() or _traced() or (image.is_cuda and image.requires_grad):
+    if _traced() or (image.is_cuda and image.requires_grad):
         return reference.pool_guidance(image, size)
+    if torch.compiler.is_compiling():
+        return torch.ops.featup_hub.pool_guidance(image, *size)
     return F.adaptive_avg_pool2d(image, size)
 
 

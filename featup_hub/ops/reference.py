@@ -11,7 +11,7 @@ ICLR 2024 (arXiv 2403.10516), eqs. 4-6; numbers agree with mhamilton723/FeatUp @
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,9 +116,13 @@ def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     :math:`\lfloor i n / N \rfloor` up to :math:`\lceil (i + 1) n / N \rceil`. The rule also holds
     if N > n, and the products compile and export with symbolic sizes.
     """
-    rows = _pooling_matrix(image.shape[-2], size[0], image)
-    columns = _pooling_matrix(image.shape[-1], size[1], image)
+    rows, columns = pooling_matrices(image.shape[-2:], size, image)
     return torch.matmul(torch.matmul(rows, image), columns.t())
+
+
+def pooling_matrices(size_in: Sequence[int], size_out: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Returns the matrices of :func:`pool_guidance` for rows and columns."""
+    return [_pooling_matrix(n, m, like) for n, m in zip(size_in, size_out, strict=True)]
 
 
 def _pooling_matrix(size_in: int, size_out: int, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.ops import reference
@@ -57,6 +58,10 @@ def _joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, T
     return run("torch", "joint_kernel_backward", grad, query, key, spatial, range, tuple(cells))
 
 
+def _pool(image: Tensor, height: int, width: int) -> Tensor:
+    return F.adaptive_avg_pool2d(image, (height, width)).contiguous()
+
+
 def _map_like(like: Tensor, channels: int) -> Tensor:
     """Returns an empty map of the same size in channels_last memory format."""
     batch, _, height, width = like.shape
@@ -95,6 +100,10 @@ def _fake_joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return *maps, spatial.new_empty(()), range.new_empty(())
 
 
+def _fake_pool(image: Tensor, height: int, width: int) -> Tensor:
+    return image.new_empty(image.shape[0], image.shape[1], height, width)
+
+
 def _save_kernel(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:-1])
     ctx.impl = inputs[-1]
@@ -126,6 +135,16 @@ def _save_joint(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _joint_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     backward = torch.ops.featup_hub.joint_kernel_backward
     return *backward(grad, *ctx.saved_tensors, ctx.rows, ctx.columns), None, None, None
+
+
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, *ctx.size = inputs
+    ctx.image_size = image.shape[2:]
+
+
+def _pool_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, columns = reference.pooling_matrices(ctx.image_size, ctx.size, grad)
+    return rows.t() @ grad @ columns, None, None
 
 
 def _refuse_gradients(ctx: Any, *grads: Tensor) -> None:  # torch would treat them as zero
@@ -203,4 +222,13 @@ _register(
     f"joint_kernel_backward(Tensor grad, {_JOINT}) -> (Tensor, Tensor, Tensor, Tensor)",
     _joint_backward,
     _fake_joint_backward,
+)
+# For compilers. Without it they compile the pooling matrices of every stage, which takes as long as
+# all the rest.
+_register(
+    "pool_guidance(Tensor image, SymInt height, SymInt width) -> Tensor",
+    _pool,
+    _fake_pool,
+    _pool_gradients,
+    _save_pool,
 )

@@ -91,15 +91,27 @@ def joint_inputs() -> list[Tensor]:
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 def test_the_joint_kernels_gradients_pass_gradcheck(impl: str) -> None:
     def kernels(*inputs: Tensor) -> Tensor:
-        return joint_kernel(*inputs, cells=(4, 6), radius=2, impl=impl)
+        return joint_kernel(*inputs, cells=(3, 4), radius=2, impl=impl)
 
-    assert torch.autograd.gradcheck(kernels, joint_inputs())
+    shapes = ((1, 2, 5, 6), (1, 2, 3, 4), (), ())
+    inputs = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(kernels, inputs)
 
 
-def test_opcheck_passes_for_the_joint_kernel() -> None:
+@pytest.mark.parametrize(
+    ("operation", "args"), [("joint_kernel", (4, 6, 3)), ("pool_guidance", (3, 14))]
+)
+def test_opcheck_passes_with_sizes_as_arguments(operation: str, args: tuple[int, ...]) -> None:
+    image = torch.rand(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    inputs = joint_inputs() if operation == "joint_kernel" else (image,)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, from its tracing
-        torch.library.opcheck(OPS.joint_kernel, (*joint_inputs(), 4, 6, 3))
+        torch.library.opcheck(getattr(OPS, operation), (*inputs, *args))
+
+
+def test_the_poolings_gradient_passes_gradcheck() -> None:
+    image = torch.rand(1, 2, 8, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda image: OPS.pool_guidance(image, 3, 14), image)
 
 
 def test_modules_of_the_operations_can_be_reloaded() -> None:
