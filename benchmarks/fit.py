@@ -36,7 +36,7 @@ from torch import Tensor
 from featup_hub import FittedFeatures, load_backbone, load_upsampler
 from featup_hub.backbones import Backbone
 from featup_hub.files import write_atomically
-from featup_hub.image import preprocess, read_image, resize
+from featup_hub.image import normalise, read_image, resize
 from featup_hub.training.config import BASIS
 from featup_hub.training.fit import fit
 from featup_hub.training.seeds import seeded
@@ -124,7 +124,7 @@ def _measure(
     """Measures one photograph, and adds its pictures to ``panels``."""
     size = (args.size[0], args.size[1])
     shown = resize(read_image(photo), size)
-    image = preprocess(shown, mean=backbone.mean, std=backbone.std)
+    image = normalise(shown, mean=backbone.mean, std=backbone.std)
     stack = load_upsampler(args.upsampler)
     with torch.inference_mode():
         source = backbone(image)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import featup_hub
-from featup_hub.image import preprocess, read_image, resize
+from featup_hub.image import normalise, read_image, resize
 from featup_hub.visualize import PCABasis, contact_sheet, fit_pca, pca_rgb
 
 DOCS = Path(__file__).parent
@@ -33,7 +33,7 @@ def opened(name: str, size: int) -> tuple[Image.Image, Tensor, featup_hub.Upsamp
     """A photograph at a size, the tensor of it, and the model."""
     model = featup_hub.load(MODEL)
     shown = resize(read_image(PHOTOS / name), size, multiple_of=model.patch_size)
-    return shown, preprocess(shown, mean=model.mean, std=model.std), model
+    return shown, normalise(shown, mean=model.mean, std=model.std), model
 
 
 def stages() -> Image.Image:
@@ -108,7 +108,7 @@ def clip(frames: int = 24, size: int = 224) -> list[Image.Image]:
         away = abs(2 * frame / frames - 1)  # there and back
         left = round(reach * (1 - away))
         shown = photo.crop((left, 0, left + size, size))
-        image = preprocess(shown, mean=model.mean, std=model.std)
+        image = normalise(shown, mean=model.mean, std=model.std)
         source = model.source(image)
         basis = basis or fit_pca(source)
         panels = [

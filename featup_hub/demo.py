@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.image import preprocess, resize
+from featup_hub.image import normalise, resize
 from featup_hub.loading import list_models, load, name_and_file
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import UPSAMPLERS
@@ -66,7 +66,7 @@ def compute(model: UpsampledBackbone, photo: Image.Image, size: int) -> PhotoFea
     stride = model.patch_size
     size = max(round(size / stride), 1) * stride
     shown = resize(photo, size, multiple_of=stride)
-    image = preprocess(shown, mean=model.mean, std=model.std)
+    image = normalise(shown, mean=model.mean, std=model.std)
     source = model.source(image)
     maps = (source, model.upsampler(source, image))
     patches, pixels = (F.normalize(m[0].permute(1, 2, 0).contiguous(), dim=-1) for m in maps)

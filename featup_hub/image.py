@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["IMAGE_SUFFIXES", "check_size", "list_images", "preprocess", "read_image", "resize"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "check_size",
+    "list_images",
+    "normalise",
+    "preprocess",
+    "read_image",
+    "resize",
+]
 
 IMAGE_SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -176,15 +184,26 @@ def preprocess(
         >>> preprocess(black, 32, mean=(0.5,) * 3, std=(0.5,) * 3, multiple_of=16).shape
         torch.Size([1, 3, 32, 48])
     """
+    picture = resize(read_image(image), size, multiple_of=multiple_of)
+    return normalise(picture, mean=mean, std=std)
+
+
+def normalise(picture: Image.Image, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Converts an RGB picture to a backbone's input, (1, 3, H, W), float32.
+
+    It is the last step of :func:`preprocess`, for a picture that is shown beside its features.
+
+    Args:
+        picture: A picture of :func:`read_image` or :func:`resize`, with its final size.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+    """
     import numpy as np
 
     from featup_hub.ops.jbu import check_normalisation
 
     check_normalisation(mean, std)
-    check_size(size, multiple_of=multiple_of)
-    image = read_image(image)
-    pixels = torch.from_numpy(np.array(resize(image, size, multiple_of=multiple_of)))
-    values = pixels.permute(2, 0, 1).contiguous().float() / 255
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
     mean_, std_ = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
     return ((values - mean_) / std_)[None]
 

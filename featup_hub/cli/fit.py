@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from featup_hub.files import write_atomically
-    from featup_hub.image import preprocess, read_image, resize
+    from featup_hub.image import normalise, read_image, resize
     from featup_hub.loading import load_backbone, load_upsampler
     from featup_hub.training.fit import fit
     from featup_hub.visualize import comparison
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     backbone = load_backbone(card, weights=file).to(device)
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)
-    image = preprocess(shown, mean=backbone.mean, std=backbone.std).to(device)
+    image = normalise(shown, mean=backbone.mean, std=backbone.std).to(device)
     config = from_flags(FitConfig, args, PRESETS[args.preset])
     fitted = fit(image, backbone, config, upsampler=upsampler, progress=True)
     fitted.save(out)

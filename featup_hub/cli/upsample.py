@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featup_hub.cli.arguments import (
     UsageError,
@@ -33,12 +33,14 @@ from featup_hub.cli.outputs import FORMATS, Job, is_finished, plan, write_featur
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from featup_hub.model import UpsampledBackbone
     from featup_hub.registry import ModelCard
 
 _IMPLEMENTATIONS = ("auto", "cuda", "torch", "reference")
 _AHEAD = 2  # images read ahead
+Picture = TypeVar("Picture")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from featup_hub.image import check_size, read_image, resize
+    from featup_hub.image import check_size, normalise, read_image, resize
     from featup_hub.loading import load, stride_and_size
 
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
@@ -107,22 +109,25 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, card, options, size)
     progress = _Progress(len(jobs))
     todo = jobs if args.overwrite else _unfinished(jobs, settings, progress)
-    model = load(card, **options, device=device) if todo else None
+    if todo:
+        model = load(card, **options, device=device)
 
-    def read(job: Job) -> Image.Image:
-        image = read_image(job.image, bands=args.bands, value_range=args.value_range)
-        return resize(image, size, multiple_of=stride)
+        def read(job: Job) -> tuple[Image.Image, Tensor]:
+            photo = read_image(job.image, bands=args.bands, value_range=args.value_range)
+            shown = resize(photo, size, multiple_of=stride)
+            return shown, normalise(shown, mean=model.mean, std=model.std)
 
-    for job, reading in _read_ahead(todo, read):
-        progress.begin(str(job.image))
-        try:
-            assert model is not None
-            progress.end("written", _upsample(job, reading.result(), model, args.impl, settings))
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            if args.debug:
-                raise
-            reason = explain(error)
-            progress.fail(reason if str(job.image) in reason else f"{job.image}: {reason}")
+        for job, reading in _read_ahead(todo, read):
+            progress.begin(str(job.image))
+            try:
+                shown, image = reading.result()
+                report = _upsample(job, shown, image.to(device), model, args.impl, settings)
+                progress.end("written", report)
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:
+                if args.debug:
+                    raise
+                reason = explain(error)
+                progress.fail(reason if str(job.image) in reason else f"{job.image}: {reason}")
     progress.finish(args.out)
     return 1 if progress.counts["failed"] else 0
 
@@ -208,11 +213,11 @@ def _unfinished(jobs: Sequence[Job], settings: Mapping[str, str], progress: _Pro
 
 
 def _read_ahead(
-    jobs: Sequence[Job], read: Callable[[Job], Image.Image]
-) -> Iterator[tuple[Job, Future[Image.Image]]]:
+    jobs: Sequence[Job], read: Callable[[Job], Picture]
+) -> Iterator[tuple[Job, Future[Picture]]]:
     """Yields the jobs in order while another thread reads a few images ahead."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-    waiting: deque[tuple[Job, Future[Image.Image]]] = deque()
+    waiting: deque[tuple[Job, Future[Picture]]] = deque()
     try:
         for job in jobs:
             waiting.append((job, pool.submit(read, job)))
@@ -226,6 +231,7 @@ def _read_ahead(
 def _upsample(
     job: Job,
     shown: Image.Image,
+    image: Tensor,
     model: UpsampledBackbone,
     impl: str,
     settings: Mapping[str, str],
@@ -237,7 +243,6 @@ def _upsample(
     from featup_hub.visualize import comparison
 
     start = time.monotonic()
-    image = model.preprocess(shown, shown.size[::-1])
     with torch.inference_mode():
         source = model.source(image)
         features = model.upsampler(source, image, impl=impl)
