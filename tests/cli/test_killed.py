@@ -17,7 +17,7 @@ from PIL import Image
 from featup_hub.cli import main
 from featup_hub.weights import metadata, read
 
-IMAGES = 50
+IMAGES = 24
 
 
 @pytest.fixture
@@ -52,20 +52,19 @@ def killed_after(count: int, line: list[str], out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
-def test_a_run_killed_twice_ends_in_the_results_of_one_that_was_not(
+def test_a_run_that_was_killed_ends_in_the_results_of_one_that_was_not(
     many: Path, tmp_path: Path, stages: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(command(many, whole, stages)) == 0
     line = command(many, out, stages)
-    for count in (9, 31):
-        killed_after(count, line, out)
-        for file in out.glob("[!.]*.safetensors"):  # whatever has its name is complete
-            assert read(file)["features"].shape == (112, 32, 48)
-        for file in out.glob("[!.]*.png"):  # and a picture has its features
-            assert file.with_suffix(".safetensors").exists()
-            with Image.open(file) as picture:
-                picture.load()
+    killed_after(5, line, out)
+    for file in out.glob("[!.]*.safetensors"):  # whatever has its name is complete
+        assert read(file)["features"].shape == (112, 32, 48)
+    for file in out.glob("[!.]*.png"):  # and a picture has its features
+        assert file.with_suffix(".safetensors").exists()
+        with Image.open(file) as picture:
+            picture.load()
     finished = len(list(out.glob("[!.]*.png")))
     assert finished < IMAGES
     capsys.readouterr()
