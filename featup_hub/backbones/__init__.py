@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from featup_hub.backbones.contract import Backbone, ChannelNorm
     from featup_hub.backbones.module import ModuleBackbone
     from featup_hub.backbones.stitch import ShiftAndStitch
-    from featup_hub.backbones.timm import TimmBackbone, timm_card
-    from featup_hub.backbones.timm_network import cached_file, create, is_timm_model
+    from featup_hub.backbones.timm import TimmBackbone
+    from featup_hub.backbones.timm_network import cached_file, create, is_timm_model, timm_card
 
 __all__ = [
     "Backbone",

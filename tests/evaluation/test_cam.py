@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from featup_hub.backbones.timm import create
+from featup_hub.backbones import create
 from featup_hub.evaluation import cam
 from featup_hub.evaluation.cam import (
     Classifier,
