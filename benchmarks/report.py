@@ -37,6 +37,18 @@ UPSAMPLERS = (
     *("bilinear", "bicubic", "FeatUp MaskCLIP", "AnyUp", "JAFAR"),
     *("jbu_denoise", "jbu_faithful"),
 )
+TITLES = {
+    **{"camvid": "CamVid", "nyu": "NYUv2", "ccp": "CCP", "davis": "DAVIS"},
+    **{"consistency": "view error", "propagation": "videos"},
+    **{
+        "lite16": "lite0",
+        "lite32": "lite0_stride32",
+        "lite2_16": "lite2",
+        "mobilenet16": "mobilenet2",
+    },
+}
+"""Data sets, protocols and sources of features, as the tables name them."""
+SCORES = {"consistency": ("view error",), "propagation": ("boundary accuracy", "J")}
 Row = dict[str, str]
 
 
@@ -60,23 +72,45 @@ def bold_best(values: Sequence[str], score: str) -> list[str]:
     return [f"**{v}**" if v and float(v) == best else v or "–" for v in values]
 
 
+def title(name: str) -> str:
+    """Names a data set, protocol or source of features: ``camvid/val`` is CamVid."""
+    name, space, stride = name.removesuffix("/val").partition(" /")
+    return TITLES.get(name, name) + space + stride
+
+
 def headline(protocols: Sequence[str] = ("frozen probe", "consistency")) -> str:
-    """Scores on labels, ours beside interpolation, FeatUp's stages and AnyUp."""
+    """Scores on labels, ours beside interpolation, FeatUp's stages and AnyUp.
+
+    A single protocol has no column.
+    """
     found: dict[tuple[str, ...], Row] = {}
     for row in [*read("labels.csv"), *read("peers.csv")]:
-        key = (row["protocol"], row["data"].split("/")[0], row["features"], row["score"])
-        found.setdefault(key, {})[row["upsampler"]] = row["value"]
+        key = (row["protocol"], row["data"], row["features"])
+        line = found.setdefault(key, {})
+        line[f"{row['upsampler']}, {row['score']}"] = row["value"]
+    chosen = {
+        key: line for protocol in protocols for key, line in found.items() if key[0] == protocol
+    }
+    return scores_table(chosen, UPSAMPLERS, skip=len(protocols) == 1)
+
+
+def scores_table(
+    found: dict[tuple[str, ...], Row], upsamplers: Sequence[str], skip: bool = False
+) -> str:
+    """Lays out scores, one line per protocol, data and source of features.
+
+    ``found`` holds values by line, and by ``"upsampler, score"``. With ``skip`` the first column,
+    the protocol, is left out.
+    """
     lines = []
-    for protocol in protocols:
-        scores = ("view error",) if protocol == "consistency" else ("boundary accuracy", "mIoU")
-        for data, features in dict.fromkeys(key[1:3] for key in found if key[0] == protocol):
-            cells = [
-                bold_best([found[protocol, data, features, s].get(n, "") for n in UPSAMPLERS], s)
-                for s in scores
-            ]
-            joined = [" / ".join(cell) for cell in zip(*cells, strict=True)]
-            lines.append([protocol, data, features, *(c.replace("– / –", "–") for c in joined)])
-    return markdown(["protocol", "data", "features", *UPSAMPLERS], lines)
+    for key, line in found.items():
+        names = SCORES.get(key[0], ("boundary accuracy", "mIoU"))
+        cells = [
+            bold_best([line.get(f"{u}, {name}", "") for u in upsamplers], name) for name in names
+        ]
+        joined = [" / ".join(cell).replace("– / –", "–") for cell in zip(*cells, strict=True)]
+        lines.append([*map(title, key[skip:]), *joined])
+    return markdown([*("protocol", "data", "features")[skip:], *upsamplers], lines)
 
 
 def evaluations(folder: str) -> list[dict[str, Any]]:
@@ -86,30 +120,29 @@ def evaluations(folder: str) -> list[dict[str, Any]]:
 
 
 def looks() -> str:
-    """Differences of four looks, one line per source of features and upsampler.
+    """Differences of four looks and one, a line per source of features, upsampler and data set.
 
-    A cell has one difference per data set: from one look of the upsampler, or from bilinear with
-    one look for the view error.
+    The view error's are from bilinear with one look.
     """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in evaluations("looks"):
         upsampler, _, looks = row["upsampler"].partition(" ×")
         if looks == "4" and upsampler != "bilinear":
             reference = "bilinear" if row["metric"] == "view error" else upsampler
-            line = found.setdefault((row["backbone"], upsampler, str(row["images"])), {})
-            key = f"{row['protocol']}, {row['metric']}"
-            found_now = f"{row['data'].split('/')[0]} {difference(row, reference)}"
-            line[key] = " · ".join(filter(None, [line.get(key), found_now]))
-    columns = [
-        *(f"{p} probe, {m}" for p in ("frozen", "transfer") for m in ("boundary accuracy", "mIoU")),
-        "consistency, view error",
-    ]
+            line = found.setdefault((title(row["backbone"]), upsampler, title(row["data"])), {})
+            line[f"{row['protocol']}, {row['metric']}"] = difference(row, reference)
+    columns = {
+        f"{probe} probe, {score}": f"{score}, {probe}"
+        for score in ("boundary accuracy", "mIoU")
+        for probe in ("frozen", "transfer")
+    }
+    columns["consistency, view error"] = "view error"
     lines = [[*key, *(line.get(name, "–") for name in columns)] for key, line in found.items()]
-    return markdown(["features", "upsampler", "images", *columns], lines)
+    return markdown(["features", "upsampler", "data", *columns.values()], lines)
 
 
 def difference(row: dict[str, Any], reference: str) -> str:
-    """Writes a paired difference with its interval, in percent."""
+    """Writes a paired difference with its interval, in percentage points."""
     versus = row["versus"].get(reference)
     if not versus:
         return "–"
@@ -119,40 +152,15 @@ def difference(row: dict[str, Any], reference: str) -> str:
 
 def with_peers() -> str:
     """Scores beside AnyUp and JAFAR, one line per protocol, data and source of features."""
-    found: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
-    for row in evaluations("with_peers"):
-        line = found.setdefault((row["protocol"], row["data"].split("/")[0], row["backbone"]), {})
-        line[row["upsampler"], row["metric"]] = f"{100 * row['score']['value']:.2f}"
-    names = list(dict.fromkeys(name for line in found.values() for name, _ in line))
-    lines = []
-    for key, line in found.items():
-        scores = ("view error",) if key[0] == "consistency" else ("boundary accuracy", "mIoU")
-        cells = [bold_best([line.get((name, s), "") for name in names], s) for s in scores]
-        joined = [" / ".join(cell) for cell in zip(*cells, strict=True)]
-        lines.append([*key, *(c.replace("– / –", "–") for c in joined)])
-    return markdown(["protocol", "data", "features", *names], lines)
-
-
-def propagation() -> str:
-    """Masks of a first frame, carried by features alone: boundary accuracy and J."""
-    by_source: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-    for row in evaluations("propagation"):
+    found: dict[tuple[str, ...], Row] = {}
+    names: dict[str, None] = {}
+    for row in [*evaluations("with_peers"), *evaluations("propagation")]:
         if row["upsampler"] == "bilinear ×4":
             continue
-        source = by_source.setdefault(f"{row['backbone']}, {row['images']} frames", {})
-        source.setdefault(row["upsampler"], {})[row["metric"]] = row
-    lines = []
-    for source, upsamplers in by_source.items():
-        best = [
-            bold_best([f"{100 * m[score]['score']['value']:.1f}" for m in upsamplers.values()], "")
-            for score in ("boundary accuracy", "J")
-        ]
-        for index, (name, metrics) in enumerate(upsamplers.items()):
-            ends = [difference(metrics[s], "jbu_denoise") for s in ("boundary accuracy", "J")]
-            lines.append([source, name, best[0][index], ends[0], best[1][index], ends[1]])
-    against = "against jbu_denoise"
-    head = ["features", "upsampler", "boundary accuracy", against, "J", against]
-    return markdown(head, lines)
+        line = found.setdefault((row["protocol"], row["data"], row["backbone"]), {})
+        line[f"{row['upsampler']}, {row['metric']}"] = f"{100 * row['score']['value']:.2f}"
+        names[row["upsampler"]] = None
+    return scores_table(found, list(names))
 
 
 def sizes_cost() -> str:
@@ -169,7 +177,7 @@ def costs() -> dict[str, dict[str, dict[str, float]]]:
     """Reads measured costs: by source of features, by upsampler, by what was measured."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in evaluations("cost"):
-        source = found.setdefault(row["backbone"].replace("lite16", "lite0"), {})
+        source = found.setdefault(title(row["backbone"]), {})
         source.setdefault(row["upsampler"], {})[row["metric"]] = row["score"]["value"]
     return found
 
@@ -235,7 +243,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme": lambda: headline(("frozen probe",)),
     "looks": looks,
     "with_peers": with_peers,
-    "propagation": propagation,
     "fit": fit,
     "sizes_cost": sizes_cost,
     "peers_cost": peers_cost,
@@ -283,6 +290,34 @@ def draw_intervals(path: Path) -> None:
     draw(rows, path)
 
 
+def draw_looks(path: Path) -> None:
+    """Draws the differences of :func:`looks` with their intervals, one colour a protocol."""
+    rows = []
+    for row in evaluations("looks"):
+        upsampler, _, looks = row["upsampler"].partition(" ×")
+        views = row["metric"] == "view error"
+        found = row["versus"].get("bilinear" if views else upsampler)
+        if looks != "4" or upsampler != "jbu_denoise" or not found:
+            continue
+        if row["metric"] not in ("boundary accuracy", "mIoU", "view error"):
+            continue
+        rows.append(
+            Scored(
+                protocol=title(row["backbone"]),
+                data=title(row["data"]),
+                backbone=upsampler,
+                images=row["images"],
+                metric="view error (against bilinear)" if views else row["metric"],
+                higher_is_better=row["higher_is_better"],
+                percent=True,
+                upsampler=title(row["protocol"]),
+                score=Estimate(**row["score"]),
+                versus={"one look": Estimate(**found)},
+            )
+        )
+    draw(rows, path)
+
+
 def draw_quality(path: Path) -> None:
     """Draws boundary accuracy against CPU time on CamVid, one panel per source of features."""
     import matplotlib
@@ -319,6 +354,7 @@ def main() -> None:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
     draw_intervals(ROOT / "docs" / "intervals.png")
+    draw_looks(ROOT / "docs" / "looks_intervals.png")
     draw_quality(ROOT / "docs" / "quality.svg")
 
 

@@ -38,6 +38,9 @@ def test_the_pictures_are_drawn(tmp_path):
     report.draw_intervals(tmp_path / "intervals.png")
     with Image.open(tmp_path / "intervals.png") as picture:
         assert min(picture.size) > 100
+    report.draw_looks(tmp_path / "looks.png")
+    with Image.open(tmp_path / "looks.png") as picture:
+        assert min(picture.size) > 100
     report.draw_quality(tmp_path / "quality.svg")
     assert "AnyUp" in (tmp_path / "quality.svg").read_text(encoding="utf-8")
 
@@ -72,22 +75,20 @@ def rows_in(tmp_path, monkeypatch):
     return write
 
 
-def test_looks_have_a_line_per_source_and_upsampler_and_a_difference_per_data_set(rows_in):
+def test_looks_have_a_line_per_source_upsampler_and_data_set(rows_in):
     scores = {"bilinear": 0.4, "bilinear ×4": 0.5, "jbu_denoise": 0.5, "jbu_denoise ×4": 0.6}
-    sets = evaluated("frozen probe", "mIoU", scores), evaluated("frozen probe", "mIoU", scores)
-    rows_in("looks", [row for rows in sets for row in rows])
+    rows_in("looks", evaluated("frozen probe", "mIoU", scores))
     assert report.looks().splitlines()[2:] == [
-        "| net /16 | jbu_denoise | 20 | – | "
-        "camvid +10.0 [-1.0, +20.0] · camvid +10.0 [-1.0, +20.0] | – | – | – |"
+        "| net /16 | jbu_denoise | CamVid | – | – | +10.0 [-1.0, +20.0] | – | – |"
     ]
 
 
-def test_propagation_has_a_line_per_upsampler(rows_in):
+def test_peers_have_a_line_per_protocol_data_and_source_with_the_best_in_bold(rows_in):
     scores = {"jbu_denoise": 0.5, "AnyUp": 0.6}
-    both = ("boundary accuracy", "J")
-    rows_in("propagation", [r for m in both for r in evaluated("propagation", m, scores)])
-    assert (
-        report.propagation()
-        .splitlines()[-1]
-        .startswith("| net /16, 20 frames | AnyUp | **60.0** | +10.0 [-1.0, +20.0] | **60.0** |")
-    )
+    rows_in("with_peers", evaluated("frozen probe", "mIoU", scores))
+    videos = ("boundary accuracy", "J")
+    rows_in("propagation", [r for m in videos for r in evaluated("propagation", m, scores)])
+    assert report.with_peers().splitlines()[2:] == [
+        "| frozen probe | CamVid | net /16 | – / 50.00 | – / **60.00** |",
+        "| videos | CamVid | net /16 | 50.00 / 50.00 | **60.00** / **60.00** |",
+    ]

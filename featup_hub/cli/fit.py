@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(PRESETS),
         default="fast",
         help="fast: exact least squares; upstream: FeatUp's network, for a GPU. The options below "
-        "change the preset; the defaults shown are those of fast",
+        "override the preset; the defaults shown are those of fast",
     )
     add(
         "--upsampler",

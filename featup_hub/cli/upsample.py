@@ -4,7 +4,7 @@ For each IMAGE, OUT gets a file of features, (C, H, W), and a picture. It shows 
 backbone's features, and the features upsampled bilinearly and by the model, all in one PCA basis.
 `featup-hub models` lists the models. Finished outputs are kept, so the same command resumes after
 an interruption. A bad image is reported and skipped; the exit code is then 1. Files of --format npy
-do not store settings, so existing ones always count as finished.
+do not store settings, so existing ones are always kept.
 """
 
 from __future__ import annotations

@@ -38,9 +38,10 @@ class EvaluationConfig:
             frame's mask through videos, time and memory (cost), class activation maps (cam).
         looks: Numbers of looks of the backbone at an image, 1, 4, 9 …; every upsampler is measured
             with each number.
-        strides: Sides of the label oracle's cells, in pixels.
+        strides: Cell sizes of the label oracle, in pixels. It reduces labels to cells and upsamples
+            them.
         reductions: Ways in which the label oracle downsamples.
-        versus: References of the paired differences; the default ones may be missing.
+        versus: References of the paired differences. Defaults that are not evaluated are left out.
         train_images: Images a frozen probe is fitted on, evenly spread; 0 for all.
         transfer_images: Images a transfer probe is fitted on, evenly spread; 0 for all.
         val_images: Images scored, or videos by propagation, evenly spread; 0 for all.

@@ -57,38 +57,39 @@ class JBUTrainingConfig:
         steps: Optimiser steps.
         batch: Photographs per step.
         parts: Number of parts of a batch. One process computes them in turn, to save memory.
-            Processes of torchrun share them; their number must divide the parts (ours).
+            Processes of torchrun share them; their number must divide the parts (not in FeatUp).
         image_size: Side of the crops, in pixels; with other shapes, the root of their area.
         max_aspect: Largest ratio of a crop's longer side to its shorter one (ours; 1: squares, as
             upstream).
         max_stride: Crops are enlarged or reduced by up to this factor for the backbone, so that the
             stages also learn other strides (ours; 1: never, as upstream).
-        min_scale: Smallest share of a photograph's area in a crop (ours).
+        min_scale: Smallest share of a photograph's area in a crop (not in FeatUp).
         views: Jittered views per photograph.
         max_pad: Pixels by which a view may reach beyond the crop.
         max_zoom: Largest magnification of a view.
-        downsampler: Model of how the backbone reduces features: "attention", whose weights depend
-            on the features, or "simple", one blur kernel.
+        downsampler: Maps features at image resolution to the backbone's: "attention", whose
+            weights depend on the features, or "simple", one blur kernel.
         projection_dim: Channels in which features are compared.
         uncertainty: Whether to predict the standard deviation of the error at each position.
         crf_weight: Weight of the conditional random field.
         crf_samples: Number of pixels that the random field compares.
         tv_weight: Weight of the total variation of magnitudes.
         region_weight: Weight of restoring synthetic piecewise constant features, see
-            :mod:`featup_hub.training.synthetic_regions` (ours).
+            :mod:`featup_hub.training.synthetic_regions` (not in FeatUp).
         region_field: Largest share of smooth random fields in the regions' variance. Each batch
-            draws its share uniformly from 0 to this (ours).
+            draws its share uniformly from 0 to this (not in FeatUp).
         region_noise: Largest standard deviation of the noise added to the regions' source of unit
-            deviation. Each batch draws it uniformly from 0 to this (ours).
+            deviation. Each batch draws it uniformly from 0 to this (not in FeatUp).
         region_channels: Length of a region's random vector.
         lr: Peak learning rate of NAdam.
-        final_lr: Share of ``lr`` at the end of the cosine schedule (ours; upstream: constant).
-        warmup: Steps of linear warm-up (ours; upstream clips at 1e-4 for ten steps).
-        max_grad_norm: Norm to which gradients are clipped (ours).
-        ema: Decay of the exported running mean of weights; 0 exports the last weights (ours).
+        final_lr: Share of ``lr`` at the end of the cosine schedule (FeatUp: constant).
+        warmup: Steps of linear warm-up (FeatUp clips at 1e-4 for ten steps).
+        max_grad_norm: Norm to which gradients are clipped (not in FeatUp).
+        ema: Decay of the exported running mean of weights; 0 exports the last weights (not in
+            FeatUp).
         dropout: Probability of dropping a hidden channel of a stage (upstream: 0.1).
         unit_sum: Whether every kernel sums to exactly one, so that features keep their scale
-            (ours).
+            (not in FeatUp).
         start: Stages to start from: a weights file, or a shipped upsampler, ``jbu_denoise`` or
             ``jbu_faithful``. A joint bilateral stage in them is kept. Empty: new stages, without a
             joint bilateral stage.

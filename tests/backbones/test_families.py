@@ -22,8 +22,8 @@ at 97×131. Every image may have any size. The column "the network sees" gives t
 image for the network; the upsampler always gets the original image.
 
 * **multiples of p**: the image is resized up to the next multiples of the stride p.
-* **H×W only**: the network takes one size, and the image is resized to it. The source then has a
-  fixed number of cells. For some networks timm offers another size:
+* **H×W only**: the network accepts one input size. The image is resized to it. The source then
+  has a fixed number of cells. For some networks timm offers another size:
   `load(name, backbone_kwargs={"img_size": 448})`.
 * **padded by n**: its convolutions have no padding, so n pixels are added, half on each side.
   Without them the source would not cover the image.
