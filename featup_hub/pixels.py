@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Pixels", "decode"]
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_SAMPLE_FORMAT = 339  # TIFF's tag that is 2 for numbers with a sign
+# TIFF's tags: 2 for numbers with a sign, 0 if zero is white, 2 if bands are stored one after the
+# other, bits of each band.
+_SAMPLE_FORMAT, _PHOTOMETRIC, _PLANES, _BITS = 339, 262, 284, 258
 _IN_FLAGS = (
     "read_image(photo, value_range=(LOW, HIGH)) in Python, --value-range LOW HIGH on the command "
     "line"
@@ -38,11 +40,13 @@ class Pixels:
         name: Name of the image in errors.
         values: (H, W) or (H, W, bands), of any number type.
         alpha: Opacity, a picture of mode L; None if opaque.
+        inverted: Whether the lowest value is white.
     """
 
     name: str
     values: NDArray[Any]
     alpha: Image.Image | None = None
+    inverted: bool = False
 
     def choose(self, bands: Sequence[int]) -> Pixels:
         """Takes three bands, counted from 1, as red, green and blue."""
@@ -73,13 +77,23 @@ class Pixels:
         if value_range is None and values.dtype == np.uint8:
             return values
         ends = self._full_range() if value_range is None else value_range
-        if not _is_row(ends, 2) or not -math.inf < ends[0] < ends[1] < math.inf:
+        if not (
+            _is_row(ends, 2)
+            and all(isinstance(end, Real) for end in ends)
+            and -math.inf < ends[0] < ends[1] < math.inf
+        ):
             raise ValueError(f"value_range needs a low and a higher value; got {ends!r}")
         low, high = ends
+        if values.dtype == np.uint8 and high > 255:
+            warnings.warn(
+                f"{self.name} has 8-bit pixels, which do not reach {high:g}, the white of "
+                "value_range; it is read darker than it is; leave value_range out for it",
+                stacklevel=3,
+            )
         scaled = (values.astype(np.float64).clip(low, high) - low) * (255 / (high - low))
         if not np.isfinite(scaled).all():
             raise ValueError(f"pixels must be numbers; {self.name} has NaN, which has no colour")
-        return (scaled + 0.5).astype(np.uint8)
+        return ((255 - scaled if self.inverted else scaled) + 0.5).astype(np.uint8)
 
     def _full_range(self) -> tuple[float, float]:
         """Returns the values of black and white in 16 bits; other kinds do not define them."""
@@ -122,6 +136,7 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
             raise ValueError(f"an image of at least one pixel is needed; got {image.size}")
         return _decode(image, None, "the image", as_stored=as_stored)
     if isinstance(image, np.ndarray):
+        image = np.asarray(image)  # a masked array gives other values under its mask
         if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "iuf":
             raise ValueError(
                 "an array of pixels must be (H, W) or (H, W, bands), of integers or floats; got "
@@ -163,6 +178,10 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
                 what = what if head else "an empty file"
                 raise ValueError(f"an image file is needed; {path} is {what}") from None
             return Pixels(name=str(path), values=_read_tiff(path))
+        # Pillow takes 16-bit planes for 8-bit ones.
+        tags = getattr(picture, "tag_v2", {})
+        if tags.get(_PLANES) == 2 and 16 in tags.get(_BITS, ()) and len(picture.getbands()) > 1:
+            return Pixels(name=str(path), values=_read_tiff(path))
         return _decode(picture, file, str(path), as_stored=as_stored)
 
 
@@ -176,24 +195,31 @@ def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: 
     raw = raw if isinstance(raw, str) else ""  # Pillow's name of the file's layout, such as RGB;16B
     with _decoder_errors(name):
         upright = ImageOps.exif_transpose(image)
-        signed = 2 in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
+        tags = getattr(image, "tag_v2", {})
+        signed = 2 in tags.get(_SAMPLE_FORMAT, ())
         if upright.mode in {"I", "F"} or upright.mode.startswith("I;") or signed:
             values = np.asarray(upright)
             if signed and values.dtype == np.uint8:  # Pillow takes 8 bits for unsigned
                 values = values.view(np.int8)
             elif raw.startswith("I;32") and not raw.endswith("S"):  # and 32 for signed
                 values = values.view(np.uint32)
-            return Pixels(name=name, values=values)
+            return Pixels(name=name, values=values, inverted=tags.get(_PHOTOMETRIC) == 0)
+        deep: NDArray[Any] | None = None
+        is_deep = raw[-4:] in _OTHER_ORDER
+        if is_deep and file is not None and raw[:-4] in {"RGB", "RGBA", "RGBX"}:
+            deep = np.asarray(upright).astype(np.uint16) << 8 | _low_bytes(file, raw)
         if not as_stored or upright.mode in {"1", "P", "PA"}:
             bands = {band.upper() for band in upright.getbands()}
             clear = "A" in bands or "transparency" in upright.info
             upright = upright.convert("RGBA" if clear else "RGB")
-        values = np.asarray(upright)
-        if file is not None and raw[-4:] in _OTHER_ORDER and len(raw[:-4]) == values.shape[-1]:
-            values = values.astype(np.uint16) << 8 | _low_bytes(file, raw)
-    if as_stored or upright.mode == "RGB":
+        values = np.asarray(upright) if deep is None else deep
+    if is_deep and deep is None:
+        advice = "give the path of its file" if file is None else "save it as RGB or RGBA"
+        warnings.warn(f"Pillow keeps 8 of the 16 bits of {name}; {advice}", stacklevel=4)
+    if as_stored:
         return Pixels(name=name, values=values)
-    return Pixels(name=name, values=values[..., :3], alpha=upright.getchannel("A"))
+    alpha = upright.getchannel("A") if upright.mode == "RGBA" else None
+    return Pixels(name=name, values=values[..., :3], alpha=alpha)
 
 
 def _low_bytes(file: BinaryIO, raw: str) -> NDArray[np.uint8]:

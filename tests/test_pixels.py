@@ -17,7 +17,7 @@ RAMP = np.linspace(0, 4095, 512).round().astype(np.uint16).reshape(16, 32)
 LEVELS = np.round(RAMP / 4095 * 255).astype(np.uint8)
 
 
-def deep_png(path: Path, values: np.ndarray) -> Path:
+def deep_png(path: Path, values: np.ndarray, clear: tuple[int, ...] = ()) -> Path:
     """Writes a PNG of 16 bits a channel, which Pillow cannot for colours."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -28,7 +28,8 @@ def deep_png(path: Path, values: np.ndarray) -> Path:
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[1 if values.ndim == 2 else values.shape[2]]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
-    body = header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    clear_value = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
+    body = header + clear_value + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     return path
 
@@ -61,6 +62,59 @@ def test_12_bit_colours_of_a_tiff_keep_all_levels(
     tifffile.imwrite(path, colours(RAMP), **options)
     found = np.asarray(read_image(path, value_range=(0, 4095)))
     assert np.array_equal(found, colours(LEVELS))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"planarconfig": "separate"},
+        {"planarconfig": "separate", "compression": "zlib"},
+        {"extrasamples": ["unspecified"]},
+    ],
+)
+def test_12_bit_planes_and_colours_beside_infrared_keep_all_levels(
+    tmp_path: Path, layout: dict[str, object], order: str
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = colours(RAMP, 4095) if "extrasamples" in layout else colours(RAMP).transpose(2, 0, 1)
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, values, photometric="rgb", byteorder=order, **layout)
+    with pytest.warns(UserWarning, match=r"none above 4095.*17 of 256"):
+        read_image(path)
+    found = np.asarray(read_image(path, value_range=(0, 4095)))
+    assert np.array_equal(found, colours(LEVELS))
+
+
+def test_12_bits_keep_all_levels_beside_a_transparent_value(tmp_path: Path) -> None:
+    path = deep_png(tmp_path / "x.png", colours(RAMP), clear=(9, 9, 9))
+    found = read_image(path, value_range=(0, 4095))
+    assert np.array_equal(np.asarray(found), colours(LEVELS))
+
+
+def test_16_bit_grey_with_white_as_zero_is_shown_as_its_8_bit_form(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "x.tif", RAMP * 16, photometric="miniswhite")
+    found = np.asarray(read_image(tmp_path / "x.tif"))
+    assert np.abs(255 - found[..., 0].astype(int) - LEVELS).max() <= 1
+
+
+def test_8_bits_where_more_were_meant_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"the array has 8-bit pixels, which do not reach 4095"):
+        read_image(np.full((4, 4), 200, np.uint8), value_range=(0, 4095))
+    path = deep_png(tmp_path / "x.png", colours(RAMP))
+    with Image.open(path) as picture, pytest.warns(UserWarning, match=r"8 of the 16.*the path"):
+        read_image(picture)
+    with pytest.warns(UserWarning, match=r"8 of the 16 bits of .*x\.png; save it as RGB or RGBA"):
+        read_image(deep_png(path, colours(RAMP)[..., :2]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_masked_pixels_are_read_as_the_values_below_the_mask(dtype: type) -> None:
+    values = np.array([[10, 20], [30, 40]], dtype)
+    masked = np.ma.masked_array(values, mask=values > 20)
+    found = np.asarray(read_image(masked, value_range=(0, 40)))
+    assert np.array_equal(found, np.asarray(read_image(values, value_range=(0, 40))))
 
 
 def test_transparent_16_bit_colours_lie_over_white(tmp_path: Path) -> None:
@@ -105,7 +159,7 @@ def test_8_bits_with_a_sign_and_32_without_are_read_as_the_tiff_says(
 
 
 def test_a_range_must_rise_and_pixels_be_numbers() -> None:
-    for ends in ((5, 5), 255, "0-255", (0, 1, 2), (0, np.inf), (np.nan, 1)):
+    for ends in ((5, 5), 255, "0-255", (0, 1, 2), (0, np.inf), (np.nan, 1), (None, 5)):
         with pytest.raises(ValueError, match="a low and a higher value; got ") as caught:
             read_image(RAMP, value_range=ends)
         assert str(caught.value).endswith(f"got {ends!r}")
