@@ -13,7 +13,9 @@ z_0 is the backbone's features of the image, interpolated bilinearly.
 :class:`NormalEquations` adds up AᵀA and Aᵀf with A = D_v U, a few views at a time. A cell of z
 affects only a small part of F. Distant cells therefore share a channel when the columns of U are
 computed, and the number of channels does not grow with the image (column grouping: Curtis, Powell,
-Reid, "On the Estimation of Sparse Jacobian Matrices", IMA J. Appl. Math. 13, 1974).
+Reid, "On the Estimation of Sparse Jacobian Matrices", IMA J. Appl. Math. 13, 1974). For the same
+reason AᵀA is a band: a block of rows of cells touches only the block above and the block below, and
+the Cholesky factorisation keeps that form.
 
 Source: Fu, Hamilton et al., "FeatUp", ICLR 2024 (arXiv 2403.10516), eq. 1 without the uncertainty.
 """
@@ -104,13 +106,25 @@ class Basis:
 
 
 class NormalEquations:
-    """The sums AᵀA, Aᵀf and fᵀf over views; 4·n² bytes for n cells of z, beside the basis."""
+    """The sums AᵀA, Aᵀf and fᵀf over views.
+
+    AᵀA is block tridiagonal. A block has as many rows of cells as a window. The last one is padded
+    with cells that no view sees.
+
+    Attributes:
+        diagonal: Its diagonal blocks, (K, S, S) for S cells in a block.
+        below: The blocks below the diagonal, (K - 1, S, S).
+        moment: Aᵀf, (K·S, C).
+    """
 
     def __init__(self, basis: Basis) -> None:
         self.basis = basis
-        count = math.prod(basis.source_size)
-        self.matrix = basis.maps.new_zeros(count, count)
-        self.moment = basis.maps.new_zeros(count, 0)
+        rows, width = basis.source_size
+        side = basis.window[0] * width
+        blocks = -(-rows // basis.window[0])
+        self.diagonal = basis.maps.new_zeros(blocks, side, side)
+        self.below = basis.maps.new_zeros(blocks - 1, side, side)
+        self.moment = basis.maps.new_zeros(blocks * side, 0)
         self.power = basis.maps.new_zeros(())
         self.total: Tensor | float = 0.0
         self.count = 0
@@ -139,9 +153,14 @@ class NormalEquations:
             part = part.gather(2, (left % wide)[:, None].expand_as(part))
             block = part.new_zeros(len(chosen), high, width)
             block = block.scatter(2, left[:, None].expand_as(part), part).flatten(1)
-            span = slice(top * width, (top + high) * width)
-            self.matrix[span, span] += block.t() @ block
-            self.moment[span] += block.t() @ values[chosen]
+            self.moment[top * width : (top + high) * width] += block.t() @ values[chosen]
+            square = block.t() @ block
+            number, start = top // high, top % high * width
+            split = len(square) - start  # cells of the window in the first of its two blocks
+            self.diagonal[number, start:, start:] += square[:split, :split]
+            if start:
+                self.below[number, :start, start:] += square[split:, :split]
+                self.diagonal[number + 1, :start, :start] += square[split:, split:]
 
     def _rows(
         self, jitters: Sequence[Jitter], grid: tuple[int, int]
@@ -170,17 +189,53 @@ class NormalEquations:
         It is differentiable in the features and in ``prior``, which is z_0. ``ridge`` is λ in units
         of the matrix' mean diagonal.
         """
-        start = prior[0].flatten(1).t()
-        matrix = self.matrix.clone()
-        matrix.diagonal().add_(ridge * float(self.matrix.diagonal().mean()))
-        factor = torch.linalg.cholesky(matrix)
-        step = torch.cholesky_solve(self.moment - self.matrix @ start, factor)
-        return (start + step).t().unflatten(1, self.basis.source_size)[None]
+        start = self._cells(prior)
+        shift = ridge * float(self.diagonal.diagonal(dim1=1, dim2=2).sum())
+        shift /= math.prod(self.basis.source_size)
+        right = (self.moment - self._times(start)).unflatten(0, self.diagonal.shape[:2])
+        # L is block bidiagonal: lower[k] on the diagonal, and left[k] in front of lower[k + 1].
+        lower: list[Tensor] = []
+        left: list[Tensor] = []
+        found: list[Tensor] = []
+        for number, block in enumerate(self.diagonal):
+            block = block.clone()
+            block.diagonal().add_(shift)
+            known = right[number]
+            if number:
+                beside = torch.linalg.solve_triangular(
+                    lower[-1], self.below[number - 1].t(), upper=False
+                ).t()
+                block -= beside @ beside.t()
+                known = known - beside @ found[-1]
+                left.append(beside)
+            lower.append(torch.linalg.cholesky(block))
+            found.append(torch.linalg.solve_triangular(lower[-1], known, upper=False))
+        for number in reversed(range(len(found))):
+            if number + 1 < len(found):
+                found[number] = found[number] - left[number].t() @ found[number + 1]
+            found[number] = torch.linalg.solve_triangular(
+                lower[number].t(), found[number], upper=True
+            )
+        cells = (start + torch.cat(found))[: math.prod(self.basis.source_size)]
+        return cells.t().unflatten(1, self.basis.source_size)[None]
 
     def error(self, source: Tensor) -> float:
         """Returns the sum of squared errors of the views for a source z."""
-        z = source[0].flatten(1).t()
-        return float(self.power + (z * (self.matrix @ z - 2 * self.moment)).sum())
+        z = self._cells(source)
+        return float(self.power + (z * (self._times(z) - 2 * self.moment)).sum())
+
+    def _cells(self, source: Tensor) -> Tensor:
+        """Lays a source out as the unknowns, (K·S, C); cells of the padding are zero."""
+        cells = source[0].flatten(1).t()
+        return F.pad(cells, (0, 0, 0, len(self.moment) - len(cells)))
+
+    def _times(self, cells: Tensor) -> Tensor:
+        """Multiplies AᵀA with unknowns, (K·S, C)."""
+        z = cells.unflatten(0, self.diagonal.shape[:2])
+        product = self.diagonal @ z
+        product[1:] += self.below @ z[:-1]
+        product[:-1] += self.below.transpose(1, 2) @ z[1:]
+        return product.flatten(0, 1)
 
 
 def _taps(cells: int) -> Tensor:

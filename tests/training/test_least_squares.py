@@ -57,9 +57,9 @@ def test_the_fit_of_views_of_a_known_map_returns_that_map(name: str) -> None:
     assert (fitted - truth).square().mean() < 1e-6 * truth.square().mean()
 
 
-@pytest.mark.parametrize("grid", [(6, 8), (3, 4)])
-def test_the_sums_are_those_of_dense_matrices(grid: tuple[int, int]) -> None:
-    """Small grids, where one window holds the whole source, and larger ones."""
+@pytest.mark.parametrize(("grid", "blocks"), [((6, 8), 1), ((3, 4), 1), ((23, 3), 4)])
+def test_sums_and_solution_are_those_of_dense_matrices(grid: tuple[int, int], blocks: int) -> None:
+    """Small grids, where one window holds the whole source, and grids of several blocks."""
     stack = JBUStack(num_stages=2).eval().double()
     size, source = (grid[0] * 4, grid[1] * 4), (grid[0] * 2, grid[1] * 2)
     guide = torch.randn(1, 3, *size, dtype=torch.float64, generator=seeded(4))
@@ -74,11 +74,17 @@ def test_the_sums_are_those_of_dense_matrices(grid: tuple[int, int]) -> None:
         for part in (slice(0, 4), slice(4, 7)):
             found.add(views[part], observed[part])
     values = observed.movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(found.matrix, matrix.t() @ matrix, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(found.moment, matrix.t() @ values, atol=1e-6, rtol=1e-6)
+    assert len(found.diagonal) == blocks
+    dense, moment = matrix.t() @ matrix, matrix.t() @ values
+    torch.testing.assert_close(found.moment[:count], moment, atol=1e-6, rtol=1e-6)
     assert found.variation == pytest.approx(float((values - values.mean(0)).square().sum()))
     z = torch.randn(1, 2, *source, dtype=torch.float64, generator=seeded(7))
-    residual = matrix @ z[0].flatten(1).t() - values
+    cells = z[0].flatten(1).t()
+    ridge = 0.1 * dense.diagonal().mean()
+    expected = torch.linalg.solve(dense + ridge * torch.eye(count), moment + ridge * cells)
+    solution = found.solve(0.1, z)[0].flatten(1).t()
+    torch.testing.assert_close(solution, expected, atol=1e-5, rtol=1e-5)
+    residual = matrix @ cells - values
     assert found.error(z) == pytest.approx(float(residual.square().sum()), rel=1e-5)
 
 
