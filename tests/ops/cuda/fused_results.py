@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -85,22 +85,20 @@ def draw_maps(
     )
 
 
-def everything() -> list[Tensor]:
-    """Every kernel's results on one input each, both scales."""
+def everything() -> Iterator[Tensor]:
+    """Every kernel's results on one input each, both scales, computed as they are asked for."""
     torch.manual_seed(0)
     guidance = torch.randn(2, 3, 5, 37, dtype=torch.float64)
-    kernel, _ = kernel_pair(guidance, draw_weights())
-    doubled, _ = output_and_gradients(*draw_maps(5, 9, 20))
-    same, _ = output_and_gradients(*draw_maps(9, 17, 20, size=(9, 17)))
-    return [kernel, *doubled.values(), *same.values()]
+    yield kernel_pair(guidance, draw_weights())[0]
+    for maps in (draw_maps(5, 9, 20), draw_maps(9, 17, 20, size=(9, 17))):
+        yield from output_and_gradients(*maps)[0].values()
 
 
-def halves() -> list[Tensor]:
+def halves() -> Iterator[Tensor]:
     """The same of half-precision features, on tensor cores where the device has any."""
     torch.manual_seed(0)
-    sizes = {torch.bfloat16: (5, 9, 40), torch.float16: (6, 3, 8)}
-    results = [output_and_gradients(*draw_maps(*size), dtype)[0] for dtype, size in sizes.items()]
-    return [tensor for found in results for tensor in found.values()]
+    for dtype, size in {torch.bfloat16: (5, 9, 40), torch.float16: (6, 3, 8)}.items():
+        yield from output_and_gradients(*draw_maps(*size), dtype)[0].values()
 
 
 def far_sample(emulator: Emulator) -> tuple[float, float]:
