@@ -14,6 +14,13 @@ from tests.local_hub import LocalHub, serving
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measures no coverage in slow tests: it made tracing and compiling take two thirds longer."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's top folder."""

@@ -34,6 +34,7 @@ def compiled(upsampler: JBUStack) -> tuple[Callable[..., Tensor], list[int]]:
     return torch.compile(upsampler, fullgraph=True, dynamic=True, backend=backend), graphs
 
 
+@pytest.mark.slow
 def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(upsampler: JBUStack) -> None:
     run, graphs = compiled(upsampler)
     # PyTorch takes sizes that agree in the first call for one and the same, and 1 for a constant.
@@ -45,6 +46,7 @@ def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(upsampler: JBUSta
     assert len(graphs) == 2
 
 
+@pytest.mark.slow
 def test_the_shipped_upsampler_is_compiled_once_if_the_first_image_is_no_square() -> None:
     upsampler = load_upsampler()
     run, graphs = compiled(upsampler)
@@ -57,17 +59,9 @@ def test_the_shipped_upsampler_is_compiled_once_if_the_first_image_is_no_square(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_compiles_the_whole_upsampler_as_one_graph(
-    upsampler: JBUStack, dynamic: bool
+def test_inductor_compiles_the_shipped_upsampler_as_one_graph_in_a_time_people_wait(
+    dynamic: bool,
 ) -> None:
-    torch._dynamo.reset()
-    run = torch.compile(upsampler, fullgraph=True, dynamic=dynamic)
-    assert_same(run, upsampler, *pair(2, (6, 5), (24, 20)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_compiles_the_shipped_upsampler_in_a_time_people_wait(dynamic: bool) -> None:
     torch._dynamo.reset()
     upsampler = load_upsampler()
     run = torch.compile(upsampler, fullgraph=True, dynamic=dynamic)
