@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,8 +68,10 @@ def trace(model: nn.Module, *inputs: Tensor, dynamic: bool = True) -> ExportedPr
 
 def write_pt2(program: ExportedProgram, path: str | Path) -> None:
     """Writes a result of :func:`trace` as ``*.pt2`` for ``torch.export.load``."""
+    whole = BytesIO()  # PyTorch's own writer ends the process if a write fails
+    torch.export.save(program, whole)
     with write_atomically(path) as partial, partial.open("wb") as file:
-        torch.export.save(program, file)
+        file.write(whole.getbuffer())
 
 
 def check_onnx() -> None:

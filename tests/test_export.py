@@ -46,6 +46,19 @@ def test_a_program_serves_other_sizes_after_a_round_trip(traced: Traced, tmp_pat
         assert_same(run, eager, *inputs)
 
 
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    program = torch.export.export(nn.Linear(40, 50), (torch.ones(1, 40),))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*m\.pt2"):
+            write_pt2(program, tmp_path / "m.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_onnxruntime_agrees_at_other_sizes(traced: Traced, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

@@ -62,7 +62,9 @@ class Backbone(nn.Module):
         check_numbers(1, feat_dim=feat_dim, patch_size=patch_size, in_chans=in_chans)
         if in_chans == 3:
             check_normalisation(mean, std)
-        if fixed_size is not None and not isinstance(fixed_size, (tuple, list)):
+        if fixed_size is not None and not (
+            isinstance(fixed_size, (tuple, list)) and len(fixed_size) == 2
+        ):
             raise TypeError(f"fixed_size must be (height, width); got {fixed_size!r}")
         self.feat_dim = feat_dim
         self.patch_size = patch_size

@@ -64,6 +64,14 @@ def create(
         from featup_hub.weights.checkpoints import read_state
 
         tensors = read_state(weights)
+    if not tensors:  # timm would download its own
+        raise ValueError("weights must be tensors by name; got an empty mapping; leave weights out")
+    for key, tensor in tensors.items():
+        if getattr(tensor, "dtype", None) in (torch.int8, torch.uint8):
+            raise ValueError(
+                f"weights must be floating-point; got {key} of {tensor.dtype}, perhaps quantised; "
+                "give the original ones"
+            )
     overlay = {"state_dict": tensors, "source": "", "custom_load": False, "label_offset": 0}
     classes = _classes(tensors, config.classifier)
     # A file without a known classifier is for a network without one, or timm makes one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,8 +17,10 @@ __all__ = ["add_metrics", "load_checkpoint", "open_metrics", "save_checkpoint"]
 
 def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
     """Writes a checkpoint; an interrupted write leaves the old file."""
-    with write_atomically(path) as partial:
-        torch.save(dict(state), partial)
+    whole = BytesIO()  # PyTorch's own writer does not tell why a write fails
+    torch.save(dict(state), whole)
+    with write_atomically(path) as partial, partial.open("wb") as file:
+        file.write(whole.getbuffer())
 
 
 def load_checkpoint(

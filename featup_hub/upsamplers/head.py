@@ -22,7 +22,8 @@ class FoldedHead(nn.Module):
         head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d`` without groups, stride or padding.
 
     Raises:
-        ValueError: If the head is of another kind, or for another number of channels.
+        ValueError: If the head is of another kind, or for another number of channels, or does
+            more than its weight and bias say.
     """
 
     def __init__(self, upsampler: JBUStack, head: nn.Module) -> None:
@@ -53,6 +54,14 @@ def check_head(head: nn.Module, channels: int | None) -> None:
         raise ValueError(
             "only a linear head commutes with the upsampler: an nn.Linear, or a 1×1 nn.Conv2d "
             f"without groups, stride or padding; got {head}"
+        )
+    layer = nn.Linear if isinstance(head, nn.Linear) else nn.Conv2d
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    if hooks or type(head).forward is not layer.forward:
+        raise ValueError(
+            "only a linear head commutes with the upsampler; this one has hooks or a forward of "
+            f"its own, which are not called: {head}; normalise or prune its weight by "
+            "torch.nn.utils.parametrizations, or fold a plain layer with its weight and bias"
         )
     taken = head_matrices(head)[0].shape[1]
     if channels not in (None, taken):

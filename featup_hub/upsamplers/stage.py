@@ -19,6 +19,7 @@ from featup_hub.ops import Implementation, StageWeights, jbu_apply, jbu_kernel
 __all__ = ["JBUStage", "has_zero_mean", "stage_weights"]
 
 _ZERO_MEAN = 1e-6  # of the largest entry: rounding error in float32 of a mean of zero
+_ROUNDED = 0.25  # of the precision and the largest entry: the same, in half precision
 
 
 class ZeroSumConv2d(nn.Conv2d):
@@ -35,17 +36,21 @@ class ZeroSumConv2d(nn.Conv2d):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        # In place, which changes no output: trainers write averages of weights through state dicts.
+        with torch.no_grad():
+            for matrix in (self.weight, cast(Tensor, self.bias)):
+                if not has_zero_mean(matrix):
+                    matrix.copy_(_without_mean(matrix))
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key in (f"{prefix}weight", f"{prefix}bias"):
-            if not has_zero_mean(destination[key]):
-                destination[key] = _without_mean(destination[key]).to(destination[key])
 
 
 def has_zero_mean(matrix: Tensor) -> bool:
-    """Returns whether the mean over the first axis is zero, up to rounding to float32."""
-    if matrix.is_meta:
+    """Returns whether the mean over the first axis is zero, up to rounding to its precision."""
+    if matrix.is_meta or not matrix.is_floating_point():
         return True
-    return bool(matrix.mean(0).abs().max() <= _ZERO_MEAN * matrix.abs().max())
+    share = max(_ZERO_MEAN, _ROUNDED * torch.finfo(matrix.dtype).eps)
+    matrix = matrix.float()
+    return bool(matrix.mean(0).abs().max() <= share * matrix.abs().max())
 
 
 def _without_mean(matrix: Tensor, axis: int = 0) -> Tensor:

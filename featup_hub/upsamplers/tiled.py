@@ -164,7 +164,7 @@ def _spans(sizes: list[int], wanted: slice, radius: int, like: Tensor) -> list[S
 def _side(max_bytes: int, channels: int) -> int:
     """Returns the side of the largest tile that fits, including overlap."""
     per_pixel = KERNEL_BYTES + CHANNEL_BYTES * min(channels, CHANNELS)
-    side = int((max_bytes / per_pixel) ** 0.5) - 2 * SMALLEST
+    side = int((max(max_bytes, 0) / per_pixel) ** 0.5) - 2 * SMALLEST
     if side < SMALLEST:
         least = per_pixel * (3 * SMALLEST + 1) ** 2
         raise ValueError(f"a small tile needs {least:,} bytes; got max_bytes={max_bytes:,}")

@@ -21,7 +21,7 @@ __all__ = ["read_state"]
 # Keys of the weights in checkpoints of timm, Lightning, DINO and MAE, and prefixes of names that
 # torch.compile, DistributedDataParallel and DINO add.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
-_PREFIXES = ("_orig_mod.", "module.", "backbone.")
+_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.", "backbone.")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -40,9 +40,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = existing(path)
     with path.open("rb") as file:
-        if file.read(9)[8:] == b"{":
-            return read(path)
-    loaded, damage = _unpickle(path)
+        is_safetensors = file.read(9)[8:] == b"{"
+    loaded, damage = (read(path), "no tensors") if is_safetensors else _unpickle(path)
     content = loaded if isinstance(loaded, dict) else {}
     while inside := [content[key] for key in _KEYS if isinstance(content.get(key), dict)]:
         content = inside[0]

@@ -84,6 +84,7 @@ def test_what_is_no_tensor_is_refused_with_what_to_call(image: object) -> None:
         ({"patch_size": (8, 8)}, r"patch_size must be at least 1, a whole number; got \(8, 8\)"),
         ({"feat_dim": 0}, "feat_dim must be at least 1, a whole number; got 0"),
         ({"fixed_size": 64}, r"fixed_size must be \(height, width\); got 64"),
+        ({"fixed_size": (64,)}, r"fixed_size must be \(height, width\); got \(64,\)"),
         ({"mean": 0.5}, "mean and std must be three numbers each"),
         ({"std": (1, 0, 1)}, r"none of std zero, such as .*; got .* and \(1, 0, 1\)"),
     ],

@@ -120,6 +120,9 @@ FORMS: dict[str, Callable[[State], object]] = {
         },
     },
     "torch.compile": lambda state: {f"_orig_mod.{n}": t for n, t in state.items()},
+    "torch.compile in DataParallel": lambda state: {
+        f"module._orig_mod.{n}": t for n, t in state.items()
+    },
 }  # fmt: skip
 
 
@@ -130,6 +133,26 @@ def test_checkpoints_of_trainers_are_understood(tmp_path: Path, form: str) -> No
     found = read_state(tmp_path / "file.pth")
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_prefixes_in_safetensors_are_left_out_too(tmp_path: Path) -> None:
+    save_file({"_orig_mod.a": torch.ones(1)}, tmp_path / "file.safetensors")
+    assert read_state(tmp_path / "file.safetensors").keys() == {"a"}
+
+
+def test_without_tensors_nothing_is_downloaded_in_their_place(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights must be tensors by name; got an empty mapping"):
+        TimmBackbone("test_vit", weights={})
+    save_file({}, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=r"must hold a network's weights.*got no tensors"):
+        load_backbone("test_vit", weights=tmp_path / "file.safetensors")
+
+
+def test_weights_stored_as_8_bit_integers_are_refused() -> None:
+    state = timm.create_model("test_vit").state_dict()
+    state["blocks.0.attn.qkv.weight"] = torch.ones(192, 64, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight of torch.int8"):
+        TimmBackbone("test_vit", weights=state)
 
 
 def test_a_single_name_that_looks_wrapped_hides_no_others(tmp_path: Path) -> None:

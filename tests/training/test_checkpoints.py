@@ -24,6 +24,18 @@ def test_metrics_go_on_after_the_checkpoint_whatever_a_killed_run_left(tmp_path,
         assert (tmp_path / "m.csv").read_text() == f"step,loss\n{kept}100,0.333333\n"
 
 
+def test_a_full_disk_is_an_error_that_names_the_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*c\.pt"):
+            save_checkpoint(tmp_path / "c.pt", {"a": torch.zeros(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("state", [{}, {"config": 3}, {"config": {"lr": 1.0}}, [1]])
 def test_a_checkpoint_of_another_kind_is_refused_in_one_sentence(tmp_path, state):
     torch.save(state, tmp_path / "c.pt")

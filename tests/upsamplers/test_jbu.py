@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from featup_hub.ops import jbu_apply
 from featup_hub.upsamplers import JBUStack, JBUStage, stage_sizes
@@ -197,6 +198,13 @@ def test_a_folded_head_is_the_head_behind_the_upsampler(
             torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-8)
 
 
+class Tripled(nn.Linear):
+    """Does more than its weight and bias say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -206,11 +214,21 @@ def test_a_folded_head_is_the_head_behind_the_upsampler(
         nn.Conv2d(4, 4, 1, padding=1),
         nn.Sequential(nn.Linear(4, 4)),
         nn.ConvTranspose2d(4, 4, 1),
+        Tripled(4, 4),
+        nn.utils.spectral_norm(nn.Linear(4, 4)),
+        prune.l1_unstructured(nn.Conv2d(4, 4, 1), "weight", 0.5),
     ],
 )
 def test_only_a_linear_head_can_be_folded(head: nn.Module) -> None:
     with pytest.raises(ValueError, match="only a linear head commutes"):
         JBUStack().fold_head(head)
+
+
+def test_a_head_with_a_parametrised_weight_is_folded() -> None:
+    head, stack = parametrizations.weight_norm(nn.Linear(4, 3)), JBUStack().eval()
+    source, image = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
+    expected = head(stack(source, image).movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(stack.fold_head(head)(source, image), expected)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", None])

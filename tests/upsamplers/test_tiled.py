@@ -100,6 +100,8 @@ def test_what_cannot_be_tiled_is_refused(stack: JBUStack) -> None:
     features, image = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 48, 64)
     with pytest.raises(ValueError, match=r"a small tile needs [\d,]+ bytes; got max_bytes=1,000"):
         upsample_tiled(stack, features, image, max_bytes=1000)
+    with pytest.raises(ValueError, match=r"a small tile needs [\d,]+ bytes; got max_bytes=-1"):
+        upsample_tiled(stack, features, image, max_bytes=-1)
     with pytest.raises(ValueError, match=r"out must have the output's shape, \(1, 6, 48, 64\)"):
         upsample_tiled(stack, features, image, out=torch.empty(1, 6, 48, 63))
     with pytest.raises(TypeError, match=r"out must be floating-point, .*; got torch.uint8"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from featup_hub import JBUStack, load_upsampler
 from tests.ops.formulations import randomise
@@ -57,6 +58,37 @@ def test_what_was_trained_keeps_its_unit_sum_in_every_file(tmp_path: Path) -> No
         torch.testing.assert_close(other(source, image), expected, atol=1e-4, rtol=1e-4)
         if name != "load_state_dict":
             assert error(trained(other)) < 1e-5, name
+
+
+def test_an_average_of_weights_is_written_through_the_state_dict() -> None:
+    model, average = load_upsampler(pretrained=False), load_upsampler(pretrained=False)
+    # As timm's ModelEma does.
+    for mean, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mean.copy_(new)
+    source, image = torch.randn(1, 4, 4, 5), torch.randn(1, 3, 64, 80)
+    torch.testing.assert_close(average(source, image), model(source, image))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_in_half_precision_keeps_its_unit_sum(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = trained(load_upsampler()).to(dtype).state_dict()
+    save_file(state, tmp_path / "half.safetensors")
+    assert error(load_upsampler(tmp_path / "half.safetensors")) < 1e-5
+
+
+def test_a_parametrised_correction_keeps_its_unit_sum_and_is_saved() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Parameter(torch.randn(49, 1, 1, 1))
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + self.more
+
+    upsampler = load_upsampler()
+    register_parametrization(upsampler.up4.fixup_proj[3], "weight", Added())
+    assert error(upsampler) < 1e-5
+    assert "up4.fixup_proj.3.parametrizations.weight.original" in upsampler.state_dict()
 
 
 def test_a_stack_without_unit_sum_keeps_the_sums_it_was_given() -> None:
