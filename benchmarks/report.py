@@ -339,7 +339,7 @@ def draw_quality(path: Path) -> None:
             panel.plot(*place, "o", color="C1" if "jbu" in name else "C0")
             panel.annotate(name, place, (5, 4), textcoords="offset points", fontsize=8)
         panel.set_xscale("log")
-        panel.set_xlim(0.05, 100)
+        panel.set_xlim(0.05, 40)
         panel.margins(y=0.15)
         panel.set_title(features, fontsize=9)
         panel.set_xlabel("CPU seconds per image, with the backbone", fontsize=8)

@@ -36,6 +36,8 @@ class ShiftAndStitch(Backbone):
         looks_per_side: k. Its stride must be a multiple of k.
         looks_at_once: Number of looks in one batch. More need more memory; on a GPU they are
             faster.
+        mirrored: Whether to average every look with the look at the mirrored image, at twice the
+            cost.
 
     Example:
         >>> import torch
@@ -48,7 +50,12 @@ class ShiftAndStitch(Backbone):
     """
 
     def __init__(
-        self, backbone: Backbone, looks_per_side: int = 2, *, looks_at_once: int = 1
+        self,
+        backbone: Backbone,
+        looks_per_side: int = 2,
+        *,
+        looks_at_once: int = 1,
+        mirrored: bool = False,
     ) -> None:
         check_backbone(backbone)
         check_numbers(1, looks_per_side=looks_per_side, looks_at_once=looks_at_once)
@@ -72,6 +79,7 @@ class ShiftAndStitch(Backbone):
         self.backbone = backbone
         self.looks_per_side = looks_per_side
         self.looks_at_once = looks_at_once
+        self.mirrored = mirrored
 
     def features(self, image: Tensor) -> Tensor:
         """Computes every look and interleaves their features."""
@@ -87,12 +95,16 @@ class ShiftAndStitch(Backbone):
             for across in shifts
         ]
         groups = [
-            self.backbone(torch.cat(looks[first : first + self.looks_at_once]))
+            self._look(torch.cat(looks[first : first + self.looks_at_once]))
             for first in range(0, len(looks), self.looks_at_once)
         ]
         maps = torch.cat(groups).unflatten(0, (len(looks), -1))  # (k², B, C, h, w)
         stitched = F.pixel_shuffle(maps.movedim(0, 2).flatten(1, 2), count)
         return stitched[:, :, :height, :width]
+
+    def _look(self, image: Tensor) -> Tensor:
+        features: Tensor = self.backbone(image)
+        return (features + self.backbone(image.flip(3)).flip(3)) / 2 if self.mirrored else features
 
 
 def _moved(image: Tensor, axis: int, shift: float, length: int) -> Tensor:

@@ -57,6 +57,15 @@ def test_an_image_moved_by_a_finer_stride_moves_the_source_by_a_cell() -> None:
     torch.testing.assert_close(moved[:, :, 4:-4, 5:-4], still[:, :, 3:-5, 3:-6])
 
 
+def test_mirrored_looks_turn_with_the_image() -> None:
+    backbone, image = convolution(16), torch.randn(1, 3, 64, 96)
+    mirrored, plain = ShiftAndStitch(backbone, 2, mirrored=True), ShiftAndStitch(backbone, 2)
+    torch.testing.assert_close(mirrored(image.flip(3)), mirrored(image).flip(3))
+    expected = (plain(image) + plain(image.flip(3)).flip(3)) / 2
+    torch.testing.assert_close(mirrored(image), expected)
+    assert not torch.allclose(plain(image), expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (56, 72), (50, 33), (16, 16), (3, 5)])
 def test_the_source_has_one_cell_per_finer_stride_at_any_size(size: tuple[int, int]) -> None:
     source = ShiftAndStitch(averages(16), 2)(torch.randn(1, 3, *size))
