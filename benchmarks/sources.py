@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.convert_efficientnet_lite0 import converted
-from featup_hub.backbones import Backbone, ModuleBackbone, TimmBackbone
+from featup_hub import load_backbone
+from featup_hub.backbones import Backbone, ModuleBackbone, ShiftAndStitch, TimmBackbone
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VIT_FILE = SHARED / "backbones" / "dinov2_vits14_saliency_ft.safetensors"
 SOURCES = {
     "lite16": "lite16=efficientnet_lite0",
+    "mirrored16": "mirrored16=benchmarks.sources:efficientnet_lite0_mirrored",
     "lite32": "lite32=efficientnet_lite0_stride32",
     "vit": f"vit14_saliency=timm/vit_small_patch14_dinov2.lvd142m@{VIT_FILE}",
     "vit28": "vit28=benchmarks.sources:vit_at_half_size",
@@ -32,6 +34,11 @@ SOURCES = {
 """Values for ``featup-hub evaluate --backbones`` by short names."""
 
 LITE2_BLOCKS = (1, 3, 3, 4, 4, 5, 1)
+
+
+def efficientnet_lite0_mirrored() -> Backbone:
+    """EfficientNet-Lite0 at stride 16, averaged with its features of the mirrored image."""
+    return ShiftAndStitch(load_backbone("efficientnet_lite0"), 1, mirrored=True).eval()
 
 
 def mobilenet_v2_16() -> Backbone:
