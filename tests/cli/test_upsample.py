@@ -150,7 +150,8 @@ def test_without_a_size_the_stride_s_multiple_nearest_to_the_card_s_is_taken(
 ) -> None:
     # LeViT's images have 224 pixels a side, and its deepest features a stride of 64.
     torch.save(timm.create_model("levit_128s").state_dict(), "own.pth")
-    line = f"upsample photos/a.jpg --model levit_128s=own.pth --upsampler {stages} --out out"
+    flags = f"--model levit_128s=own.pth --upsampler {stages} --out out --no-picture"
+    line = f"upsample photos/a.jpg {flags}"
     assert command(line).code == 0
     assert read(FEATURES)["features"].shape == (384, 256, 320)
     assert metadata(FEATURES)["size"] == "256"
