@@ -9,8 +9,8 @@ Arguments are checked and converted here; the operators are registered with torc
   PyTorch);
 * ``"auto"`` – ``"cuda"`` if it can run, else ``"torch"``.
 
-Export and tracing always use the definition, whatever ``impl`` is: it consists of standard
-operators, so the file runs without this package.
+Export, tracing and forward-mode differentiation always use the definition, whatever ``impl`` is: it
+consists of standard operators, so a file runs without this package.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from featup_hub.ops import reference, registration  # noqa: F401  (it registers the operators)
 from featup_hub.ops.reference import StageWeights
@@ -205,9 +206,12 @@ def _check_impl(impl: str) -> None:
 
 
 def _traced() -> bool:
-    """Whether a model is being exported or traced."""
+    """Whether a model is being exported, traced or differentiated in forward mode."""
     return bool(
-        reference.exporting() or torch.onnx.is_in_onnx_export() or torch._C._get_tracing_state()
+        reference.exporting()
+        or torch.onnx.is_in_onnx_export()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0  # registered operators would give zero
     )
 
 

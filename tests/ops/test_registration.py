@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featup_hub import load_upsampler
 from featup_hub.ops import StageWeights, jbu_apply, jbu_kernel, joint_kernel
 from featup_hub.upsamplers import JBUStack, JBUStage
+from tests.ops.formulations import randomise
 
 OPS = torch.ops.featup_hub
 
@@ -157,6 +158,19 @@ def test_a_forward_pass_of_the_default_upsampler_is_few_operators() -> None:
         with Launches() as launches:
             upsampler(*inputs)
     assert len(launches.names) <= 40
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.jvp itself
+def test_forward_mode_derivatives_are_those_of_the_definition() -> None:
+    stack = randomise(JBUStack(num_stages=1, radius=1, joint_first=True)).double().eval()
+    stack.requires_grad_(False)  # a registered operator would take the derivative for zero
+    source, image = torch.randn(1, 4, 3, 4).double(), torch.randn(1, 3, 12, 15).double()
+    output, along = torch.func.jvp(lambda x: stack(x, image), (source,), (source,))
+    torch.testing.assert_close(along, output)  # linear in the source
+    step = 1e-5 * torch.randn_like(image)
+    _, along = torch.func.jvp(lambda x: stack(source, x), (image,), (step,))
+    difference = (stack(source, image + step) - stack(source, image - step)) / 2
+    torch.testing.assert_close(along, difference, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="torch before 2.5")
