@@ -3,8 +3,8 @@
 Exports use the definition, :mod:`featup_hub.ops.reference`, so they have only standard operators.
 The number of stages in a graph is fixed by the example. The graph takes any batch size, and all
 sizes with a ratio of output to source that needs the same number of stages, ceil(log2 ratio). With
-a backbone of stride p these are all images with sides that are multiples of p. A PyTorch program
-checks this; an ONNX graph cannot.
+a backbone of stride p, or looks of that stride, these are all images with sides that are multiples
+of p, if the example's are. A PyTorch program checks this; an ONNX graph cannot.
 
 Writing the default model for every size as ONNX takes about a minute of CPU time, of which tracing
 takes a third. The taps of a filter are a loop, ONNX's ``Scan``, because symbolic sizes are slow.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone, load
+from featup_hub import JBUStack, ModuleBackbone, ShiftAndStitch, UpsampledBackbone, load
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
 from tests.exported import IMAGES, PAIRS, assert_same, in_onnxruntime, model, pair, stack
@@ -172,6 +172,22 @@ def test_the_command_writes_a_program_for_every_size(
     assert main(["export", str(path)]) == 0
     assert "sides in multiples of 4 in, 4 channels out" in capsys.readouterr().out
     assert_same(torch.export.load(path).module(), complete, torch.randn(3, 3, 20, 32))
+
+
+def test_four_looks_are_traced_and_announced_in_whole_strides_of_one_look(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A graph of an odd number of cells, or of an even one, does not take the other.
+    looks = UpsampledBackbone(ShiftAndStitch(model().backbone, 2), stack())
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("featup_hub.loading.load", lambda *_, **__: looks)
+    monkeypatch.setattr(
+        "featup_hub.export.trace", lambda _, image, **__: shapes.append(tuple(image.shape))
+    )
+    monkeypatch.setattr("featup_hub.export.write_pt2", lambda *_: None)
+    assert main(["export", str(tmp_path / "model.pt2"), "--looks", "4"]) == 0
+    assert shapes == [(1, 3, 8, 12)]
+    assert "sides in multiples of 4 in" in capsys.readouterr().out
 
 
 def test_the_command_shows_its_progress_and_writes_a_program_for_one_size(

@@ -1,7 +1,7 @@
 """Write a model as ONNX or as a PyTorch program.
 
 It computes features at image resolution, for any batch size and any sides that are multiples of the
-model's stride. Images must be normalised with ImageNet's mean and deviation, (B, 3, H, W).
+backbone's stride. Images must be normalised with ImageNet's mean and deviation, (B, 3, H, W).
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ def run(args: argparse.Namespace) -> int:
     if chosen == "onnx":
         check_onnx()
     model = load(card, **options)
-    height, width = size or (2 * model.patch_size, 3 * model.patch_size)
+    stride = model.patch_size * model.stack.looks_per_side
+    height, width = size or (2 * stride, 3 * stride)
     print(f"[1/2] tracing {args.model}", file=sys.stderr, flush=True)
     program = trace(model, torch.zeros(1, 3, height, width), dynamic=size is None)
     print(f"[2/2] writing {args.out}", file=sys.stderr, flush=True)
     (write_onnx if chosen == "onnx" else write_pt2)(program, args.out)
-    sizes = f"{height} x {width}" if size else f"sides in multiples of {model.patch_size}"
+    sizes = f"{height} x {width}" if size else f"sides in multiples of {stride}"
     print(f"wrote {args.out}: images with {sizes} in, {model.feat_dim} channels out")
     return 0
