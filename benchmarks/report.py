@@ -4,8 +4,8 @@
 
 A document marks a table with ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; the text between is
 replaced. No number of a table is typed by hand. ``results/runs.json`` holds the command, commit and
-hardware of every CSV file; JSON files of ``results/looks``, ``with_peers``, ``propagation`` and
-``cost`` are what ``benchmarks.evaluate --out`` wrote.
+hardware of every CSV file; JSON files of ``results/looks``, ``with_peers``, ``propagation``,
+``mirrored`` and ``cost`` are what ``benchmarks.evaluate --out`` wrote.
 """
 
 from __future__ import annotations
@@ -163,6 +163,18 @@ def with_peers() -> str:
     return scores_table(found, list(names))
 
 
+def mirrored() -> str:
+    """Scores of EfficientNet-Lite0, and of its average with the mirrored image's features."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in [*evaluations("looks"), *evaluations("mirrored")]:
+        key = (row["protocol"], row["data"], row["backbone"])
+        if key[0] == "frozen probe" and key[2] in ("lite16 /16", "mirrored16 /16"):
+            value = f"{100 * row['score']['value']:.2f}"
+            found.setdefault(key, {})[f"{row['upsampler']}, {row['metric']}"] = value
+    names = ("bilinear", "jbu_denoise", "jbu_denoise ×4")
+    return scores_table(dict(sorted(found.items())), names, skip=True)
+
+
 def sizes_cost() -> str:
     """CPU time of an output pixel by the size of the image: one column a size."""
     rows = read("cpu_sizes.csv")
@@ -243,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme": lambda: headline(("frozen probe",)),
     "looks": looks,
     "with_peers": with_peers,
+    "mirrored": mirrored,
     "fit": fit,
     "sizes_cost": sizes_cost,
     "peers_cost": peers_cost,
