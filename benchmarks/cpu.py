@@ -262,9 +262,7 @@ def main() -> None:
     parser.add_argument("--sizes", action="store_true", help="the default upsampler at all sizes")
     parser.add_argument("--floor", action="store_true", help="and beside this machine's rates")
     parser.add_argument("--host", action="store_true", help="the time without a device")
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="turns of each of them"
-    )
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each of them")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     chosen = parser.parse_args()
     if chosen.sizes:
