@@ -6,8 +6,8 @@ sizes with a ratio of output to source that needs the same number of stages, cei
 a backbone of stride p, or looks of that stride, these are all images with sides that are multiples
 of p, if the example's are. A PyTorch program checks this; an ONNX graph cannot.
 
-Writing the default model for every size as ONNX takes about a minute of CPU time, of which tracing
-takes a third. The taps of a filter are a loop, ONNX's ``Scan``, because symbolic sizes are slow.
+Writing the default model for every size as ONNX takes one to two minutes of CPU time, of which
+tracing takes a third. The taps of a filter are a loop, ONNX's ``Scan``, because symbolic sizes are slow.
 """
 
 from __future__ import annotations
