@@ -7,7 +7,8 @@ a backbone of stride p, or looks of that stride, these are all images with sides
 of p, if the example's are. A PyTorch program checks this; an ONNX graph cannot.
 
 Writing the default model for every size as ONNX takes one to two minutes of CPU time, of which
-tracing takes a third. The taps of a filter are a loop, ONNX's ``Scan``, because symbolic sizes are slow.
+tracing takes a third. The taps of a filter are a loop, ONNX's ``Scan``, because symbolic sizes are
+slow.
 """
 
 from __future__ import annotations
