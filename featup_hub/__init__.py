@@ -6,7 +6,6 @@ Importing this package has no side effects. Its modules are imported at first us
     features = model(image)  # (1, 3, H, W) normalised by model.mean, model.std -> (1, C, H, W)
 """
 
-from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -58,33 +57,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a name at its first use, so that the command line starts without loading torch."""
-    return _imported(__name__, name, [home for home, names in _HOMES.items() if name in names])
-
-
-def _imported(package: str, name: str, modules: Iterable[str]) -> Any:
-    """Returns a name of a package from the first of its modules that has it, or a module."""
-    if name in modules:
-        return import_module(f"{package}.{name}")
-    for module in modules:
-        found = import_module(f"{package}.{module}")
-        if hasattr(found, name):
-            return getattr(found, name)
-    raise AttributeError(f"module {package!r} has no attribute {name!r}")
-
-
-def _lazy(
-    names: dict[str, Any], modules: Sequence[str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Returns ``__getattr__`` and ``__dir__`` of a package with these globals and modules.
-
-    Names of ``__all__`` are imported at their first use, because a model needs few of them.
-    """
-    package, public = names["__name__"], names["__all__"]
-
-    def find(name: str) -> Any:
-        return _imported(package, name, modules if name in (*public, *modules) else ())
-
-    return find, lambda: sorted({*names, *public})
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
