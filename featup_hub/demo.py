@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.image import normalise, resize
-from featup_hub.loading import list_models, load, name_and_file
+from featup_hub.loading import find_backbone, list_models, load
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import UPSAMPLERS
 from featup_hub.visualize import fit_pca, pca_rgb, picture
@@ -251,5 +251,5 @@ def build(
 
 
 def _open(model: str, upsampler: str) -> UpsampledBackbone:
-    name, file = name_and_file(model)
-    return load(name, backbone_weights=file, upsampler=upsampler)
+    card, file = find_backbone(model)
+    return load(card, backbone_weights=file, upsampler=upsampler)

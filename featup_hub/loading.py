@@ -13,14 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featup_hub.backbones.contract import Backbone, ChannelNorm
+from featup_hub.backbones import (
+    Backbone,
+    ChannelNorm,
+    ClipBackbone,
+    MaskClipBackbone,
+    ShiftAndStitch,
+    TimmBackbone,
+    is_timm_model,
+    timm_card,
+)
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard
 from featup_hub.upsamplers import JBUStack
+from featup_hub.weights.files import existing, load_into, split_norm
 from featup_hub.weights.files import load as load_weights
-from featup_hub.weights.files import load_into, split_norm
 
 __all__ = [
+    "find_backbone",
     "find_card",
     "list_models",
     "load",
@@ -28,6 +38,7 @@ __all__ = [
     "load_upsampler",
     "name_and_file",
     "open_device",
+    "stride_and_size",
 ]
 
 
@@ -47,6 +58,15 @@ def name_and_file(spec: str) -> tuple[str, str | None]:
     if equals and not file:
         raise ValueError(f"a file must follow {spec!r}; give it, or leave the = out")
     return name, file or None
+
+
+def find_backbone(spec: str) -> tuple[ModelCard, Path | None]:
+    """Returns the card and the file of ``NAME`` or ``NAME=FILE``, both known to exist.
+
+    Raises as :func:`find_card`, and FileNotFoundError if there is no such file.
+    """
+    name, file = name_and_file(spec)
+    return find_card(name), existing(file) if file else None
 
 
 def find_card(name: str | ModelCard) -> ModelCard:
@@ -79,8 +99,6 @@ def find_card(name: str | ModelCard) -> ModelCard:
                 "call load_upsampler(), or name another model"
             )
         return MODELS[name]
-    from featup_hub.backbones import is_timm_model, timm_card
-
     if name.startswith("timm/") or is_timm_model(name):
         return timm_card(name.removeprefix("timm/"))
     known = {each.lower(): each for each in (*MODELS, *ALIASES)}
@@ -165,8 +183,6 @@ def load(
             layer=layer,
         )
         if looks > 1:
-            from featup_hub.backbones import ShiftAndStitch
-
             backbone = ShiftAndStitch(backbone, looks_per_side)
         model = UpsampledBackbone(
             backbone,
@@ -183,13 +199,9 @@ def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[
     """Returns a model's stride and its default short side, in pixels, without its weights."""
     stride = card.patch_size if layer is None or card.kind != "timm" else None
     if stride is None:
-        from featup_hub.backbones.timm import TimmBackbone
-
         with torch.device("meta"):
             stride = TimmBackbone(card.backbone, layer=layer).patch_size
     if (looks_per_side := _looks_per_side(looks)) > 1:
-        from featup_hub.backbones import ShiftAndStitch
-
         one_look = Backbone(feat_dim=1, patch_size=stride)
         stride = ShiftAndStitch(one_look, looks_per_side).patch_size
     return stride, _default_size(card, stride)
@@ -228,21 +240,12 @@ def load_backbone(
     if layer is not None and card.kind != "timm":
         raise ValueError(f"{card.name} has features of one layer only; got {layer=}; leave it out")
     with _undisturbed(pretrained):
-        own: Mapping[str, Tensor] | str | Path | None = weights
-        if own is None and pretrained and card.file is not None:
-            own = load_weights(card.file)
-        options: dict[str, Any] = {
-            "pretrained": pretrained,
-            "weights": own,
-            "backbone_kwargs": backbone_kwargs,
-        }
+        own = load_weights(card.file) if weights is None and pretrained and card.file else weights
+        options: dict[str, Any] = {"weights": own, "backbone_kwargs": backbone_kwargs}
+        options["pretrained"] = pretrained
         if card.kind != "timm":
-            from featup_hub.backbones import ClipBackbone, MaskClipBackbone
-
             clip = ClipBackbone if card.kind == "clip" else MaskClipBackbone
             return clip(card.backbone, **options).eval()
-        from featup_hub.backbones.timm import TimmBackbone
-
         stride = card.patch_size if layer is None else None
         return TimmBackbone(card.backbone, layer=layer, stride=stride, **options).eval()
 

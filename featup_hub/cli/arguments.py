@@ -59,12 +59,10 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
 
 def choose_backbone(spec: str) -> tuple[ModelCard, Path | None]:
     """Returns the card and the file of ``NAME[=FILE]``, both known to exist."""
-    from featup_hub.loading import find_card, name_and_file
-    from featup_hub.weights.files import existing
+    from featup_hub.loading import find_backbone
 
     with usage_errors():
-        name, file = name_and_file(spec)
-        return find_card(name), existing(file) if file else None
+        return find_backbone(spec)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
-from featup_hub.loading import find_card, load_backbone, name_and_file
+from featup_hub.loading import find_backbone, load_backbone
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
-from featup_hub.weights.files import existing
 
 __all__ = ["Standardiser", "TrainingSource", "open_backbones", "random_projection"]
 
@@ -147,9 +146,8 @@ def open_backbones(
     if not names:
         raise ValueError("training needs the features of at least one backbone; name one")
     if given is None:
-        parts = {name: name_and_file(name) for name in names}
         # All names and files before the first download.
-        found = {n: (find_card(own), existing(f) if f else None) for n, (own, f) in parts.items()}
+        found = {name: find_backbone(name) for name in names}
         return {name: load_backbone(card, weights=file) for name, (card, file) in found.items()}
     if missing := [name for name in names if name not in given]:
         raise ValueError(
