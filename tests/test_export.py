@@ -52,15 +52,28 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("for_onnx", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_onnxruntime_agrees_at_other_sizes(
-    upsampler: JBUStack, program: ExportedProgram, tmp_path: Path
+    upsampler: JBUStack, program: ExportedProgram, for_onnx: bool, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxscript")
+    if for_onnx:
+        program = trace(upsampler, *pair(1, (5, 5), (18, 18)), for_onnx=True)
+        assert len(program.graph.nodes) < 200
     write_onnx(program, tmp_path / "graph.onnx")
     run = in_onnxruntime(tmp_path / "graph.onnx")
     for sizes in PAIRS:
         assert_same(run, upsampler, *pair(*sizes))
+
+
+def test_an_onnx_graph_of_one_size_has_the_precision_of_its_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    upsampler = stack().half()
+    inputs = [x.half() for x in pair(2, (3, 4), (12, 10))]
+    write_onnx(trace(upsampler, *inputs, dynamic=False, for_onnx=True), tmp_path / "graph.onnx")
+    got = in_onnxruntime(tmp_path / "graph.onnx")(*inputs)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got, upsampler(*inputs), rtol=4e-3, atol=4e-3)
 
 
 def test_programs_hold_standard_operators_only_and_refuse_another_number_of_stages(

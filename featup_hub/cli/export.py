@@ -43,15 +43,17 @@ def run(args: argparse.Namespace) -> int:
     from featup_hub.export import check_onnx, trace, write_onnx, write_pt2
     from featup_hub.loading import load
 
-    if chosen == "onnx":
+    for_onnx = chosen == "onnx"
+    if for_onnx:
         check_onnx()
     model = load(card, **options)
     stride = model.patch_size * model.stack.looks_per_side
     height, width = size or (2 * stride, 3 * stride)
     print(f"[1/2] tracing {args.model}", file=sys.stderr, flush=True)
-    program = trace(model, torch.zeros(1, 3, height, width), dynamic=size is None)
+    example = torch.zeros(1, 3, height, width)
+    program = trace(model, example, dynamic=size is None, for_onnx=for_onnx)
     print(f"[2/2] writing {args.out}", file=sys.stderr, flush=True)
-    (write_onnx if chosen == "onnx" else write_pt2)(program, args.out)
+    (write_onnx if for_onnx else write_pt2)(program, args.out)
     sizes = f"{height} x {width}" if size else f"sides in multiples of {stride}"
     print(f"wrote {args.out}: images with {sizes} in, {model.feat_dim} channels out")
     return 0

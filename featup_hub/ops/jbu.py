@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -205,10 +205,24 @@ def _check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {names}; got {impl!r}")
 
 
+_kept_whole = False
+
+
+@contextlib.contextmanager
+def keep_whole() -> Iterator[None]:
+    """Exports the operators as they are, for :mod:`featup_hub.ops.onnx` to write."""
+    global _kept_whole
+    _kept_whole = True
+    try:
+        yield
+    finally:
+        _kept_whole = False
+
+
 def _traced() -> bool:
     """Whether a model is being exported, traced or differentiated in forward mode."""
     return bool(
-        reference.exporting()
+        (reference.exporting() and not _kept_whole)
         or torch.onnx.is_in_onnx_export()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0  # registered operators would give zero
