@@ -15,6 +15,7 @@ from featup_hub import __version__
 from featup_hub.cli.arguments import UsageError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 FORMATS = ("safetensors", "npy")
@@ -116,14 +117,30 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
     return False
 
 
-def write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> None:
+def write_outputs(
+    job: Job, shown: Image.Image, source: Tensor, features: Tensor, settings: Mapping[str, str]
+) -> str:
+    """Writes the features, (1, C, H, W), then the picture; returns what was written.
+
+    Raises:
+        OSError: If a file cannot be written, such as to a full disk.
+        ValueError: If a value exceeds the range of the file's type.
+    """
+    from featup_hub.files import write_atomically
+    from featup_hub.visualize import comparison
+
+    _write_features(features[0], job, settings)
+    if job.picture is None:
+        return str(job.features)
+    with write_atomically(job.picture) as partial:
+        comparison(shown, source, features).save(partial, format="PNG")
+    return f"{job.features} and {job.picture.name}"
+
+
+def _write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> None:
     """Writes features, (C, H, W), in the format of the file's suffix.
 
     A safetensors file stores the settings; "dtype" among them is the type of the file.
-
-    Raises:
-        OSError: If the file cannot be written, such as to a full disk.
-        ValueError: If a value exceeds the type's range.
     """
     import torch
 

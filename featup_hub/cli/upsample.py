@@ -29,13 +29,12 @@ from featup_hub.cli.arguments import (
     parse_size,
     usage_errors,
 )
-from featup_hub.cli.outputs import FORMATS, Job, is_finished, plan, write_features
+from featup_hub.cli.outputs import FORMATS, Job, is_finished, plan, write_outputs
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from featup_hub.model import UpsampledBackbone
     from featup_hub.registry import ModelCard
 
 _IMPLEMENTATIONS = ("auto", "cuda", "torch", "reference")
@@ -92,10 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     from featup_hub.image import check_size, normalise, read_image, resize
     from featup_hub.loading import load, stride_and_size
 
-    jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     card, options = choose_model(args)
     with usage_errors():
         stride, size = stride_and_size(card, layer=args.layer, looks=args.looks)
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     device = open_device(args.device)
     if args.impl == "cuda" and device.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {device}; leave --impl out")
+    jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
     settings = _settings(args, card, options, size)
     progress = _Progress(len(jobs))
@@ -118,11 +119,16 @@ def run(args: argparse.Namespace) -> int:
             return shown, normalise(shown, mean=model.mean, std=model.std)
 
         for job, reading in _read_ahead(todo, read):
-            progress.begin(str(job.image))
+            start = progress.begin(str(job.image))
             try:
                 shown, image = reading.result()
-                report = _upsample(job, shown, image.to(device), model, args.impl, settings)
-                progress.end("written", report)
+                with torch.inference_mode():
+                    source = model.source(image := image.to(device))
+                    features = model.upsampler(source, image, impl=args.impl)
+                    made = write_outputs(job, shown, source, features, settings)
+                shape = " x ".join(map(str, features.shape[1:]))
+                took = time.monotonic() - start
+                progress.end("written", f"wrote {made}: {shape} in {took:.1f} s")
             except (OSError, ValueError, RuntimeError, MemoryError) as error:
                 if args.debug:
                     raise
@@ -167,9 +173,10 @@ class _Progress:
         self.live = total > 1 and sys.stderr.isatty()
         self.bar = tqdm(total=total, unit="image", disable=not self.live, leave=False)
 
-    def begin(self, item: str) -> None:
-        """Shows the image about to be worked on, on a terminal."""
+    def begin(self, item: str) -> float:
+        """Shows the image about to be worked on, on a terminal; returns the time."""
         self.bar.set_description(item)
+        return time.monotonic()
 
     def end(self, outcome: str, report: str, count: int = 1) -> None:
         """Counts images as written or kept; of a written one, the bar is the report."""
@@ -226,35 +233,6 @@ def _read_ahead(
         yield from waiting
     finally:  # after an interruption, wait only for the image being read
         pool.shutdown(cancel_futures=True)
-
-
-def _upsample(
-    job: Job,
-    shown: Image.Image,
-    image: Tensor,
-    model: UpsampledBackbone,
-    impl: str,
-    settings: Mapping[str, str],
-) -> str:
-    """Makes the outputs of one image and returns a report."""
-    import torch
-
-    from featup_hub.files import write_atomically
-    from featup_hub.visualize import comparison
-
-    start = time.monotonic()
-    with torch.inference_mode():
-        source = model.source(image)
-        features = model.upsampler(source, image, impl=impl)
-        write_features(features[0], job, settings)
-        made = str(job.features)
-        # Written last: a picture without features is then known not to be an output.
-        if job.picture is not None:
-            with write_atomically(job.picture) as partial:
-                comparison(shown, source, features).save(partial, format="PNG")
-            made = f"{made} and {job.picture.name}"
-    shape = " x ".join(map(str, features.shape[1:]))
-    return f"wrote {made}: {shape} in {time.monotonic() - start:.1f} s"
 
 
 def _bands(text: str) -> tuple[int, ...]:
