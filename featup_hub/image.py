@@ -32,6 +32,8 @@ __all__ = [
     "preprocess",
     "read_image",
     "resize",
+    "standardise",
+    "to_tensor",
 ]
 
 IMAGE_SUFFIXES = {
@@ -198,14 +200,23 @@ def normalise(picture: Image.Image, *, mean: Sequence[float], std: Sequence[floa
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
     """
-    import numpy as np
-
     from featup_hub.ops.jbu import check_normalisation
 
     check_normalisation(mean, std)
-    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
-    mean_, std_ = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
-    return ((values - mean_) / std_)[None]
+    return standardise(to_tensor(picture), mean, std)[None]
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Converts an RGB picture to values in [0, 1], (3, H, W), float32."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
+
+
+def standardise(rgb: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalises values in [0, 1], (..., 3, H, W)."""
+    offset, scale = (rgb.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (rgb - offset) / scale
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -20,7 +20,7 @@ from featup_hub.evaluation.scores import (
     depth_sums,
     segmentation_sums,
 )
-from featup_hub.image import read_image
+from featup_hub.image import read_image, standardise, to_tensor
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["Dataset", "Sample", "evenly"]
@@ -82,8 +82,7 @@ class Sample:
 
     def normalised(self) -> Tensor:
         """Returns the normalised image for backbones and upsamplers, (1, 3, H, W)."""
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        return ((self.image - mean[:, None, None]) / std[:, None, None])[None]
+        return standardise(self.image, IMAGENET_MEAN, IMAGENET_STD)[None]
 
     def sums(self, labels: Tensor | None, depth: Tensor | None, classes: int) -> dict[str, Tensor]:
         """Compares predicted classes and depth, (H, W) each, with the truth, where there is any."""
@@ -155,7 +154,7 @@ class Dataset:
         path = self.images[index]
         sample = Sample(
             name=path.stem,
-            image=_tensor(read_image(path)).permute(2, 0, 1).float() / 255,
+            image=to_tensor(read_image(path)),
             labels=self._labels(self.labels[index]) if self.labels else None,
             depth=_read(self.depth[index]).float() / self.depth_scale if self.depth else None,
         )
@@ -221,15 +220,10 @@ def evenly(total: int, count: int) -> list[int]:
 def _read(path: Path) -> Tensor:
     """Reads the stored values of a label or depth file, not palette colours, (H, W)."""
     with Image.open(path) as picture:
-        values = _tensor(picture)
-    if values.dim() != 2:
+        values = np.array(picture)
+    if values.ndim != 2:
         raise ValueError(
-            f"labels and depth must be stored as one channel; {path} is {tuple(values.shape)}; "
+            f"labels and depth must be stored as one channel; {path} is {values.shape}; "
             "convert colours to class numbers first"
         )
-    return values
-
-
-def _tensor(picture: Image.Image) -> Tensor:
-    values = np.array(picture)
     return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from featup_hub.image import IMAGE_SUFFIXES, list_images, read_image
+from featup_hub.image import IMAGE_SUFFIXES, list_images, read_image, to_tensor
 from featup_hub.training.seeds import seeded
 
 if TYPE_CHECKING:
@@ -26,10 +26,8 @@ __all__ = ["PhotoStream"]
 class PhotoStream:
     """An endless stream of random crops of the photographs in a folder and its subfolders.
 
-    Args:
-        folder: Folder of photographs.
-        seed: Seed of order and crops.
-        min_scale: Smallest share of a photograph's area in a crop.
+    ``seed`` is that of order and crops; ``min_scale`` is the smallest share of a photograph's area
+    in a crop.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -75,7 +73,6 @@ class PhotoStream:
         Raises:
             ValueError: If no photograph can be read.
         """
-        import numpy as np
         from PIL.Image import Resampling
 
         photo, (height, width) = self._read(number), size
@@ -88,7 +85,7 @@ class PhotoStream:
         right, bottom = left + width * factor, top + height * factor
         box = (left, top, min(right, photo.width), min(bottom, photo.height))
         crop = photo.resize((width, height), Resampling.BICUBIC, box=box, reducing_gap=2.0)
-        pixels = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1).float() / 255
+        pixels = to_tensor(crop)
         return pixels.flip(2) if mirror < 0.5 else pixels
 
     def _read(self, number: int) -> Image.Image:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
+from featup_hub.image import standardise
 from featup_hub.loading import find_backbone, load_backbone
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
@@ -51,11 +52,7 @@ class TrainingSource(nn.Module):
 
     def normalise(self, rgb: Tensor) -> Tensor:
         """Normalises RGB in [0, 1] for the backbone; the result is also the guidance."""
-        mean, std = (
-            torch.tensor(values, dtype=rgb.dtype, device=rgb.device)[:, None, None]
-            for values in (self.backbone.mean, self.backbone.std)
-        )
-        return (rgb - mean) / std
+        return standardise(rgb, self.backbone.mean, self.backbone.std)
 
     def measure(self, photos: Iterable[Tensor]) -> None:
         """Measures the scale of the features on photographs, each (1, 3, H, W) in [0, 1]."""
@@ -77,13 +74,8 @@ class TrainingSource(nn.Module):
         """Projects standardised features, and appends their saliency, if the downsampler has one.
 
         The saliency is linear in the features, so it can be upsampled as one more channel.
-
-        Args:
-            features: Standardised features, (B, C, h, w).
-            projection: Directions, (K, C).
-
-        Returns:
-            The source, (B, K + 1, h, w), or (B, K, h, w) for the simple downsampler.
+        Features are (B, C, h, w), the projection's directions (K, C). The source is
+        (B, K + 1, h, w), or (B, K, h, w) for the simple downsampler.
         """
         projection = torch.cat([projection, self.downsampler.saliency])
         return torch.einsum("kc,bchw->bkhw", projection, features)
