@@ -12,10 +12,7 @@ __all__ = ["FourierFeatures", "pixel_centres", "sample"]
 class FourierFeatures(nn.Module):
     """Sines and cosines of every signal, with frequencies in geometric progression.
 
-    Args:
-        frequencies: Number of frequencies.
-        log_range: Natural logarithms of the lowest and highest frequency, in radians per unit.
-        signals: Number of signals.
+    ``log_range`` holds the natural logarithms of the lowest and the highest, in radians per unit.
     """
 
     frequency: Tensor

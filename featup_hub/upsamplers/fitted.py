@@ -30,25 +30,20 @@ class FittedFeatures(nn.Module):
 
     Args:
         image: The image, normalised RGB, (1, 3, H, W).
+
+    Attributes:
         backbone: Name of the backbone.
         backbone_digest: Digest of its weights.
         scores: Scores of the fit by name.
 
     Raises:
-        ValueError: If ``image`` is not (1, 3, H, W), or a score is not a finite number.
+        ValueError: If ``image`` is not (1, 3, H, W).
     """
 
     FORMAT: ClassVar[str] = ""
     image: Tensor
 
-    def __init__(
-        self,
-        image: Tensor,
-        *,
-        backbone: str = "",
-        backbone_digest: str = "",
-        scores: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, image: Tensor) -> None:
         super().__init__()
         check_floating(image, "image")
         if image.dim() != 4 or image.shape[:2] != (1, 3):
@@ -57,8 +52,8 @@ class FittedFeatures(nn.Module):
                 f"got {tuple(image.shape)}; fit one per image"
             )
         self.register_buffer("image", image.detach().clone())
-        self.backbone, self.backbone_digest = backbone, backbone_digest
-        self.scores = _finite({} if scores is None else scores)
+        self.backbone = self.backbone_digest = ""
+        self.scores: dict[str, float] = {}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -188,7 +183,6 @@ class JBUFit(FittedFeatures):
         image: The image, normalised RGB, (1, 3, H, W).
         source: z, (1, C, h, w).
         upsampler: The stages.
-        backbone, backbone_digest, scores: See :class:`FittedFeatures`.
 
     Example:
         >>> fitted = JBUFit(torch.randn(1, 3, 6, 9), torch.rand(1, 8, 2, 3), JBUStack())
@@ -199,17 +193,8 @@ class JBUFit(FittedFeatures):
     FORMAT = "featup_hub.jbu_fit/1"
     source: Tensor
 
-    def __init__(
-        self,
-        image: Tensor,
-        source: Tensor,
-        upsampler: JBUStack,
-        *,
-        backbone: str = "",
-        backbone_digest: str = "",
-        scores: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(image, backbone=backbone, backbone_digest=backbone_digest, scores=scores)
+    def __init__(self, image: Tensor, source: Tensor, upsampler: JBUStack) -> None:
+        super().__init__(image)
         check_floating(source, "source")
         if source.dim() != 4 or source.shape[0] != 1 or 0 in source.shape:
             raise ValueError(f"source must be (1, C, h, w); got {tuple(source.shape)}")

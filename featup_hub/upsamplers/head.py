@@ -17,9 +17,7 @@ __all__ = ["FoldedHead", "check_head", "head_matrices"]
 class FoldedHead(nn.Module):
     """An upsampler with a linear head, see :meth:`JBUStack.fold_head`.
 
-    Args:
-        upsampler: The upsampler.
-        head: An ``nn.Linear``, or a 1×1 ``nn.Conv2d`` without groups, stride or padding.
+    The head is an ``nn.Linear``, or a 1×1 ``nn.Conv2d`` without groups, stride or padding.
 
     Raises:
         ValueError: If the head is of another kind, or for another number of channels, or does

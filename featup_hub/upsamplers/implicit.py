@@ -41,11 +41,9 @@ class ImplicitUpsampler(FittedFeatures):
         hidden: Width of the network.
         dropout: Probability of dropping an input of the network, at all points at once.
         base: Coordinates that are added to the network's, (1, K, h, w), interpolated bilinearly.
-        backbone, backbone_digest, scores: See :class:`FittedFeatures`.
 
     Raises:
-        ValueError: If ``image`` is not (1, 3, H, W), ``dropout`` not in [0, 1), or a score not a
-            finite number.
+        ValueError: If ``image`` is not (1, 3, H, W), or ``dropout`` not in [0, 1).
 
     Example:
         >>> upsampler = ImplicitUpsampler(torch.rand(1, 3, 6, 9), torch.zeros(8), torch.eye(8))
@@ -69,11 +67,8 @@ class ImplicitUpsampler(FittedFeatures):
         hidden: int = 128,
         dropout: float = 0.2,
         base: Tensor | None = None,
-        backbone: str = "",
-        backbone_digest: str = "",
-        scores: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(image, backbone=backbone, backbone_digest=backbone_digest, scores=scores)
+        super().__init__(image)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}; 0 drops nothing")
         self.register_buffer("mean", mean.detach().clone())
