@@ -23,12 +23,9 @@ __all__ = ["ClipBackbone", "MaskClipBackbone"]
 class ClipBackbone(Backbone):
     """CLIP's patch tokens, each projected as CLIP projects its class token.
 
-    Args:
-        name: A CLIP image tower of timm's. OpenAI's weights belong to the names with ``quickgelu``,
-            the activation of their training.
-        pretrained: Whether timm loads the weights of that name; otherwise they are random.
-        weights: Weights of your own instead: a file, or tensors by name.
-        backbone_kwargs: Arguments for ``timm.create_model``.
+    ``name`` is a CLIP image tower of timm's. OpenAI's weights belong to the names with
+    ``quickgelu``, the activation of their training. The other arguments are those of
+    :class:`~featup_hub.TimmBackbone`.
     """
 
     def __init__(

@@ -108,8 +108,7 @@ def open_classifier(name: str) -> Classifier:
 def cam_sums(image: Tensor, classifier: Classifier, upsampler: Candidate) -> dict[str, Tensor]:
     """Measures one upsampler on one photograph, normalised RGB, (1, 3, H, W).
 
-    Returns:
-        ``cam`` (6,): images, drop, increase, coherency, complexity, ADCC.
+    ``cam`` (6,) is: images, drop, increase, coherency, complexity, ADCC.
     """
     features = classifier.features(image)
     before = classifier.confidence(features)[0]

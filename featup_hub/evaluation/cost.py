@@ -44,11 +44,8 @@ def cost_sums(
 ) -> dict[str, Tensor]:
     """Measures one upsampler on one image, without a head.
 
-    ``encoding`` is what the backbone took, in CPU seconds summed over cores.
-
-    Returns:
-        ``cost`` (5,): images, seconds, CPU seconds summed over cores, MiB, and CPU seconds
-        including the backbone's.
+    ``encoding`` is what the backbone took, in CPU seconds summed over cores. ``cost`` (5,) is:
+    images, seconds, CPU seconds, MiB, and CPU seconds with the backbone's.
     """
     device, on_cuda = source.device, source.is_cuda
     gc.collect()

@@ -85,9 +85,7 @@ def propagate(first: Tensor, labels: Tensor, later: Tensor, *, radius: int = RAD
 def _frame_sums(shares: Tensor, sample: Sample, classes: int) -> dict[str, Tensor]:
     """Scores one frame's shares of classes, (K, h, w); class 0 is the background.
 
-    Returns:
-        ``jaccard`` (2,): mean intersection over union of the objects, and 1; and the sums of the
-        band along the true outline.
+    ``jaccard`` (2,) is the mean intersection over union of the objects, and 1.
     """
     shown = F.interpolate(shares[None], sample.size, mode="bilinear", align_corners=False)
     sums = sample.sums(shown[0].argmax(0), None, classes)

@@ -54,10 +54,7 @@ def rows(
 ) -> list[Row]:
     """Scores measurements: one row per measurement, score and upsampler.
 
-    Args:
-        measurements: Results of the protocols.
-        versus: References of the paired differences; only those measured are used.
-        resamples: Bootstrap replicates.
+    ``versus`` names the references of the paired differences; those not measured are left out.
     """
     return [
         _row(measurement, metric, upsampler, versus, resamples)

@@ -55,9 +55,7 @@ def evaluate(
 
     The call opens and checks everything; the returned iterator measures.
 
-    Args:
-        config: What to measure.
-        progress: Called with one line of text at every step.
+    ``progress`` is called with one line of text at every step.
 
     Returns:
         Lists of rows, one list per protocol, data set and backbone or stride; one row per score and

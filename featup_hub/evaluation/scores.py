@@ -38,11 +38,7 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
 def mean_iou(counts: Tensor) -> Tensor:
     """Averages intersection over union over the classes that occur in labels or predictions.
 
-    Args:
-        counts: Confusion matrices, (..., K, K).
-
-    Returns:
-        Scores in [0, 1], (...).
+    Takes confusion matrices, (..., K, K), and returns scores in [0, 1], (...).
     """
     hits = counts.diagonal(dim1=-2, dim2=-1)
     union = counts.sum(-1) + counts.sum(-2) - hits
@@ -73,9 +69,7 @@ def segmentation_sums(
 ) -> dict[str, Tensor]:
     """Compares predicted classes with labels.
 
-    Returns:
-        ``confusion`` (K, K), and ``band`` (2,): correct pixels and all pixels of the band, which
-        is that of :func:`boundary_band`.
+    ``band`` (2,) counts correct pixels and all pixels of the band of :func:`boundary_band`.
     """
     correct = (prediction == labels)[band].sum()
     return {
@@ -103,9 +97,8 @@ def depth_edges(depth: Tensor, width: int = 4) -> Tensor:
 def depth_sums(prediction: Tensor, depth: Tensor, edges: Tensor) -> dict[str, Tensor]:
     """Compares predicted with true depth.
 
-    Returns:
-        ``depth`` (4,): pixels, squared errors, relative errors, pixels with δ < 1.25; and
-        ``depth_edges`` (2,): pixels and squared errors in the band of :func:`depth_edges`.
+    ``depth`` (4,) is: pixels, squared errors, relative errors, pixels with δ < 1.25;
+    ``depth_edges`` (2,): pixels and squared errors in the band of :func:`depth_edges`.
     """
     valid = depth > 0
     truth, guess = depth[valid].double(), prediction[valid].double()

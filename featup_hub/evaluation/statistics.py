@@ -72,9 +72,6 @@ def estimate(
         block: Neighbouring images that are drawn together; 1 if images are independent.
         seed: Seed of the resampling.
 
-    Returns:
-        The score, or the score minus the baseline's, and its interval.
-
     Raises:
         ValueError: If the two were not measured on the same number of images.
     """

@@ -46,14 +46,8 @@ def measure_new(
 
     One file per upsampler; its name is a digest of the settings and of the upsampler's identity.
 
-    Args:
-        run: Measures upsamplers.
-        candidates: Upsamplers.
-        settings: Everything else that the sums depend on; None disables the cache.
-        cache: Folder of the files; None disables the cache.
-
-    Returns:
-        Sums of all upsamplers, in the order given, by protocol.
+    ``settings`` are all that sums depend on besides the upsampler. Without them, or without a
+    folder, nothing is kept. Returns the sums of all upsamplers, in the order given, by protocol.
 
     Raises:
         ValueError: If a file of the cache is damaged.

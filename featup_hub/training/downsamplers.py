@@ -67,16 +67,10 @@ class AttentionDownsampler(nn.Module):
     def forward(
         self, features: Tensor, size: tuple[int, int], *, saliency: Tensor | None = None
     ) -> Tensor:
-        """Downsamples features.
+        """Downsamples features, (B, C, H, W) -> (B, C, h, w).
 
-        Args:
-            features: High-resolution features, (B, C, H, W).
-            size: Height and width wanted, (h, w).
-            saliency: A(F) without the offset, (B, 1, H, W). With it, ``features`` may be a
-                projection of F to any number of channels.
-
-        Returns:
-            Features, (B, C, h, w).
+        ``saliency`` is A(F) without the offset, (B, 1, H, W). With it, ``features`` may be a
+        projection of F to any number of channels.
         """
         if saliency is None:
             saliency = torch.einsum("kc,bchw->bkhw", self.saliency, features)

@@ -93,13 +93,9 @@ def sampled_crf(
         \operatorname{mean}_{p,q}\; \|F_p - F_q\|^2 \left(10\, e^{-\|p-q\|^2 / 0.2 -
         \|I_p - I_q\|^2 / 0.3} + 3\, e^{-\|p-q\|^2 / 0.01}\right)
 
-    Positions are in units of the longer side.
-
-    Args:
-        image: Normalised RGB, (B, 3, H, W), at the size of ``features``.
-        features: Features, (B, C, H, W).
-        samples: Number of pixels; all images of the batch use the same ones.
-        generator: Source of randomness, on the CPU.
+    Positions are in units of the longer side. The image is normalised RGB, (B, 3, H, W), at the
+    size of the features, (B, C, H, W). All images of a batch use the same pixels, ``samples`` of
+    them, drawn by the generator, which is on the CPU.
     """
     height, width = image.shape[-2:]
     pixel = torch.randint(height * width, (samples,), generator=generator)

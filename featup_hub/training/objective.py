@@ -34,15 +34,9 @@ def consistency_loss(
     config: JBUTrainingConfig,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Computes the loss of a stack on a batch of photographs.
+    """Computes the loss of a stack on a batch of photographs, (B, 3, H, W), values in [0, 1].
 
-    Args:
-        stack: The upsampler.
-        source: Backbone, downsampler and scale.
-        rgb: Photographs, (B, 3, H, W), values in [0, 1].
-        backbone_size: Height and width to which images are resized for the backbone.
-        config: Views, weights of the terms, size of the projection.
-        generator: On the CPU.
+    Images are resized to ``backbone_size`` for the backbone. The generator is on the CPU.
 
     Returns:
         ``loss``, its terms before weighting, and ``error``, the mean squared error of the views.

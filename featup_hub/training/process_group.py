@@ -44,8 +44,7 @@ class ProcessGroup(NamedTuple):
 def process_group(device: str) -> Iterator[ProcessGroup]:
     """Yields the process group, and joins it if ``torchrun`` started this process.
 
-    Args:
-        device: Device of this process. "cuda" means the process's own GPU.
+    The device "cuda" means the process's own GPU.
 
     Raises:
         RuntimeError: If there are several processes and this build of torch cannot join them.

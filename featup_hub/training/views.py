@@ -73,11 +73,7 @@ def sample_jitter(
 def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
     """Transforms maps, (B, C, H, W), by one jitter each, with bilinear sampling.
 
-    Returns:
-        The views, (B, C, H, W); ``x`` itself where every jitter is the identity.
-
-    Raises:
-        ValueError: If there is not one jitter per sample.
+    Returns ``x`` itself where every jitter is the identity.
     """
     if len(jitters) != x.shape[0]:
         raise ValueError(
@@ -114,16 +110,10 @@ def _mirror(fractions: Tensor) -> Tensor:
 
 
 def sample_map(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Interpolates bilinearly at every crossing of rows and columns; borders are repeated.
+    """Interpolates maps bilinearly at every crossing, (B, C, H, W) -> (B, C, M, N).
 
-    Args:
-        x: Maps, (B, C, H, W).
-        rows: Positions in fractions of the height, (M,), float64 on the CPU: pixel i has its
-            centre at (i + ½) / H.
-        columns: Positions in fractions of the width, (N,).
-
-    Returns:
-        Maps, (B, C, M, N).
+    Rows, (M,), and columns, (N,), are fractions of height and width, float64 on the CPU: pixel i
+    has its centre at (i + ½) / H. Borders are repeated.
     """
     return _sample_axis(_sample_axis(x, rows, 2), columns, 3)
 
