@@ -105,11 +105,6 @@ def test_a_command_that_is_shown_is_understood(line: str) -> None:
             _parser().parse_args([*arguments, "--help"])
 
 
-def test_a_command_with_a_wrong_flag_is_not_understood() -> None:
-    with pytest.raises(ValueError, match="unrecognized arguments: --sise"):
-        _parser().parse_args(["upsample", "a.jpg", "--sise", "3"])
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

@@ -63,14 +63,10 @@ def test_a_model_is_backbone_norm_and_upsampler(model: UpsampledBackbone) -> Non
 
 
 @torch.no_grad()
-def test_another_output_size_can_be_asked_for() -> None:
-    assert tiny()(torch.randn(1, 3, 30, 40), size=(64, 80)).shape == (1, 6, 64, 80)
-
-
-@torch.no_grad()
-def test_the_implementation_can_be_chosen() -> None:
-    image = torch.randn(1, 3, 32, 40)
-    fast, definition = (tiny()(image, impl=impl) for impl in ("torch", "reference"))
+def test_size_and_implementation_can_be_chosen() -> None:
+    image, size = torch.randn(1, 3, 30, 40), (64, 80)
+    fast, definition = (tiny()(image, size=size, impl=impl) for impl in ("torch", "reference"))
+    assert fast.shape == (1, 6, *size)
     torch.testing.assert_close(fast, definition, atol=1e-4, rtol=1e-4)
 
 
@@ -260,14 +256,16 @@ def test_looks_that_are_no_square_number_are_refused(looks: int) -> None:
         load("efficientnet_lite0", looks=looks)
 
 
-@pytest.mark.parametrize("device", ["gpu", 3.5, "mps:x"])
-def test_what_is_no_device_is_refused_before_weights_are_read(device: object) -> None:
-    with pytest.raises(ValueError, match=r"device must be cpu, cuda, cuda:1 or mps; got"):
-        load("efficientnet_lite0", upsampler="missing.safetensors", device=device)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"device must be"):
-        load_upsampler("missing.safetensors", device=device)  # type: ignore[arg-type]
-
-
-def test_a_device_that_this_machine_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"device cuda:99 cannot be used here: "):
-        load("efficientnet_lite0", pretrained=False, device="cuda:99")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        *((device, "must be cpu, cuda, cuda:1 or mps; got") for device in ("gpu", 3.5, "mps:x")),
+        ("cuda:99", "cuda:99 cannot be used here: "),
+    ],
+)
+def test_a_device_that_there_is_not_is_refused_before_weights_are_read(
+    device: object, message: str
+) -> None:
+    for loading in (lambda **options: load(NAME, **options), load_upsampler):
+        with pytest.raises(ValueError, match=f"device {message}"):
+            loading(upsampler="missing.safetensors", device=device)

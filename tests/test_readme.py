@@ -44,9 +44,3 @@ def test_every_model_of_the_registry_is_named() -> None:
     named = set(re.findall(r"`([a-z0-9_]+)`", table))
     for name in MODELS:
         assert name in named
-
-
-def test_pictures_and_files_that_are_named_exist(root: Path) -> None:
-    for target in re.findall(r"\]\(([^):]+)\)", README):
-        if not target.startswith("http"):
-            assert (root / target.partition("#")[0]).exists(), target

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -76,11 +74,3 @@ def test_an_unknown_name_brings_the_nearest(typed: str, meant: str) -> None:
 def test_a_name_like_none_brings_all() -> None:
     with pytest.raises(ValueError, match=r"got 'zzz'; none is similar(.|\n)*dinov2_vitb14.*jbu"):
         find_card("zzz")
-
-
-def test_the_table_needs_nothing_but_the_standard_library(root: Path) -> None:
-    source = (root / "featup_hub" / "registry.py").read_text()
-    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert {line.split()[1].split(".")[0] for line in imports} <= {
-        "__future__", "collections", "dataclasses", "typing",
-    }  # fmt: skip

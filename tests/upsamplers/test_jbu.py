@@ -56,14 +56,9 @@ def test_the_stack_is_the_unfold_formulation(
         for impl in ("torch", "reference"):
             upsampled = stack(source, image, size=size, impl=impl)
             assert (upsampled - expected).abs().max() <= bound
-        layouts = (
-            (source.contiguous(memory_format=torch.channels_last), image),
-            (source, image.contiguous(memory_format=torch.channels_last)),
-            (
-                torch.cat([source, source], 1)[:, 5:],
-                torch.cat([image, image], 3)[..., : image.shape[3]],
-            ),
-        )
+        last = {"memory_format": torch.channels_last}
+        sliced = source.repeat(1, 2, 1, 1)[:, 5:], image.repeat(1, 1, 1, 2)[..., : image.shape[3]]
+        layouts = ((source.contiguous(**last), image), (source, image.contiguous(**last)), sliced)
         for other_source, other_image in layouts:
             upsampled = stack(other_source, other_image, size=size, impl="torch")
             assert (upsampled - expected).abs().max() <= bound
@@ -224,113 +219,92 @@ def test_only_a_linear_head_can_be_folded(head: nn.Module) -> None:
         JBUStack().fold_head(head)
 
 
-def test_a_head_with_a_parametrised_weight_is_folded() -> None:
-    head, stack = parametrizations.weight_norm(nn.Linear(4, 3)), JBUStack().eval()
-    source, image = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
-    expected = head(stack(source, image).movedim(1, -1)).movedim(-1, 1)
-    torch.testing.assert_close(stack.fold_head(head)(source, image), expected)
-
-
-@pytest.mark.parametrize("padding", ["same", "valid", None])
-def test_heads_without_padding_and_linear_layers_are_folded(padding: str | None) -> None:
-    stack = JBUStack().eval()
-    head = nn.Linear(4, 3) if padding is None else nn.Conv2d(4, 3, 1, padding=padding)
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Linear(4, 3),
+        nn.Conv2d(4, 3, 1, padding="same"),
+        nn.Conv2d(4, 3, 1, padding="valid"),
+        parametrizations.weight_norm(nn.Linear(4, 3)),
+    ],
+)
+def test_linear_layers_and_heads_without_padding_are_folded(head: nn.Module) -> None:
+    stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
     weight, bias = head.weight.flatten(1)[:, :, None, None], head.bias
-    source, image = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
     expected = F.conv2d(stack(source, image), weight, bias)
     for impl in ("auto", "reference"):
         torch.testing.assert_close(stack.fold_head(head)(source, image, impl=impl), expected)
 
 
-def test_a_head_for_other_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match="features of 8 channels is needed; got one that takes 4"):
-        JBUStack(8).fold_head(nn.Linear(4, 3))
-    head = JBUStack().eval().fold_head(nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="features of 8 channels is needed; got one that takes 4"):
-        head(torch.randn(1, 8, 2, 2), torch.randn(1, 3, 32, 32))
+def test_features_and_heads_of_other_channels_are_refused() -> None:
+    source, image = torch.randn(1, 8, 2, 2), torch.randn(1, 3, 32, 32)
+    head, message = nn.Linear(4, 3), "features of 8 channels is needed; got one that takes 4"
+    with pytest.raises(ValueError, match=message):
+        JBUStack(8).fold_head(head)
+    with pytest.raises(ValueError, match=message):
+        JBUStack().eval().fold_head(head)(source, image)
+    with pytest.raises(ValueError, match="made for 5 channels; got 8"):
+        JBUStack(5)(source, image)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_integers_are_refused(impl: str) -> None:
-    stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
-    with pytest.raises(TypeError, match=r"guidance must be floating-point.*uint8; divide"):
-        stack(source, image.byte(), impl=impl)
-    with pytest.raises(TypeError, match=r"guidance must be floating-point.*uint8; divide"):
-        stack.kernels(image.byte(), (2, 2), impl=impl)
-    with pytest.raises(TypeError, match=r"source must be floating-point.*int64"):
-        stack.upsample(source.long(), stack.kernels(image, (2, 2)), impl=impl)
-
-
-def test_an_empty_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least one image; got \(0, 3, 4, 4\)"):
-        JBUStack().eval()(torch.randn(0, 4, 2, 2), torch.randn(0, 3, 32, 32))
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 0, 2), (1, 4, 2, 0), (1, 0, 2, 2)])
-def test_features_without_cells_or_channels_are_refused(shape: tuple[int, ...]) -> None:
-    stack, image = JBUStack().eval(), torch.randn(1, 3, 32, 32)
-    with pytest.raises(
-        ValueError, match=rf"must be features, .*; got \(1, {shape[1]}, {shape[2]}, "
-    ):
-        stack(torch.randn(shape), image)
-    with pytest.raises(ValueError, match="at least one row and one column; got 0×2"):
-        stack.kernels(image, (0, 2))
-
-
-def test_wrong_sizes_and_kernels_are_refused() -> None:
-    stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
-    for size in ("32", 32.0, (32,), (32, 32, 1), ("32", "32"), (None, 32)):
-        with pytest.raises(TypeError, match=r"size must be a number of pixels, or .*; got "):
-            stack(source, image, size=size)
-    for size in (2, (2.0, 2.0), (2, 2, 2)):
-        with pytest.raises(
-            TypeError, match=r"source_size must be \(height, width\), whole numbers"
-        ):
-            stack.kernels(image, size)
-    for method in (stack.upsample, stack.pyramid):
-        with pytest.raises(
-            TypeError, match=r"kernels must come from kernels\(.*; got Tensor; call"
-        ):
-            method(source, image)
-        with pytest.raises(TypeError, match="source must be a tensor; got ndarray; see"):
-            method(source.numpy(), stack.kernels(image, (2, 2)))
+SOURCE, IMAGE = torch.ones(1, 4, 2, 2), torch.zeros(1, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"num_stages": 0}, {"key_dim": 1.5}, {"feat_dim": "a"}, {"guidance_dim": 0}, {"feat_dim": -1}],
+    ("source", "guidance", "error", "message"),
+    [
+        (SOURCE, IMAGE.byte(), TypeError, "guidance must be floating-point.*uint8; divide"),
+        (SOURCE, "photo.jpg", TypeError, "guidance must be a tensor; got str; see featup_hub.prep"),
+        (SOURCE[:0], IMAGE[:0, :, :4, :4], ValueError, r"at least one image; got \(0, 3, 4, 4\)"),
+        (SOURCE[:, :, :0], IMAGE, ValueError, r"must be features, .*; got \(1, 4, 0, 2\)"),
+        (SOURCE[:, :, :, :0], IMAGE, ValueError, r"must be features, .*; got \(1, 4, 2, 0\)"),
+        (SOURCE[:, :0], IMAGE, ValueError, r"must be features, .*; got \(1, 0, 2, 2\)"),
+        (SOURCE.flatten(2), IMAGE, ValueError, r"\(1, 4, 4\)\? .*unflatten\(2, \(h, w"),
+        (IMAGE, SOURCE, ValueError, "were source and guidance swapped"),
+        (SOURCE, IMAGE.repeat(2, 1, 1, 1), ValueError, r"batch size 2; got \(1, 4, 2, 2\)"),
+    ],
 )
-def test_numbers_that_make_no_stack_are_refused(option: dict[str, Any]) -> None:
-    ((name, value),) = option.items()
-    with pytest.raises(
-        ValueError, match=f"{name} must be at least 1, a whole number; got {value!r}"
-    ):
-        JBUStack(**option)
+def test_what_is_not_features_and_their_image_is_refused_with_what_to_do(
+    source: Tensor, guidance: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        JBUStack().eval()(source, guidance)
 
 
-def test_tokens_and_what_is_no_tensor_are_told_what_to_do() -> None:
-    stack, image = JBUStack(), torch.randn(2, 3, 32, 32)
-    with pytest.raises(
-        ValueError, match=r"\(2, 5, 384\)\? .*transpose\(1, 2\).unflatten\(2, \(h, w"
-    ):
-        stack(torch.randn(2, 5, 384), image)
-    with pytest.raises(TypeError, match=r"guidance must be a tensor; got str; see featup_hub.prep"):
-        stack(torch.randn(2, 5, 4, 4), "photo.jpg")  # type: ignore[arg-type]
+def test_wrong_sizes_and_kernels_are_refused() -> None:
+    stack = JBUStack().eval()
+    for size in ("32", 32.0, (32,), (32, 32, 1), ("32", "32"), (None, 32)):
+        with pytest.raises(TypeError, match=r"size must be a number of pixels, or .*; got "):
+            stack(SOURCE, IMAGE, size=size)
+    for size in (2, (2.0, 2.0), (2, 2, 2)):
+        with pytest.raises(TypeError, match=r"source_size must be \(height, width\), whole num"):
+            stack.kernels(IMAGE, size)
+    with pytest.raises(ValueError, match="at least one row and one column; got 0×2"):
+        stack.kernels(IMAGE, (0, 2))
+    with pytest.raises(TypeError, match=r"guidance must be floating-point.*uint8; divide"):
+        stack.kernels(IMAGE.byte(), (2, 2))
+    for method in (stack.upsample, stack.pyramid):
+        with pytest.raises(TypeError, match=r"kernels must come from kernels\(.*; got Tensor; c"):
+            method(SOURCE, IMAGE)
+        with pytest.raises(TypeError, match="source must be a tensor; got ndarray; see"):
+            method(SOURCE.numpy(), stack.kernels(IMAGE, (2, 2)))
+        with pytest.raises(TypeError, match=r"source must be floating-point.*int64"):
+            method(SOURCE.long(), stack.kernels(IMAGE, (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_stages", 0), ("key_dim", 1.5), ("feat_dim", "a"), ("guidance_dim", 0), ("feat_dim", -1)],
+)
+def test_numbers_that_make_no_stack_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, a whole .*got {value!r}"):
+        JBUStack(**{name: value})
 
 
 def test_one_number_is_the_short_side_of_the_output() -> None:
     stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 3), torch.randn(1, 3, 32, 48)
     assert stack(source, image, size=20).shape == (1, 4, 20, 30)
     assert stack.kernels(image, (2, 3), size=20).stages[-1].shape[2:] == (20, 30)
-
-
-def test_swapped_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="were source and guidance swapped"):
-        JBUStack()(torch.rand(1, 3, 32, 32), torch.rand(1, 384, 2, 2))
-    with pytest.raises(ValueError, match=r"made for 8 channels; got 5"):
-        JBUStack(8)(torch.rand(1, 5, 2, 2), torch.rand(1, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"batch size 2; got \(1, 5, 2, 2\)"):
-        JBUStack()(torch.rand(1, 5, 2, 2), torch.rand(2, 3, 32, 32))
 
 
 def test_dropout_in_training_drops_whole_hidden_channels_of_a_sample() -> None:
