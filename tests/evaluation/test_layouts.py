@@ -10,6 +10,7 @@ from PIL import Image
 from featup_hub.evaluation.layouts import open_data
 
 LABELS = np.array([[0, 1, 2, 255, 7, 33]] * 4, dtype=np.uint8)
+AS_STORED, ADE20K = [0, 1, 2, -1, 7, 33], [-1, 0, 1, -1, 6, 32]
 
 
 def save(path, values):
@@ -24,30 +25,15 @@ def photograph(path):
 @pytest.mark.parametrize(
     ("layout", "image", "labels", "expected", "classes"),
     [
+        ("ade20k", "images/validation/A.jpg", "annotations/validation/A.png", ADE20K, 150),
         (
-            "ade20k",
-            "images/validation/ADE_val_1.jpg",
-            "annotations/validation/ADE_val_1.png",
-            [-1, 0, 1, -1, 6, 32],
-            150,
+            *("cityscapes", "leftImg8bit/val/ulm/ulm_1_leftImg8bit.png"),
+            *("gtFine/val/ulm/ulm_1_gtFine_labelIds.png", [-1, -1, -1, -1, 0, 18], 19),
         ),
-        (
-            "cityscapes",
-            "leftImg8bit/val/ulm/ulm_1_leftImg8bit.png",
-            "gtFine/val/ulm/ulm_1_gtFine_labelIds.png",
-            [-1, -1, -1, -1, 0, 18],
-            19,
-        ),
-        (
-            "coco-stuff",
-            "images/val2017/000000000139.jpg",
-            "annotations/val2017/000000000139.png",
-            [0, 1, 2, -1, 7, 33],
-            182,
-        ),
-        ("bsds", "images/1.jpg", "segments/1.png", [0, 1, 2, -1, 7, 33], 50),
+        ("coco-stuff", "images/val2017/1.jpg", "annotations/val2017/1.png", AS_STORED, 182),
+        ("bsds", "images/1.jpg", "segments/1.png", AS_STORED, 50),
         ("davis", "images/bear/00001.jpg", "masks/bear/00001.png", [0, 1, -1, -1, -1, -1], 2),
-        ("ccp", "val/images/images/1.b.jpg", "val/labels/images/1.b.png", [0, 1, 2, -1, 7, 33], 59),
+        ("ccp", "val/images/images/1.b.jpg", "val/labels/images/1.b.png", AS_STORED, 59),
     ],
 )
 def test_labels_of_a_layout_become_classes_and_void(
