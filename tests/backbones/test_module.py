@@ -106,9 +106,7 @@ def test_as_many_tokens_as_channels_are_taken_rightly(prefix: int, last: bool) -
 def test_a_map_that_could_be_either_is_taken_as_said_or_refused(form: str) -> None:
     module, image = Patches(FORMS[form]), torch.randn(1, 3, 40, 40)
     options: dict[str, Any] = {"feat_dim": 5, "patch_size": 8, "fixed_size": (40, 40)}
-    with pytest.raises(
-        ValueError, match=r"features of 5 channels and as many .*: layout='nchw' or "
-    ):
+    with pytest.raises(ValueError, match=r"of 5 channels and as many .*: layout='nchw' or "):
         ModuleBackbone(module, **options)(image)
     said: Any = form.lower()
     source = ModuleBackbone(module, **options, layout=said)(image)

@@ -141,12 +141,10 @@ def test_weights_of_another_network_are_refused_with_counts_and_a_few_names() ->
     tensors = timm.create_model("test_resnet").state_dict()
     with pytest.raises(ValueError, match="are not those of timm's test_vit: ") as caught:
         TimmBackbone("test_vit", weights=tensors)
-    said = str(caught.value)
     own = list(timm.create_model("test_vit").state_dict())
-    assert f"{len(own)} missing: {', '.join(own[:6])} and {len(own) - 6} more; " in said
-    assert f"{len(tensors)} not known here: " in said
-    assert len(said) < 600
-    assert "\n" not in said
+    missing = f"{len(own)} missing: {', '.join(own[:6])} and {len(own) - 6} more; "
+    assert f"{missing}{len(tensors)} not known here: " in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 def test_weights_that_timm_cannot_even_convert_are_refused_with_its_reason(
@@ -156,9 +154,7 @@ def test_weights_that_timm_cannot_even_convert_are_refused_with_its_reason(
         raise KeyError("patch_embed.proj.weight")
 
     monkeypatch.setattr(timm, "create_model", convert)
-    with pytest.raises(
-        ValueError, match=r"those of timm's test_vit: 'patch_embed.proj.weight'; ch"
-    ):
+    with pytest.raises(ValueError, match=r"of timm's test_vit: 'patch_embed.proj.weight'; ch"):
         TimmBackbone("test_vit", weights={"norm.weight": torch.ones(1)})
 
 
@@ -190,9 +186,7 @@ def test_networks_without_intermediate_features_are_refused(
 def test_a_timm_that_counts_layers_otherwise_is_noticed() -> None:
     backbone = TimmBackbone("test_resnet").eval()
     backbone.layer -= 1  # as timm 1.0.9 does in ConvNeXt
-    with pytest.raises(
-        RuntimeError, match=r"announces \d+ channels in layer 3 .*; got .*; upgrade"
-    ):
+    with pytest.raises(RuntimeError, match=r"announces \d+ channels in layer 3 .*; got .*; upg"):
         backbone(torch.randn(1, 3, 64, 64))
 
 

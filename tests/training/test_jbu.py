@@ -45,31 +45,37 @@ def run(photos, stem):
     )
 
 
+@pytest.fixture
+def trained(photos, stem, tmp_path):
+    """Trains a small run and returns its file of weights."""
+    return lambda **changes: train(
+        photos, tmp_path / "run", replace(SMALL, **changes), backbones={"stem": stem},
+        progress=False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("ema", [0.99, 0.0])
-def test_the_file_holds_stages_of_unit_sum_and_how_they_were_made(photos, stem, tmp_path, ema):
-    config = replace(SMALL, steps=2, lr=0.1, ema=ema)
-    path = train(photos, tmp_path, config, backbones={"stem": stem}, progress=False)
+def test_the_file_holds_stages_of_unit_sum_and_how_they_were_made(trained, ema):
+    path = trained(steps=2, lr=0.1, ema=ema)
     stack = JBUStack().eval()
     load_into(stack, read(path), origin=path)
     with torch.no_grad():
         total = stack.up4.kernel(torch.randn(1, 3, 8, 8)).sum(1)
     torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)
     notes = metadata(path)
-    assert json.loads(notes["config"])["lr"] == config.lr
+    assert json.loads(notes["config"])["lr"] == 0.1
     assert (notes["seed"], notes["photos"]) == ("0", "9")
 
 
-def test_kernels_may_have_any_sum_if_that_is_wanted(photos, stem, tmp_path):
-    config = replace(SMALL, steps=2, lr=0.1, unit_sum=False)
-    path = train(photos, tmp_path, config, backbones={"stem": stem}, progress=False)
+def test_kernels_may_have_any_sum_if_that_is_wanted(trained):
+    path = trained(steps=2, lr=0.1, unit_sum=False)
     assert read(path)["up4.fixup_proj.3.bias"].mean().abs() > 1e-3
 
 
-def test_it_learns(photos, stem, tmp_path):
+def test_it_learns(trained):
     """Over a few dozen steps the error falls below that of the first ones."""
-    config = replace(SMALL, steps=40, lr=5e-3, warmup=2)
-    train(photos, tmp_path, config, backbones={"stem": stem}, progress=False)
-    losses = [float(row["loss"]) for row in rows(tmp_path / "metrics.csv")]
+    path = trained(steps=40, lr=5e-3, warmup=2)
+    losses = [float(row["loss"]) for row in rows(path.with_name("metrics.csv"))]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
@@ -161,19 +167,15 @@ def test_a_run_starts_from_a_file_or_shipped_stages_and_its_own_file_names_no_fo
         assert config["backbones"] == ["stem=w.safetensors"]
     with pytest.raises(FileNotFoundError, match="no weights file jbu_blunt; check the name"):
         run(start="jbu_blunt")
-
-
-def test_a_file_without_stages_is_no_start(run, tmp_path):
     write({}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match=r"empty.safetensors does not fit JBUStack"):
         run(start=str(tmp_path / "empty.safetensors"))
 
 
-def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(photos, stem, tmp_path):
+def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(trained, tmp_path):
     joint = JBUStack(joint_first=True).state_dict()
     write(joint, tmp_path / "joint.safetensors")
-    config = replace(SMALL, start=str(tmp_path / "joint.safetensors"), image_size=64)
-    path = train(photos, tmp_path / "b", config, backbones={"stem": stem}, progress=False)
+    path = trained(start=str(tmp_path / "joint.safetensors"), image_size=64)
     assert metadata(path)["architecture"] == "JBUStack(feat_dim=None, joint_first=True)"
     trained = read(path)
     assert trained.keys() == joint.keys()

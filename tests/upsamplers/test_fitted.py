@@ -18,10 +18,7 @@ from tests.upsamplers import small_implicit
 
 def jbu_fit() -> JBUFit:
     draw = torch.Generator().manual_seed(3)
-    image, source = (
-        torch.randn(1, 3, 9, 13, generator=draw),
-        torch.randn(1, 7, 3, 4, generator=draw),
-    )
+    image, source = (torch.randn(1, *s, generator=draw) for s in ((3, 9, 13), (7, 3, 4)))
     stack = JBUStack(num_stages=2, joint_first=True)
     return JBUFit(image, source, stack).eval().requires_grad_(False)
 
@@ -79,9 +76,7 @@ def test_wrong_queries_are_refused(make) -> None:
 def test_wrong_parts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, H, W\); got \(2, 3, 4, 4\); fit one per image"):
         ImplicitUpsampler(torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.eye(2))
-    with pytest.raises(
-        TypeError, match=r"image must be a tensor; got PosixPath; see featup_hub.pre"
-    ):
+    with pytest.raises(TypeError, match="image must be a tensor; got PosixPath; see featup_hub"):
         JBUFit(Path("a.jpg"), torch.zeros(1, 7, 3, 4), JBUStack())
     with pytest.raises(ValueError, match=r"source must be \(1, C, h, w\); got \(2, 7, 3, 4\)"):
         JBUFit(torch.zeros(1, 3, 9, 13), torch.zeros(2, 7, 3, 4), JBUStack())
@@ -113,9 +108,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"jbu_fit/1 or .*implicit/2; got a file of other weights"):
         FittedFeatures.load(path)
     jbu_fit().save(path)
-    with pytest.raises(
-        ValueError, match=r"of format featup_hub.implicit/2; got featup_hub.jbu_fit"
-    ):
+    with pytest.raises(ValueError, match=r"format featup_hub.implicit/2; got featup_hub.jbu_fit"):
         ImplicitUpsampler.load(path)
     write(read(path), path, metadata={**metadata(path), "upsampler": "featup_hub.jbu_fit/3"})
     with pytest.raises(ValueError, match=r"got featup_hub.jbu_fit/3; make one with"):
