@@ -33,6 +33,7 @@ import functools
 import json
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -152,7 +153,8 @@ def keep_memory() -> None:
 def measure_sizes(rounds: int, out: Path | None) -> None:
     """Measures the default upsampler at all sizes, forward and training, 384 channels.
 
-    The sizes take turns, and the least time counts.
+    The sizes take turns. The least price counts, and the median of a price over that of the first
+    size in the same turn.
     """
     keep_memory()
     torch.manual_seed(0)
@@ -179,8 +181,13 @@ def measure_sizes(rounds: int, out: Path | None) -> None:
 
                 prices[height, width].append(1e6 * best(run, 1) / (height * width))
         for (height, width), found in prices.items():
-            rows[f"{passes} {height}x{width}"] = min(found)
-            print(f"{passes} {height}×{width}: {min(found):.2f} µs per pixel", flush=True)
+            turns = zip(found, prices[SIZES[0]], strict=True)
+            ratio = statistics.median(price / first for price, first in turns)
+            rows[f"{passes} {height}x{width}"] = {"least": min(found), "ratio": ratio}
+            print(
+                f"{passes} {height}×{width}: {min(found):.2f} µs per pixel, ratio {ratio:.2f}",
+                flush=True,
+            )
     if out is not None:
         out.write_text(json.dumps(rows, indent=1) + "\n")
 

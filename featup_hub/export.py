@@ -96,6 +96,9 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
     Weights of more than 1.5 GiB go to a second file, ``*.onnx.data``. Keep both in one folder.
     """
     check_onnx()
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist; make it first")
     from featup_hub.ops.onnx import TRANSLATIONS
 
     with torch.no_grad(), warnings.catch_warnings():
@@ -110,7 +113,6 @@ def write_onnx(program: ExportedProgram, path: str | Path) -> None:
             # The exporter's optimisation of long graphs is slow, and runtimes optimise them anyway.
             optimize=False,
         )
-    path = Path(path)
     # Under its final name, because the graph contains the name of the second file.
     with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         graph.save(Path(folder, path.name))  # type: ignore[union-attr]  # None if not dynamo

@@ -124,6 +124,13 @@ def test_large_weights_lie_in_a_second_file_that_moves_with_the_graph(
     assert_same(in_onnxruntime(tmp_path / "there" / "big.onnx"), large, image)
 
 
+def test_a_folder_that_is_missing_is_said_before_a_graph_is_made(
+    program: ExportedProgram, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"folder of .*m\.onnx does not exist; make it"):
+        write_onnx(program, tmp_path / "no" / "m.onnx")
+
+
 def test_a_model_in_training_mode_is_not_exported(upsampler: JBUStack) -> None:
     with pytest.raises(ValueError, match=r"must be in evaluation mode; call model\.eval\(\)"):
         trace(JBUStack(), *pair(2, (5, 5), (10, 10)))
