@@ -78,14 +78,8 @@ def similarity(
 ) -> tuple[Tensor, Tensor]:
     """Compares the features at a point with the features everywhere in a photograph.
 
-    Args:
-        query: The photograph with the point.
-        point: Its x and y as shares of the width and the height, from 0 to 1.
-        other: The photograph to search, which may be the same.
-
-    Returns:
-        Cosine similarities, from -1 to 1: of every patch with the point's patch, (h, w), and of
-        every pixel with the point's pixel, (H, W).
+    The point is its x and y as shares of the width and the height. Returns cosine similarities: of
+    every patch with the point's patch, (h, w), and of every pixel with the point's, (H, W).
     """
 
     def compare(asked: Tensor, searched: Tensor) -> Tensor:
@@ -165,16 +159,10 @@ def build(
     upsampler: str,
     size: int = 448,
 ) -> gr.Blocks:
-    """Builds the page.
+    """Builds the page; its method ``launch()`` serves it.
 
-    Args:
-        photos: The photographs that it shows first, at most two.
-        model: The model that it uses first, ``NAME`` or ``NAME=FILE``.
-        upsampler: The name of the upsampler that it uses first.
-        size: Short side of the backbone's input, in pixels.
-
-    Returns:
-        The page. Its method ``launch()`` serves it.
+    Photographs, at most two, the model, ``NAME`` or ``NAME=FILE``, and the upsampler's name are
+    those it shows first. ``size`` is the short side of the backbone's input, in pixels.
     """
     if len(photos) > 2:
         raise ValueError(f"the page shows at most two photographs; got {len(photos)}")

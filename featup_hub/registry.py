@@ -33,28 +33,20 @@ class WeightFile:
     Attributes:
         filename: Its name in the folder of shipped weights.
         sha256: Digest in hexadecimal.
-        licence: Licence of the weights.
-        data: Training data.
     """
 
     filename: str
     sha256: str
-    licence: str
-    data: str
 
 
 JBU_UNIVERSAL = WeightFile(
     filename="jbu_universal.safetensors",
     sha256="d37ed996549d087da227e433167ff6d0a174fe0f28de575ca84fb391a315a0ce",
-    licence="MIT",
-    data="854 ImageNet photographs, no labels",
 )
 
 JBU_SHARP = WeightFile(
     filename="jbu_sharp.safetensors",
     sha256="360520f16c281b7d7a6a530b1c0ac75e72e79dc4d05e82aaffe5df7676588414",
-    licence="MIT",
-    data="854 ImageNet photographs, no labels",
 )
 
 UPSAMPLERS: Mapping[str, WeightFile] = {"jbu_denoise": JBU_UNIVERSAL, "jbu_faithful": JBU_SHARP}
@@ -63,8 +55,6 @@ UPSAMPLERS: Mapping[str, WeightFile] = {"jbu_denoise": JBU_UNIVERSAL, "jbu_faith
 EFFICIENTNET_LITE0 = WeightFile(
     filename="efficientnet_lite0.safetensors",
     sha256="ea18890723cc53e4697ac3f14a1d8524b52e8e271a5860d88607cde528f6b9f6",
-    licence="Apache-2.0",
-    data="ImageNet-1k",
 )
 
 
@@ -144,7 +134,7 @@ _ROWS = [
         data="WebLI",
         image_size=256,
     ),
-    ModelCard("jbu", "", None, None, licence=JBU_UNIVERSAL.licence, data=JBU_UNIVERSAL.data),
+    ModelCard("jbu", "", None, None, licence="MIT", data="854 ImageNet photographs, no labels"),
 ]
 
 MODELS: Mapping[str, ModelCard] = {row.name: row for row in _ROWS}

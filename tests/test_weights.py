@@ -221,10 +221,6 @@ def test_tensors_that_do_not_fit_leave_the_module_as_it_was():
     assert equal(dict(module.state_dict()), right)
 
 
-def row(filename: str, sha256: str = "") -> WeightFile:
-    return WeightFile(filename=filename, sha256=sha256, licence="MIT", data="none")
-
-
 def test_shipped_weights_are_found_in_an_installed_wheel(tmp_path, monkeypatch):
     package = tmp_path / "site-packages/featup_hub"
     (package / "weights").mkdir(parents=True)
@@ -237,7 +233,7 @@ def test_shipped_weights_are_found_in_an_installed_wheel(tmp_path, monkeypatch):
 def test_a_damaged_shipped_file_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(weights.files, "shipped_folder", lambda: tmp_path)
     path = written(tmp_path)
-    pinned = row(path.name, sha256=weights.digest(path))
+    pinned = WeightFile(filename=path.name, sha256=weights.digest(path))
     assert equal(weights.load(pinned), some())
     path.write_bytes(LFS)
     with pytest.raises(ValueError, match="Git LFS pointer"):
@@ -254,4 +250,4 @@ def test_a_file_of_the_users_is_not_held_to_the_registry(tmp_path):
 
 def test_a_shipped_file_that_is_missing_says_where_it_was_looked_for():
     with pytest.raises(RuntimeError, match=r"needed x.safetensors; it is not in the sh"):
-        weights.resolve(row("x.safetensors"))
+        weights.resolve(WeightFile(filename="x.safetensors", sha256=""))

@@ -90,11 +90,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
-    """Returns the card of the model that the flags name, and the options of ``load``.
-
-    Raises:
-        UsageError: If there is no such model or file.
-    """
+    """Returns the card of the model that the flags name, and the options of ``load``."""
     from featup_hub.weights.files import resolve
 
     if args.backbone_weights and "=" in args.model:

@@ -35,9 +35,6 @@ def plan(inputs: list[Path], out: Path, suffix: str, *, picture: bool) -> list[J
     """Lists the images and their output files.
 
     An image in a folder keeps its path relative to that folder.
-
-    Raises:
-        UsageError: If a folder has no image, or two outputs would have the same name.
     """
     jobs: dict[Path, Job] = {}
     for top in inputs:
@@ -82,11 +79,8 @@ def _images(path: Path, out: Path) -> list[Path]:
 def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
     """Returns whether the outputs exist.
 
-    Only safetensors files store their settings; an existing npy file counts as finished.
-
-    Raises:
-        FileNotFoundError: If neither output nor image exists.
-        ValueError: If the outputs have other settings, are of another image, or are other files.
+    Only safetensors files store their settings; an existing npy file counts as finished. Outputs of
+    other settings or of another image, and other files under their names, are errors.
     """
     from featup_hub.files import sha256_of_file
     from featup_hub.weights.files import metadata
@@ -120,12 +114,7 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
 def write_outputs(
     job: Job, shown: Image.Image, source: Tensor, features: Tensor, settings: Mapping[str, str]
 ) -> str:
-    """Writes the features, (1, C, H, W), then the picture; returns what was written.
-
-    Raises:
-        OSError: If a file cannot be written, such as to a full disk.
-        ValueError: If a value exceeds the range of the file's type.
-    """
+    """Writes the features, (1, C, H, W), then the picture; returns what was written."""
     from featup_hub.files import write_atomically
     from featup_hub.visualize import comparison
 

@@ -74,11 +74,7 @@ class Classifier(NamedTuple):
 
 
 def open_classifier(name: str) -> Classifier:
-    """Loads a model that :func:`featup_hub.load` knows, with its classifier.
-
-    Raises:
-        ValueError: If the model does not classify by a linear layer of its averaged features.
-    """
+    """Loads a model that :func:`featup_hub.load` knows, with its classifier."""
     refusal = ValueError(
         "class activation maps need a model that classifies by a linear layer of its averaged "
         f"features, such as efficientnet_lite0; {name!r} does not; choose another"

@@ -95,11 +95,6 @@ class Candidate:
 def candidate(spec: str) -> Candidate:
     """Finds an upsampler by its name, file or plug-in, see the module's description.
 
-    Raises:
-        UnknownUpsamplerError: If no upsampler has that name, or a plug-in cannot be imported.
-        ValueError: If a file does not contain an upsampler.
-        TypeError: If a plug-in cannot be called as an upsampler.
-
     Example:
         >>> candidate("plain=bilinear").name
         'plain'

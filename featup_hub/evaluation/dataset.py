@@ -51,9 +51,6 @@ class Sample:
         """Crops the centre to the largest multiples of the stride.
 
         Pixels are not resampled, so labels stay exact and edges stay in place.
-
-        Raises:
-            ValueError: If the image is smaller than the stride.
         """
         height, width = self.size
         if height < stride or width < stride:
@@ -83,6 +80,15 @@ class Sample:
     def normalised(self) -> Tensor:
         """Returns the normalised image for backbones and upsamplers, (1, 3, H, W)."""
         return standardise(self.image, IMAGENET_MEAN, IMAGENET_STD)[None]
+
+    def shares(self, classes: int, size: tuple[int, int]) -> Tensor:
+        """Averages one-hot labels down to a size, (K, *size)."""
+        if self.labels is None:
+            raise ValueError(
+                f"labels are needed; {self.name!r} has none; add them, or skip propagation"
+            )
+        onehot = (self.labels == torch.arange(classes)[:, None, None]).float()
+        return F.adaptive_avg_pool2d(onehot, size)
 
     def sums(self, labels: Tensor | None, depth: Tensor | None, classes: int) -> dict[str, Tensor]:
         """Compares predicted classes and depth, (H, W) each, with the truth, where there is any."""
@@ -181,11 +187,7 @@ class Dataset:
         return replace(self._only(kept), block=block)
 
     def videos(self) -> list[Dataset]:
-        """Splits the images by folder; a folder of several holds the frames of one video.
-
-        Raises:
-            ValueError: If no folder holds several.
-        """
+        """Splits the images by folder; a folder of several holds the frames of one video."""
         folders: dict[Path, list[int]] = {}
         for index, image in enumerate(self.images):
             folders.setdefault(image.parent, []).append(index)

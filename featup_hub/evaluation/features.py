@@ -31,11 +31,7 @@ class Source:
     identity: str | None = None  # of the backbone and its weights, the key of features on disk
 
     def encode(self, image: Tensor, looks: int = 1) -> Tensor:
-        """Returns the features of an image, stitched if ``looks`` is above one.
-
-        Raises:
-            ValueError: If features exceed the range of half precision, in which they are stored.
-        """
+        """Returns the features of an image, stitched if ``looks`` is above one."""
         with torch.inference_mode():
             exact = with_looks(self.backbone, looks)(image)
         features = exact.half()
@@ -97,14 +93,9 @@ class Bench:
 def open_source(spec: str) -> Source:
     """Loads a backbone as a source of features.
 
-    Args:
-        spec: ``NAME`` or ``NAME=FILE``, a name that :func:`featup_hub.load` takes and weights of
-            your own, or a plug-in ``module:callable`` that returns a backbone. The old spellings
-            ``LABEL=NAME`` and ``LABEL=NAME@FILE`` set its name in tables.
-
-    Raises:
-        ValueError: If there is no such model, or it has no backbone.
-        FileNotFoundError: If there is no such file.
+    ``spec`` is ``NAME`` or ``NAME=FILE``, a name that :func:`featup_hub.load` takes and weights of
+    your own, or a plug-in ``module:callable`` that returns a backbone. The old spellings
+    ``LABEL=NAME`` and ``LABEL=NAME@FILE`` set its name in tables.
     """
     label, name, file = _parts(spec)
     backbone = plug_in(name)() if is_plug_in(name) else load_backbone(name, weights=file)

@@ -88,8 +88,7 @@ def cells(sample: Sample, source: Tensor, classes: int) -> ProbeExamples:
     size = (source.shape[-2], source.shape[-1])
     shares = log_depth = None
     if sample.labels is not None:
-        onehot = (sample.labels == torch.arange(classes)[:, None, None]).float()
-        shares = F.adaptive_avg_pool2d(onehot, size).flatten(1).t()
+        shares = sample.shares(classes, size).flatten(1).t()
     if sample.depth is not None:
         known = (sample.depth > 0).float()
         log = torch.where(sample.depth > 0, sample.depth, 1.0).log() * known

@@ -45,7 +45,7 @@ def measure_propagation(bench: Bench, candidates: Sequence[Candidate]) -> Result
                 features = F.normalize(each(sources[each.looks], image, size)[0], dim=0)
                 if index == 0:
                     first[each.name] = features
-                    labels = _shares(sample, video.classes, size)
+                    labels = sample.shares(video.classes, size)
                 else:
                     mask = propagate(first[each.name], labels, features)
                     yield "propagation", each.name, _frame_sums(mask, sample, video.classes)
@@ -95,13 +95,3 @@ def _frame_sums(shares: Tensor, sample: Sample, classes: int) -> dict[str, Tenso
     objects = union > 0
     overlap = torch.where(objects, hits[1:] / union.clamp(min=1), 0.0).sum() / objects.sum()
     return {"jaccard": torch.stack([overlap.nan_to_num(1.0), torch.ones(())]), "band": sums["band"]}
-
-
-def _shares(sample: Sample, classes: int, size: tuple[int, int]) -> Tensor:
-    """Averages one-hot labels down to a size, (K, *size)."""
-    if sample.labels is None:
-        raise ValueError(
-            f"propagation needs labels; {sample.name!r} has none; add them, or skip propagation"
-        )
-    onehot = (sample.labels == torch.arange(classes)[:, None, None]).float()
-    return F.adaptive_avg_pool2d(onehot, size)

@@ -167,10 +167,6 @@ def draw(scored: Sequence[Row], path: Path) -> None:
     """Draws every upsampler's difference from the first reference, with its interval, as a PNG.
 
     One panel per score; right is better. Rows without a paired difference are not drawn.
-
-    Raises:
-        ValueError: If no row has a paired difference.
-        ImportError: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

@@ -64,16 +64,9 @@ def estimate(
 ) -> Estimate:
     """Scores all images together, or the difference from a reference upsampler.
 
-    Args:
-        metric: The score.
-        sums: Sums of every image, (N, *S), in order of neighbours.
-        baseline: Sums of the reference on the same images, resampled together with ``sums``.
-        resamples: Bootstrap replicates.
-        block: Neighbouring images that are drawn together; 1 if images are independent.
-        seed: Seed of the resampling.
-
-    Raises:
-        ValueError: If the two were not measured on the same number of images.
+    ``sums`` are those of every image, (N, *S), in order of neighbours; ``baseline`` has the
+    reference's of the same images, resampled together with them. ``resamples`` counts bootstrap
+    replicates; ``block`` neighbouring images are drawn together, 1 if images are independent.
     """
     if baseline is not None and sums.shape != baseline.shape:
         raise ValueError(

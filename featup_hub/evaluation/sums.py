@@ -45,12 +45,8 @@ def measure_new(
     """Measures the upsamplers that are not in the cache, and adds them to it.
 
     One file per upsampler; its name is a digest of the settings and of the upsampler's identity.
-
     ``settings`` are all that sums depend on besides the upsampler. Without them, or without a
     folder, nothing is kept. Returns the sums of all upsamplers, in the order given, by protocol.
-
-    Raises:
-        ValueError: If a file of the cache is damaged.
     """
     places: dict[str, Path] = {}
     for each in candidates:

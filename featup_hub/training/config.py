@@ -35,8 +35,11 @@ _FIT_RANGES: _Ranges = {
 }
 
 
-def _check(config: object, ranges: _Ranges) -> None:
-    """Raises ValueError for a number out of its range."""
+def _check(config: object, ranges: _Ranges, **choices: tuple[str, str]) -> None:
+    """Raises ValueError for a number out of its range, or an unknown choice."""
+    for name, (one, other) in choices.items():
+        if (value := getattr(config, name)) not in (one, other):
+            raise ValueError(f"{name} must be {one!r} or {other!r}; got {value!r}")
     for (least, most), names in ranges.items():
         for name in names:
             value = getattr(config, name)
@@ -135,11 +138,7 @@ class JBUTrainingConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _check(self, _TRAINING_RANGES)
-        if self.downsampler not in ("attention", "simple"):
-            raise ValueError(
-                f"downsampler must be 'attention' or 'simple'; got {self.downsampler!r}"
-            )
+        _check(self, _TRAINING_RANGES, downsampler=("attention", "simple"))
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a step: linear warm-up, then a cosine to ``final_lr``."""
@@ -182,9 +181,7 @@ class FitConfig:
     lr: float = 2e-3
 
     def __post_init__(self) -> None:
-        if self.method not in ("least-squares", "network"):
-            raise ValueError(f"method must be 'least-squares' or 'network'; got {self.method!r}")
-        _check(self, _FIT_RANGES)
+        _check(self, _FIT_RANGES, method=("least-squares", "network"))
 
 
 PRESETS: Mapping[str, FitConfig] = MappingProxyType(

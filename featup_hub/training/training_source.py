@@ -22,9 +22,6 @@ class TrainingSource(nn.Module):
     """A frozen backbone with the learned model of its features: downsampler, scale, standardiser.
 
     The ``state_dict`` contains the learned and measured tensors, not the backbone.
-
-    Raises:
-        ValueError: If the backbone takes images of one size only.
     """
 
     def __init__(
@@ -113,9 +110,6 @@ def random_projection(channels: int, dim: int, generator: torch.Generator) -> Te
     """Draws ``dim`` random orthonormal directions, (dim, channels).
 
     The mean variance of standardised features stays one. Distances scale by √(dim/channels).
-
-    Raises:
-        ValueError: If ``dim`` exceeds ``channels``.
     """
     if dim > channels:
         raise ValueError(
@@ -129,12 +123,7 @@ def random_projection(channels: int, dim: int, generator: torch.Generator) -> Te
 def open_backbones(
     names: Sequence[str], given: Mapping[str, Backbone] | None = None
 ) -> dict[str, Backbone]:
-    """Loads backbones, each ``NAME`` or ``NAME=FILE``, or takes them from ``given``.
-
-    Raises:
-        ValueError: If a name is unknown, or missing from ``given``.
-        FileNotFoundError: If a file does not exist.
-    """
+    """Loads backbones, each ``NAME`` or ``NAME=FILE``, or takes them from ``given``."""
     if not names:
         raise ValueError("training needs the features of at least one backbone; name one")
     if given is None:

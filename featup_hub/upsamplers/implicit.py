@@ -133,14 +133,10 @@ class ImplicitUpsampler(FittedFeatures):
         return torch.cat(parts) if parts else self.mean.new_empty(0, self.feat_dim)
 
     def coordinates(self, position: Tensor, colour: Tensor | None = None) -> Tensor:
-        """Runs the network, differentiably.
+        """Runs the network, differentiably; returns coordinates, (N, K).
 
-        Args:
-            position: Fractions of height and width, (N, 2), in [0, 1].
-            colour: Normalised RGB, (N, 3); default: the image's, interpolated bilinearly.
-
-        Returns:
-            Coordinates, (N, K).
+        ``position`` holds fractions of height and width, (N, 2); ``colour`` normalised RGB, (N, 3),
+        by default the image's, interpolated bilinearly.
         """
         colour = sample(self.image, position) if colour is None else colour
         low, high = self.image.amin((0, 2, 3)), self.image.amax((0, 2, 3))

@@ -46,13 +46,8 @@ _BEGINNINGS = {
 def load(source: WeightFile | str | Path) -> dict[str, Tensor]:
     """Reads a shipped file and checks its digest, or reads a safetensors file of the user.
 
-    Args:
-        source: A row of the registry, the name of a shipped upsampler, or a file.
-
-    Raises:
-        FileNotFoundError: If the user's file does not exist.
-        ValueError: If the file is damaged or has another digest.
-        RuntimeError: If the shipped file is missing.
+    ``source`` is a row of the registry, the name of a shipped upsampler, or a file. Raises as
+    :func:`read`, and RuntimeError if the shipped file is missing.
     """
     shipped = _shipped(source)
     return read(resolve(source), sha256=None if shipped is None else shipped.sha256)
@@ -182,14 +177,9 @@ def split_norm(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, origin: str | Path) -> None:
     """Copies tensors into a module strictly: names and shapes must be equal.
 
-    Args:
-        module: The module to fill.
-        tensors: Tensors by their names in its ``state_dict``.
-        origin: Their origin, for the error.
-
     Raises:
         ValueError: If a tensor is missing, unknown, of another shape, or an integer in place of
-            floating point. The module is then unchanged.
+            floating point; it names their ``origin``. The module is then unchanged.
     """
     own = module.state_dict()
     if problems := differences(tensors, {name: _form(tensor) for name, tensor in own.items()}):
