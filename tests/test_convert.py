@@ -15,13 +15,6 @@ from torch import Tensor
 
 from featup_hub import JBUStack, weights
 
-PUBLISHED = [
-    ("featup_clip_jbu_stack_cocostuff.ckpt", 512, False),
-    ("featup_maskclip_jbu_stack_cocostuff.ckpt", 512, False),
-    ("sam_no_norm.ckpt", 256, False),
-    ("sam_yes_norm.ckpt", 256, True),
-]
-
 
 def state(feat_dim: int = 4, *, norm: bool = True) -> dict[str, Tensor]:
     """A state as upstream's training module has it."""
@@ -39,34 +32,21 @@ def saved(path: Path, content: object) -> Path:
     return path
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize(("name", "feat_dim", "norm"), PUBLISHED)
-def test_published_checkpoints_load_strictly(shared, tmp_path, name, feat_dim, norm):
-    checkpoint = weights.convert(shared / "checkpoints" / name, tmp_path / "out.safetensors")
-    assert checkpoint.feat_dim == feat_dim
-    assert (checkpoint.norm is not None) == norm
-    upsampler, kept_norm = weights.split_norm(weights.read(tmp_path / "out.safetensors"))
-    stack = JBUStack(feat_dim)
-    weights.load_into(stack, upsampler, origin=name)
-    original = torch.load(shared / "checkpoints" / name, map_location="cpu", weights_only=True)
-    original = original.get("state_dict", original)
-    for key, tensor in stack.state_dict().items():
-        assert torch.equal(tensor, original[f"upsampler.{key}"])
-    if norm:
-        assert torch.equal(kept_norm["weight"], original["model.1.norm.weight"])
-        assert torch.equal(kept_norm["bias"], original["model.1.norm.bias"])
-
-
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"epoch": 3, "state_dict": s}])
 def test_every_tensor_arrives_in_its_place(tmp_path, wrap):
     tensors = state()
-    checkpoint = weights.convert_upstream(saved(tmp_path / "in.ckpt", wrap(tensors)))
+    source, out = saved(tmp_path / "in.ckpt", wrap(tensors)), tmp_path / "out.safetensors"
+    checkpoint = weights.convert(source, out)
     assert checkpoint.feat_dim == 4
-    assert len(checkpoint.upsampler) == 42
-    for name, tensor in checkpoint.upsampler.items():
-        assert torch.equal(tensor, tensors[f"upsampler.{name}"])
-    assert torch.equal(checkpoint.norm["weight"], tensors["model.1.norm.weight"])
-    assert torch.equal(checkpoint.norm["bias"], tensors["model.1.norm.bias"])
+    for upsampler, norm in (
+        (checkpoint.upsampler, checkpoint.norm),
+        weights.split_norm(weights.read(out)),
+    ):
+        assert len(upsampler) == 42
+        for name, tensor in upsampler.items():
+            assert torch.equal(tensor, tensors[f"upsampler.{name}"])
+        assert torch.equal(norm["weight"], tensors["model.1.norm.weight"])
+        assert torch.equal(norm["bias"], tensors["model.1.norm.bias"])
     assert sorted(checkpoint.extras) == ["downsampler.w", "scale_net.net.bias"]
 
 

@@ -45,9 +45,8 @@ def test_a_network_sees_the_image_in_its_own_normalisation() -> None:
     backbone = Seen(feat_dim=3, patch_size=16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 1.0))
     assert (backbone.mean, backbone.std) == (IMAGENET_MEAN, IMAGENET_STD)
     backbone((colours - mean) / std)
-    own = (colours - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.5, 0.2, 1.0])[
-        :, None, None
-    ]
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.5, 0.4, 0.3], [0.5, 0.2, 1.0]))
+    own = (colours - mean) / std
     torch.testing.assert_close(backbone.image, own, atol=1e-5, rtol=0)
 
 

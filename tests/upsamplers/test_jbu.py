@@ -72,7 +72,8 @@ def test_published_checkpoints_load_strictly_and_give_upstreams_numbers(
     stack = JBUStack(channels).eval()
     checkpoint = convert_upstream(shared / "checkpoints" / name)
     stack.load_state_dict(checkpoint.upsampler, strict=True)
-    assert len(checkpoint.upsampler) == 42
+    assert (len(checkpoint.upsampler), checkpoint.feat_dim) == (42, channels)
+    assert (checkpoint.norm is not None) == (name == "sam_yes_norm.ckpt")
     source, image = torch.randn(1, channels, 1, 2), torch.randn(1, 3, 17, 30)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         module, inputs = stack.to(dtype), (source.to(dtype), image.to(dtype))
