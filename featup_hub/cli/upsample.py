@@ -133,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
                 if args.debug:
                     raise
                 reason = explain(error)
-                progress.fail(reason if str(job.image) in reason else f"{job.image}: {reason}")
+                known = str(job.image) in reason
+                progress.end("failed", reason if known else f"{job.image}: {reason}")
     progress.finish(args.out)
     return 1 if progress.counts["failed"] else 0
 
@@ -179,21 +180,17 @@ class _Progress:
         return time.monotonic()
 
     def end(self, outcome: str, report: str, count: int = 1) -> None:
-        """Counts images as written or kept; of a written one, the bar is the report."""
+        """Counts images and reports on them; of a written one, the bar is the report."""
         self.counts[outcome] += count
         self.bar.update(count)
-        if outcome == "kept":
-            print(report, flush=True)
-        elif not self.live:
-            number = f"[{sum(self.counts.values())}/{self.total}] " if self.total > 1 else ""
-            print(f"{number}{report}", flush=True)
-
-    def fail(self, problem: str) -> None:
-        """Counts an image as failed and prints the reason."""
-        self.counts["failed"] += 1
-        self.bar.update()
         with self.bar.external_write_mode():
-            complain(problem)
+            if outcome == "failed":
+                complain(report)
+            elif outcome == "kept":
+                print(report, flush=True)
+            elif not self.live:
+                number = f"[{sum(self.counts.values())}/{self.total}] " if self.total > 1 else ""
+                print(f"{number}{report}", flush=True)
 
     def finish(self, out: Path) -> None:
         """Prints the counts if there was more than one image."""
@@ -212,7 +209,7 @@ def _unfinished(jobs: Sequence[Job], settings: Mapping[str, str], progress: _Pro
         try:
             (kept if is_finished(job, settings) else todo).append(job)
         except (OSError, ValueError) as error:
-            progress.fail(explain(error))
+            progress.end("failed", explain(error))
     if kept:
         what = str(kept[0].features) if len(kept) == 1 else f"{len(kept)} finished outputs"
         progress.end("kept", f"kept {what}; --overwrite replaces", len(kept))

@@ -17,12 +17,7 @@ __all__ = ["AttentionDownsampler", "SimpleDownsampler"]
 
 
 class SimpleDownsampler(nn.Module):
-    """Averages every cell with one learned non-negative kernel that sums to one.
-
-    Args:
-        feat_dim: Channels of the features; the kernel is the same for all.
-        stride: Taps per output cell; the backbone's patch size.
-    """
+    """Averages every cell with one learned non-negative kernel, the same for all channels."""
 
     saliency: Tensor
 
@@ -49,10 +44,6 @@ class AttentionDownsampler(nn.Module):
 
     A is a 1×1 convolution to one channel, the saliency; all cells share w and b. Upstream also
     masks random windows, even in evaluation mode; this class does not.
-
-    Args:
-        feat_dim: Channels of the features that give the saliency.
-        stride: Taps per output cell; the backbone's patch size.
     """
 
     def __init__(self, feat_dim: int, stride: int) -> None:

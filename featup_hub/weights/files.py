@@ -217,10 +217,9 @@ def listed_problems(problems: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def listed(names: Sequence[str], shown: int = 6) -> str:
-    """Joins names with commas; of many, lists the first few and counts the others."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def listed(names: Sequence[str]) -> str:
+    """Joins names with commas; of many, lists the first six and counts the others."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _form(tensor: Tensor) -> str:

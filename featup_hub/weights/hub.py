@@ -9,6 +9,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = ["download", "explained"]
 
@@ -32,17 +33,10 @@ def download(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
+    options: dict[str, Any] = {"token": token, "force_download": force_download}
     try:
         with explained(f"{filename} of {repo_id} (revision {revision or 'main'})"):
-            return Path(
-                hf_hub_download(
-                    repo_id,
-                    filename,
-                    revision=revision,
-                    token=token,
-                    force_download=force_download,
-                )
-            )
+            return Path(hf_hub_download(repo_id, filename, revision=revision, **options))
     except HFValidationError:
         raise ValueError(
             f"a Hub repository is named owner/name; got {repo_id!r}, which is no folder either; "
