@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from featup_hub.upsamplers.coordinates import sample
 from featup_hub.upsamplers.jbu import JBUStack
 from featup_hub.upsamplers.plan import output_size
 from featup_hub.weights import load_into, metadata, read, write
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FittedFeatures", "JBUFit"]
 

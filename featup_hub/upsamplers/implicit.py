@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Self, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from featup_hub.ops.jbu import check_numbers
 from featup_hub.upsamplers.coordinates import FourierFeatures, pixel_centres, sample
 from featup_hub.upsamplers.fitted import FittedFeatures
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ImplicitUpsampler"]
 
