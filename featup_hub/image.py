@@ -29,10 +29,10 @@ __all__ = [
     "check_size",
     "list_images",
     "normalise",
+    "normalise_values",
     "preprocess",
     "read_image",
     "resize",
-    "standardise",
     "to_tensor",
 ]
 
@@ -203,7 +203,7 @@ def normalise(picture: Image.Image, *, mean: Sequence[float], std: Sequence[floa
     from featup_hub.ops.jbu import check_normalisation
 
     check_normalisation(mean, std)
-    return standardise(to_tensor(picture), mean, std)[None]
+    return normalise_values(to_tensor(picture), mean, std)[None]
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -213,7 +213,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
 
 
-def standardise(rgb: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise_values(rgb: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalises values in [0, 1], (..., 3, H, W)."""
     offset, scale = (rgb.new_tensor(values)[:, None, None] for values in (mean, std))
     return (rgb - offset) / scale

@@ -20,7 +20,7 @@ from featup_hub.evaluation.scores import (
     depth_sums,
     segmentation_sums,
 )
-from featup_hub.image import read_image, standardise, to_tensor
+from featup_hub.image import normalise_values, read_image, to_tensor
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["Dataset", "Sample", "evenly"]
@@ -79,7 +79,7 @@ class Sample:
 
     def normalised(self) -> Tensor:
         """Returns the normalised image for backbones and upsamplers, (1, 3, H, W)."""
-        return standardise(self.image, IMAGENET_MEAN, IMAGENET_STD)[None]
+        return normalise_values(self.image, IMAGENET_MEAN, IMAGENET_STD)[None]
 
     def shares(self, classes: int, size: tuple[int, int]) -> Tensor:
         """Averages one-hot labels down to a size, (K, *size)."""

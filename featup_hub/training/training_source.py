@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
-from featup_hub.image import standardise
+from featup_hub.image import normalise_values
 from featup_hub.loading import find_backbone, load_backbone
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
@@ -49,7 +49,7 @@ class TrainingSource(nn.Module):
 
     def normalise(self, rgb: Tensor) -> Tensor:
         """Normalises RGB in [0, 1] for the backbone; the result is also the guidance."""
-        return standardise(rgb, self.backbone.mean, self.backbone.std)
+        return normalise_values(rgb, self.backbone.mean, self.backbone.std)
 
     def measure(self, photos: Iterable[Tensor]) -> None:
         """Measures the scale of the features on photographs, each (1, 3, H, W) in [0, 1]."""
