@@ -153,11 +153,7 @@ def _draw(
 
 
 def build(
-    photos: Sequence[Image.Image],
-    *,
-    model: str,
-    upsampler: str,
-    size: int = 448,
+    photos: Sequence[Image.Image], *, model: str, upsampler: str, size: int = 448
 ) -> gr.Blocks:
     """Builds the page; its method ``launch()`` serves it.
 

@@ -55,9 +55,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page",
-    [page for page in DOCS if blocks(page, "python")],
-    ids=lambda page: page.stem,
+    "page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem
 )
 def test_a_pages_python_runs_from_top_to_bottom(page: Path, checkout: Path) -> None:
     namespace: dict[str, object] = {}

@@ -13,10 +13,7 @@ from featup_hub.weights import write
 
 
 def test_quickstart_draws_a_picture(
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages, picture = tmp_path / "stages.safetensors", tmp_path / "features.png"
     write(featup_hub.JBUStack().state_dict(), stages)

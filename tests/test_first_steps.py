@@ -45,12 +45,11 @@ def test_a_path_a_picture_and_an_array_give_the_same_tensor(
     assert model.preprocess(path, (64, 64)).shape[2:] == (64, 64)
 
 
-def test_without_a_card_a_photograph_keeps_its_size(small: UpsampledBackbone) -> None:
-    assert small.preprocess(Image.new("RGB", (50, 35))).shape == (1, 3, 32, 48)
-
-
-def test_a_photograph_comes_in_the_models_precision(small: UpsampledBackbone) -> None:
-    assert small.double().preprocess(Image.new("RGB", (16, 16))).dtype == torch.float64
+def test_without_a_card_a_photograph_keeps_its_size_and_has_the_models_precision(
+    small: UpsampledBackbone,
+) -> None:
+    image = small.double().preprocess(Image.new("RGB", (50, 35)))
+    assert (image.shape, image.dtype) == ((1, 3, 32, 48), torch.float64)
 
 
 @pytest.mark.parametrize("given", ["photo.jpg", Path("photo.jpg"), [[1]], np.zeros((8, 8, 3))])
@@ -62,15 +61,12 @@ def test_what_is_no_tensor_is_refused_with_what_to_call(
             method(given)
 
 
-def test_an_image_of_another_precision_is_refused(small: UpsampledBackbone) -> None:
+def test_an_image_of_another_precision_or_on_another_device_is_refused(
+    model: UpsampledBackbone, small: UpsampledBackbone
+) -> None:
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(TypeError, match=rf"torch.float32 on cpu; got {dtype} on cpu; conv"):
             small(torch.randn(1, 3, 16, 16).to(dtype))
-
-
-def test_an_image_on_another_device_is_refused(
-    model: UpsampledBackbone, small: UpsampledBackbone
-) -> None:
     with pytest.raises(TypeError, match=r"torch.float32 on cpu; got torch.float32 on meta; conv"):
         model(torch.randn(1, 3, 16, 16, device="meta"))
     with pytest.raises(ValueError, match=r"on one device are needed; got guidance on meta and wei"):

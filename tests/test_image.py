@@ -104,13 +104,13 @@ def test_a_truncated_file_is_an_error_wherever_it_ends(
         read_image(path)
 
 
-def test_what_is_not_an_image_is_named(tmp_path: Path) -> None:
-    (tmp_path / "page.jpg").write_text("<html></html>")
-    with pytest.raises(ValueError, match=r"page\.jpg is not an image Pillow can read"):
+@pytest.mark.parametrize(
+    ("content", "what"), [("<html></html>", "not an image Pillow can read"), ("", "an empty file")]
+)
+def test_what_is_not_an_image_is_named(tmp_path: Path, content: str, what: str) -> None:
+    (tmp_path / "page.jpg").write_text(content)
+    with pytest.raises(ValueError, match=rf"page\.jpg is {what}"):
         read_image(tmp_path / "page.jpg")
-    (tmp_path / "empty.jpg").touch()
-    with pytest.raises(ValueError, match=r"empty\.jpg is an empty file"):
-        read_image(tmp_path / "empty.jpg")
 
 
 def test_a_folder_a_missing_and_a_forbidden_file_are_told_apart(

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.backbones import ChannelNorm, MaskClipBackbone
 from featup_hub.image import preprocess, read_image
-from featup_hub.loading import (
-    find_card,
-    load,
-    load_backbone,
-    load_upsampler,
-    name_and_file,
-)
+from featup_hub.loading import find_card, load, load_backbone, load_upsampler, name_and_file
 from featup_hub.weights import write
 
 NAME = "efficientnet_lite0"

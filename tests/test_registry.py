@@ -6,13 +6,7 @@ import torch
 
 from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone, TimmBackbone
 from featup_hub.loading import find_card, list_models
-from featup_hub.registry import (
-    ALIASES,
-    EFFICIENTNET_LITE0,
-    MODELS,
-    UPSAMPLERS,
-    WeightFile,
-)
+from featup_hub.registry import ALIASES, EFFICIENTNET_LITE0, MODELS, UPSAMPLERS, WeightFile
 from featup_hub.weights import digest, shipped_folder, shipped_upsampler
 
 WITH_BACKBONE = list_models()

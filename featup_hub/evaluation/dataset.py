@@ -14,12 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from featup_hub.evaluation.scores import (
-    boundary_band,
-    depth_edges,
-    depth_sums,
-    segmentation_sums,
-)
+from featup_hub.evaluation.scores import boundary_band, depth_edges, depth_sums, segmentation_sums
 from featup_hub.image import normalise_values, read_image, to_tensor
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 

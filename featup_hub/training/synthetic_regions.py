@@ -56,10 +56,7 @@ def random_regions(rgb: Tensor, channels: int, generator: torch.Generator) -> Te
 
 
 def random_field(
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    count: tuple[int, int],
-    generator: torch.Generator,
+    grid: tuple[int, int], size: tuple[int, int], count: tuple[int, int], generator: torch.Generator
 ) -> Tensor:
     """Draws smooth maps that the grid resolves, (*count, *size), of mean 0 and variance 1."""
     finest, coarsest = 0.75, 0.25  # nodes per cell; must be below one for the grid to resolve them

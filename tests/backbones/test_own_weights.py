@@ -84,9 +84,7 @@ def test_a_dinov3_file_with_biases_names_the_network_that_has_them(tmp_path: Pat
     torch.save(state, tmp_path / "meta.pth")
     with pytest.raises(ValueError, match="which timm's vit_small_patch16_dinov3 lacks; take vit_s"):
         TimmBackbone(
-            "vit_small_patch16_dinov3",
-            weights=tmp_path / "meta.pth",
-            backbone_kwargs={"depth": 1},
+            "vit_small_patch16_dinov3", weights=tmp_path / "meta.pth", backbone_kwargs={"depth": 1}
         )
     named = "vit_small_patch16_dinov3_qkvb"
     backbone = TimmBackbone(named, weights=tmp_path / "meta.pth", backbone_kwargs={"depth": 1})
@@ -193,10 +191,3 @@ def test_files_without_weights_are_refused_by_what_they_are(
         torch.save(content, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=f"file.pth must hold a network's weights.*got {message}"):
         read_state(tmp_path / "file.pth")
-
-
-def test_a_file_of_the_users_is_found_by_the_loader(tmp_path: Path) -> None:
-    donor = timm.create_model("test_vit", num_classes=3)
-    torch.save({"state_dict": donor.state_dict()}, tmp_path / "mine.pth")
-    backbone = load_backbone("test_vit", weights=tmp_path / "mine.pth")
-    assert torch.equal(backbone.model.pos_embed, donor.pos_embed)

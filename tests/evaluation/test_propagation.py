@@ -68,8 +68,7 @@ SOURCE = Source(name="colour", backbone=MeanColour())
 
 def test_exact_features_carry_the_mask_and_coarse_ones_blur_it(video):
     exact = Candidate(
-        name="exact",
-        function=lambda source, image, size: F.interpolate(image, size, mode="area"),
+        name="exact", function=lambda source, image, size: F.interpolate(image, size, mode="area")
     )
     config = EvaluationConfig(protocols=("propagation",))
     measured = measure([(video, video)], [SOURCE], [exact, candidate("bilinear")], config)
