@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from featup_hub import JBUStack
+from featup_hub.weights import write
 from tests.local_hub import LocalHub, serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,15 @@ def cuda() -> torch.device:
             pytest.fail("FEATUP_HUB_REQUIRE_CUDA=1, but torch finds no CUDA device")
         pytest.skip("no CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random stages."""
+    path = tmp_path_factory.mktemp("weights") / "stages.safetensors"
+    torch.manual_seed(3)
+    write(JBUStack().state_dict(), path)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -9,20 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
-from featup_hub import JBUStack
 from featup_hub.registry import MODELS
-from featup_hub.weights import write
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of random stages."""
-    path = tmp_path_factory.mktemp("weights") / "stages.safetensors"
-    torch.manual_seed(3)
-    write(JBUStack().state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,6 @@ def random_stack(feat_dim: int | None = None) -> JBUStack:
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of random stages."""
-    path = tmp_path_factory.mktemp("weights") / "stages.safetensors"
-    write(random_stack().state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def model(stages: Path) -> UpsampledBackbone:
     """The shipped backbone behind random stages."""
     return load(NAME, weights=stages)

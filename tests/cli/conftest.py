@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from featup_hub import Backbone, JBUStack, UpsampledBackbone, load_upsampler
+from featup_hub import Backbone, UpsampledBackbone, load_upsampler
 from featup_hub.cli import main
 from featup_hub.registry import ModelCard
-from featup_hub.weights import write
 
 
 class Colours(Backbone):
@@ -60,13 +59,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr("featup_hub.loading.load", load_tiny)
     return names
-
-
-@pytest.fixture(scope="session")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "stages.safetensors"
-    write(JBUStack().state_dict(), path)
-    return path
 
 
 @pytest.fixture

@@ -8,13 +8,10 @@ import pytest
 import torch
 
 import featup_hub
-from featup_hub.weights import write
 
 
 @pytest.fixture
-def example(root, tmp_path, monkeypatch):
-    stages = tmp_path / "stages.safetensors"
-    write(featup_hub.JBUStack().state_dict(), stages)
+def example(root, stages, monkeypatch):
     load = featup_hub.load
     monkeypatch.setattr(featup_hub, "load", lambda name: load(name, weights=stages))
     return runpy.run_path(str(root / "examples" / "segmentation_head.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
 from featup_hub.training.config import JBUTrainingConfig
+from featup_hub.training.jbu import train
 
 SMALL = JBUTrainingConfig(
     backbones=("stem",), steps=4, batch=2, image_size=32, views=2, max_pad=4, projection_dim=6,
@@ -42,6 +44,17 @@ class Stem(Backbone):
 @pytest.fixture
 def stem() -> Stem:
     return Stem()
+
+
+@pytest.fixture
+def small(photos: Path, stem: Stem):
+    """Trains the small run in a folder, and returns its file of weights."""
+
+    def small(out, *, photos=photos, stem=stem, **changes):
+        config = replace(SMALL, **changes)
+        return train(photos, out, config, backbones={"stem": stem}, progress=False)
+
+    return small
 
 
 @pytest.fixture(scope="session")

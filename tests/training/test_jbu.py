@@ -45,18 +45,9 @@ def run(photos, stem):
     )
 
 
-@pytest.fixture
-def trained(photos, stem, tmp_path):
-    """Trains a small run and returns its file of weights."""
-    return lambda **changes: train(
-        photos, tmp_path / "run", replace(SMALL, **changes), backbones={"stem": stem},
-        progress=False,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("ema", [0.99, 0.0])
-def test_the_file_holds_stages_of_unit_sum_and_how_they_were_made(trained, ema):
-    path = trained(steps=2, lr=0.1, ema=ema)
+def test_the_file_holds_stages_of_unit_sum_and_how_they_were_made(small, tmp_path, ema):
+    path = small(tmp_path / "run", steps=2, lr=0.1, ema=ema)
     stack = JBUStack().eval()
     load_into(stack, read(path), origin=path)
     with torch.no_grad():
@@ -67,14 +58,14 @@ def test_the_file_holds_stages_of_unit_sum_and_how_they_were_made(trained, ema):
     assert (notes["seed"], notes["photos"]) == ("0", "9")
 
 
-def test_kernels_may_have_any_sum_if_that_is_wanted(trained):
-    path = trained(steps=2, lr=0.1, unit_sum=False)
+def test_kernels_may_have_any_sum_if_that_is_wanted(small, tmp_path):
+    path = small(tmp_path / "run", steps=2, lr=0.1, unit_sum=False)
     assert read(path)["up4.fixup_proj.3.bias"].mean().abs() > 1e-3
 
 
-def test_it_learns(trained):
+def test_it_learns(small, tmp_path):
     """Over a few dozen steps the error falls below that of the first ones."""
-    path = trained(steps=40, lr=5e-3, warmup=2)
+    path = small(tmp_path / "run", steps=40, lr=5e-3, warmup=2)
     losses = [float(row["loss"]) for row in rows(path.with_name("metrics.csv"))]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
@@ -172,10 +163,10 @@ def test_a_run_starts_from_a_file_or_shipped_stages_and_its_own_file_names_no_fo
         run(start=str(tmp_path / "empty.safetensors"))
 
 
-def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(trained, tmp_path):
+def test_a_joint_bilateral_stage_that_a_run_starts_with_is_trained_too(small, tmp_path):
     joint = JBUStack(joint_first=True).state_dict()
     write(joint, tmp_path / "joint.safetensors")
-    path = trained(start=str(tmp_path / "joint.safetensors"), image_size=64)
+    path = small(tmp_path / "run", start=str(tmp_path / "joint.safetensors"), image_size=64)
     assert metadata(path)["architecture"] == "JBUStack(feat_dim=None, joint_first=True)"
     trained = read(path)
     assert trained.keys() == joint.keys()

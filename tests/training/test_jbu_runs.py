@@ -11,20 +11,8 @@ import torch
 
 from featup_hub import JBUStack
 from featup_hub.training import jbu
-from featup_hub.training.jbu import train
 from featup_hub.weights import read, write
-from tests.training.conftest import SMALL, Stem, rows
-
-
-@pytest.fixture
-def small(photos, stem):
-    """Trains the small run in a folder."""
-
-    def small(out, *, photos=photos, stem=stem, **changes):
-        config = replace(SMALL, **changes)
-        return train(photos, out, config, backbones={"stem": stem}, progress=False)
-
-    return small
+from tests.training.conftest import Stem, rows
 
 
 def assert_equal_runs(one, other):
