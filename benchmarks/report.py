@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,11 @@ UPSAMPLERS = (
 TITLES = {
     **{"camvid": "CamVid", "nyu": "NYUv2", "ccp": "CCP", "davis": "DAVIS"},
     **{"consistency": "view error", "propagation": "videos"},
-    **{
-        "lite16": "lite0",
-        "lite32": "lite0_stride32",
-        "lite2_16": "lite2",
-        "mobilenet16": "mobilenet2",
-    },
+    **{"lite16": "lite0", "lite32": "lite0_stride32"},
+    **{"lite2_16": "lite2", "mobilenet16": "mobilenet2"},
 }
 """Data sets, protocols and sources of features, as the tables name them."""
+DRAWN = ("boundary accuracy", "mIoU", "view error")
 SCORES = {"consistency": ("view error",), "propagation": ("boundary accuracy", "J")}
 Row = dict[str, str]
 
@@ -119,18 +116,24 @@ def evaluations(folder: str) -> list[dict[str, Any]]:
     return [row for file in files for row in json.loads(file.read_text("utf-8"))["rows"]]
 
 
-def looks() -> str:
-    """Differences of four looks and one, a line per source of features, upsampler and data set.
+def four_looks() -> Iterator[tuple[dict[str, Any], str, dict[str, float] | None]]:
+    """Yields rows of four looks, the upsampler, and the difference from it with one look.
 
     The view error's are from bilinear with one look.
     """
-    found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in evaluations("looks"):
         upsampler, _, looks = row["upsampler"].partition(" ×")
         if looks == "4" and upsampler != "bilinear":
             reference = "bilinear" if row["metric"] == "view error" else upsampler
-            line = found.setdefault((title(row["backbone"]), upsampler, title(row["data"])), {})
-            line[f"{row['protocol']}, {row['metric']}"] = difference(row, reference)
+            yield row, upsampler, row["versus"].get(reference)
+
+
+def looks() -> str:
+    """Differences of :func:`four_looks`, a line per source of features, upsampler and data set."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row, upsampler, versus in four_looks():
+        line = found.setdefault((title(row["backbone"]), upsampler, title(row["data"])), {})
+        line[f"{row['protocol']}, {row['metric']}"] = difference(versus)
     columns = {
         f"{probe} probe, {score}": f"{score}, {probe}"
         for score in ("boundary accuracy", "mIoU")
@@ -141,38 +144,36 @@ def looks() -> str:
     return markdown(["features", "upsampler", "data", *columns.values()], lines)
 
 
-def difference(row: dict[str, Any], reference: str) -> str:
+def difference(versus: dict[str, float] | None) -> str:
     """Writes a paired difference with its interval, in percentage points."""
-    versus = row["versus"].get(reference)
     if not versus:
         return "–"
     value, low, high = (f"{100 * versus[part]:+.1f}" for part in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
-def with_peers() -> str:
-    """Scores beside AnyUp and JAFAR, one line per protocol, data and source of features."""
+def by_line(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], Row]:
+    """Sorts scores of evaluations by protocol, data and source of features."""
     found: dict[tuple[str, ...], Row] = {}
-    names: dict[str, None] = {}
-    for row in [*evaluations("with_peers"), *evaluations("propagation")]:
-        if row["upsampler"] == "bilinear ×4":
-            continue
+    for row in rows:
         line = found.setdefault((row["protocol"], row["data"], row["backbone"]), {})
         line[f"{row['upsampler']}, {row['metric']}"] = f"{100 * row['score']['value']:.2f}"
-        names[row["upsampler"]] = None
-    return scores_table(found, list(names))
+    return found
+
+
+def with_peers() -> str:
+    """Scores beside AnyUp and JAFAR, one line per protocol, data and source of features."""
+    every = [*evaluations("with_peers"), *evaluations("propagation")]
+    rows = [row for row in every if row["upsampler"] != "bilinear ×4"]
+    return scores_table(by_line(rows), list(dict.fromkeys(row["upsampler"] for row in rows)))
 
 
 def mirrored() -> str:
     """Scores of EfficientNet-Lite0, and of its average with the mirrored image's features."""
-    found: dict[tuple[str, ...], Row] = {}
-    for row in [*evaluations("looks"), *evaluations("mirrored")]:
-        key = (row["protocol"], row["data"], row["backbone"])
-        if key[0] == "frozen probe" and key[2] in ("lite16 /16", "mirrored16 /16"):
-            value = f"{100 * row['score']['value']:.2f}"
-            found.setdefault(key, {})[f"{row['upsampler']}, {row['metric']}"] = value
-    names = ("bilinear", "jbu_denoise", "jbu_denoise ×4")
-    return scores_table(dict(sorted(found.items())), names, skip=True)
+    found = by_line([*evaluations("looks"), *evaluations("mirrored")])
+    sources = ("lite16 /16", "mirrored16 /16")
+    chosen = {k: found[k] for k in sorted(found) if k[0] == "frozen probe" and k[2] in sources}
+    return scores_table(chosen, ("bilinear", "jbu_denoise", "jbu_denoise ×4"), skip=True)
 
 
 def sizes_cost() -> str:
@@ -298,36 +299,29 @@ def draw_intervals(path: Path) -> None:
         for row in read("labels.csv")
         if row["against"] == "bilinear"
         and row["protocol"] in ("frozen probe", "transfer probe", "consistency")
-        and row["score"] in ("boundary accuracy", "mIoU", "view error")
+        and row["score"] in DRAWN
     ]
     draw(rows, path)
 
 
 def draw_looks(path: Path) -> None:
     """Draws the differences of :func:`looks` with their intervals, one colour a protocol."""
-    rows = []
-    for row in evaluations("looks"):
-        upsampler, _, looks = row["upsampler"].partition(" ×")
-        views = row["metric"] == "view error"
-        found = row["versus"].get("bilinear" if views else upsampler)
-        if looks != "4" or upsampler != "jbu_denoise" or not found:
-            continue
-        if row["metric"] not in ("boundary accuracy", "mIoU", "view error"):
-            continue
-        rows.append(
-            Scored(
-                protocol=title(row["backbone"]),
-                data=title(row["data"]),
-                backbone=upsampler,
-                images=row["images"],
-                metric="view error (against bilinear)" if views else row["metric"],
-                higher_is_better=row["higher_is_better"],
-                percent=True,
-                upsampler=title(row["protocol"]),
-                score=Estimate(**row["score"]),
-                versus={"one look": Estimate(**found)},
-            )
+    rows = [
+        Scored(
+            protocol=title(row["backbone"]),
+            data=title(row["data"]),
+            backbone=upsampler,
+            images=row["images"],
+            metric=row["metric"].replace("view error", "view error (against bilinear)"),
+            higher_is_better=row["higher_is_better"],
+            percent=True,
+            upsampler=title(row["protocol"]),
+            score=Estimate(**row["score"]),
+            versus={"one look": Estimate(**found)},
         )
+        for row, upsampler, found in four_looks()
+        if found and upsampler == "jbu_denoise" and row["metric"] in DRAWN
+    ]
     draw(rows, path)
 
 

@@ -120,11 +120,6 @@ def _ratio(top: int, bottom: int) -> Callable[[Tensor], Tensor]:
     return lambda sums: sums[..., top] / sums[..., bottom]
 
 
-def _accuracy(counts: Tensor) -> Tensor:
-    """Divides the correct pixels of confusion matrices by all."""
-    return counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1))
-
-
 def _rmse(sums: Tensor) -> Tensor:
     return (sums[..., 1] / sums[..., 0]).sqrt()
 
@@ -133,7 +128,7 @@ METRICS = (
     Metric("J", "jaccard", _ratio(0, 1)),
     Metric("boundary accuracy", "band", _ratio(0, 1)),
     Metric("mIoU", "confusion", mean_iou),
-    Metric("accuracy", "confusion", _accuracy),
+    Metric("accuracy", "confusion", lambda k: k.diagonal(0, -2, -1).sum(-1) / k.sum((-2, -1))),
     Metric("edge RMSE", "depth_edges", _rmse, higher_is_better=False, percent=False),
     Metric("RMSE", "depth", _rmse, higher_is_better=False, percent=False),
     Metric("AbsRel", "depth", _ratio(2, 0), higher_is_better=False, percent=False),
