@@ -74,11 +74,6 @@ def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(
         assert float(patches.max()) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_backbone_is_named_with_a_file_of_its_weights_as_on_the_command_line() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no weights file missing\.pth"):
-        demo._open("dinov2=missing.pth", "jbu_denoise")
-
-
 @pytest.mark.parametrize("model", ["dinov22", "dinov2=missing.pth", "jbu"])
 def test_a_model_that_there_is_not_is_told_before_the_page_opens(
     model: str, capsys: pytest.CaptureFixture[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,47 +64,32 @@ def test_a_worker_that_is_ended_leaves_the_rows_it_had_printed(
     assert session.notes == ["compiled: ended after 1 s"]
 
 
-def failed(check: Callable[[Session], Iterator[dict[str, Any]]], session: Session) -> int:
-    return sum(not row["ok"] for row in check(session))
+def without_a_pixel(output: torch.Tensor) -> torch.Tensor:
+    output[-1, -1, -1, -1] = float("nan")
+    return output
 
 
-@pytest.mark.parametrize("name", ["kernel", "apply"])
-def test_a_wrong_result_fails_the_parity_check(
-    session: Session, monkeypatch: pytest.MonkeyPatch, name: str
+def with_seven_taps(grads: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    grads[1][:, [tap for tap in range(49) if round(tap**0.5) ** 2 != tap]] = 0
+    return grads
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "checks"),
+    [
+        ("kernel", lambda kernel: kernel * (1 + 1e-4), [gpu_worker.parity]),
+        ("apply", lambda output: output * (1 + 1e-4), [gpu_worker.parity]),
+        ("apply", without_a_pixel, [gpu_worker.parity]),
+        ("apply_backward", with_seven_taps, [gpu_worker.gradients, gpu_worker.every_tap]),
+    ],
+)
+def test_a_wrong_an_unwritten_and_a_missing_result_fail_the_checks(
+    session: Session, monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, checks: list[Any]
 ) -> None:
     right = getattr(torch_backend, name)
-    monkeypatch.setattr(torch_backend, name, lambda *args: right(*args) * (1 + 1e-4))
-    assert failed(gpu_worker.parity, session)
-
-
-def test_an_unwritten_result_fails_the_parity_check(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = torch_backend.apply
-
-    def forgets_a_pixel(*args: Any) -> torch.Tensor:
-        output = right(*args)
-        output[-1, -1, -1, -1] = float("nan")
-        return output
-
-    monkeypatch.setattr(torch_backend, "apply", forgets_a_pixel)
-    assert failed(gpu_worker.parity, session) == 15
-
-
-def test_a_missing_tap_fails_the_gradient_checks(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = torch_backend.apply_backward
-
-    def seven_taps(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        grad_source, grad_kernel = right(*args)
-        missing = [tap for tap in range(49) if round(tap**0.5) ** 2 != tap]
-        grad_kernel[:, missing] = 0
-        return grad_source, grad_kernel
-
-    monkeypatch.setattr(torch_backend, "apply_backward", seven_taps)
-    assert failed(gpu_worker.gradients, session)
-    assert failed(gpu_worker.every_tap, session)
+    monkeypatch.setattr(torch_backend, name, lambda *args: fault(right(*args)))
+    for check in checks:
+        assert not all(row["ok"] for row in check(session))
 
 
 def test_a_check_that_breaks_fails_and_the_others_still_run(

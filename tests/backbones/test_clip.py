@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone
-from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+from tests.backbones import native
 
 NAME = "vit_xsmall_patch16_clip_224"
 
@@ -22,19 +22,11 @@ def donor() -> nn.Module:
     return model
 
 
-def native(donor: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """The image as CLIP was trained to see it."""
-    config = donor.pretrained_cfg
-    values = (IMAGENET_MEAN, IMAGENET_STD, config["mean"], config["std"])
-    mean, std, clip_mean, clip_std = (torch.tensor(v)[:, None, None] for v in values)
-    return (image * std + mean - clip_mean) / clip_std
-
-
 @torch.no_grad()
 def test_clip_projects_every_patch_token_as_clip_its_class_token(donor: nn.Module) -> None:
     image = torch.randn(2, 3, 224, 224)
-    tokens = donor.forward_features(native(donor, image))
-    torch.testing.assert_close(donor.head(tokens[:, 0]), donor(native(donor, image)))
+    tokens = donor.forward_features(native(donor.pretrained_cfg, image))
+    torch.testing.assert_close(donor.head(tokens[:, 0]), donor(native(donor.pretrained_cfg, image)))
     source = ClipBackbone(NAME, weights=donor.state_dict()).eval()(image)
     assert source.shape == (2, 512, 14, 14)
     torch.testing.assert_close(
@@ -48,7 +40,7 @@ def test_maskclip_is_the_last_attention_of_every_token_to_itself_alone(donor: nn
     image = torch.randn(1, 3, 224, 224)
     seen: list[torch.Tensor] = []
     handle = donor.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    donor(native(donor, image))
+    donor(native(donor.pretrained_cfg, image))
     handle.remove()
     alone = seen[0][0, 1:, None]  # (N, 1, D)
     block = donor.blocks[-1]
@@ -67,7 +59,7 @@ def test_maskclip_takes_the_values_of_eva_wherever_it_keeps_them(name: str) -> N
     image, block = torch.randn(1, 3, 112, 224), backbone.model.blocks[-1]
     seen: list[torch.Tensor] = []
     block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    backbone.model.forward_features(native(backbone.model, image))
+    backbone.model.forward_features(native(backbone.model.pretrained_cfg, image))
     alone = seen[0][0, 1:, None]
     expected = backbone.model.norm(block.attn(block.norm1(alone)))
     expected = backbone.model.head(expected)[:, 0]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.backbones import TimmBackbone, timm_card
-from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.weights import read
+from tests.backbones import native
 
 VITS = [
     "test_vit",  # class token
@@ -22,15 +22,6 @@ VITS = [
 ]
 
 
-def native(name: str, image: Tensor) -> Tensor:
-    """The image as the network was trained to see it."""
-    config = timm.get_pretrained_cfg(name)
-    colours = image * torch.tensor(IMAGENET_STD)[:, None, None]
-    colours = colours + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
-    return (colours - mean) / std
-
-
 @pytest.mark.parametrize("name", VITS)
 def test_a_vit_gives_its_normalised_patch_tokens(name: str) -> None:
     donor = timm.create_model(name).eval()
@@ -38,7 +29,9 @@ def test_a_vit_gives_its_normalised_patch_tokens(name: str) -> None:
     backbone = TimmBackbone(name, weights=donor.state_dict()).eval()
     image = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        tokens = donor.forward_features(native(name, image))[:, donor.num_prefix_tokens :]
+        tokens = donor.forward_features(native(donor.pretrained_cfg, image))[
+            :, donor.num_prefix_tokens :
+        ]
         source = backbone(image)
     if not isinstance(donor.norm, torch.nn.Identity):  # else the head's norm comes after pooling
         torch.testing.assert_close(source.flatten(2).mT, tokens, atol=1e-4, rtol=1e-4)
@@ -71,7 +64,7 @@ def test_position_embeddings_follow_the_image(size: tuple[int, int]) -> None:
     assert fixed.pos_embed.shape != donor.pos_embed.shape
     image = torch.randn(2, 3, *size)
     with torch.no_grad():
-        tokens = fixed.forward_features(native("test_vit", image))[:, 1:]
+        tokens = fixed.forward_features(native(donor.pretrained_cfg, image))[:, 1:]
         source = TimmBackbone("test_vit", weights=tensors).eval()(image)
     torch.testing.assert_close(source.flatten(2).mT, tokens, atol=1e-5, rtol=1e-5)
 
@@ -86,7 +79,7 @@ def test_the_chosen_block_is_the_one_taken(layer: int, norm: bool) -> None:
     backbone = TimmBackbone("test_vit", weights=donor.state_dict(), layer=layer, norm=norm).eval()
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        donor(native("test_vit", image))
+        donor(native(donor.pretrained_cfg, image))
         expected = donor.norm(seen[0]) if norm else seen[0]
         torch.testing.assert_close(
             backbone(image).flatten(2).mT, expected[:, 1:], atol=1e-5, rtol=1e-5
@@ -104,7 +97,7 @@ def test_a_cnn_gives_the_deepest_features_of_a_stride(stride: int, feat_dim: int
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         levels = donor.forward_intermediates(
-            native("tf_efficientnet_lite0", image), intermediates_only=True
+            native(donor.pretrained_cfg, image), intermediates_only=True
         )
         source = backbone(image)
     (expected,) = [level for level in levels if level.shape[1] == feat_dim]
