@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     write(JBUStack().state_dict(), path)
     return path
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Lets no file grow beyond ``room`` bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(autouse=True)

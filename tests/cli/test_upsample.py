@@ -20,6 +20,7 @@ from featup_hub.cli.arguments import add_model, choose_model
 from featup_hub.image import preprocess, read_image
 from featup_hub.weights import metadata, read, write
 from tests.cli.conftest import Colours, Command
+from tests.conftest import full_disk
 
 FEATURES = Path("out/a.safetensors")
 
@@ -217,13 +218,8 @@ def test_long_names_and_names_in_another_encoding_are_worked_on(
 def test_a_full_disk_is_named_with_the_file_and_nothing_is_left_half_written(
     form: str, upsample: Command
 ) -> None:
-    resource = pytest.importorskip("resource")
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, usual[1]))  # bytes a file may have
-    try:
+    with full_disk(5000):
         done = upsample("photos/a.jpg --format", form)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert done.code == 1
     assert f"out/a.{form}: File too large" in done.err
     assert not list(Path("out").iterdir())

@@ -11,6 +11,7 @@ from featup_hub.training.checkpoints import (
     open_metrics,
     save_checkpoint,
 )
+from tests.conftest import full_disk
 
 
 @pytest.mark.parametrize("torn", ["9", "100", "100,0.4\n101,0.4\n", "x" * 5000, "", None])
@@ -25,14 +26,8 @@ def test_metrics_go_on_after_the_checkpoint_whatever_a_killed_run_left(tmp_path,
 
 
 def test_a_full_disk_is_an_error_that_names_the_checkpoint(tmp_path):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large.*c\.pt"):
-            save_checkpoint(tmp_path / "c.pt", {"a": torch.zeros(5000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(3000), pytest.raises(OSError, match=r"File too large.*c\.pt"):
+        save_checkpoint(tmp_path / "c.pt", {"a": torch.zeros(5000)})
     assert not list(tmp_path.iterdir())
 
 
