@@ -75,21 +75,21 @@ def with_seven_taps(grads: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("name", "fault", "checks"),
+    ("name", "fault", "check", "least"),
     [
-        ("kernel", lambda kernel: kernel * (1 + 1e-4), [gpu_worker.parity]),
-        ("apply", lambda output: output * (1 + 1e-4), [gpu_worker.parity]),
-        ("apply", without_a_pixel, [gpu_worker.parity]),
-        ("apply_backward", with_seven_taps, [gpu_worker.gradients, gpu_worker.every_tap]),
+        ("kernel", lambda kernel: kernel * (1 + 1e-4), gpu_worker.parity, 1),
+        ("apply", lambda output: output * (1 + 1e-4), gpu_worker.parity, 1),
+        ("apply", without_a_pixel, gpu_worker.parity, 15),  # of 15
+        ("apply_backward", with_seven_taps, gpu_worker.gradients, 1),
+        ("apply_backward", with_seven_taps, gpu_worker.every_tap, 1),
     ],
 )
 def test_a_wrong_an_unwritten_and_a_missing_result_fail_the_checks(
-    session: Session, monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, checks: list[Any]
+    session: Session, monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, check: Any, least: int
 ) -> None:
     right = getattr(torch_backend, name)
     monkeypatch.setattr(torch_backend, name, lambda *args: fault(right(*args)))
-    for check in checks:
-        assert not all(row["ok"] for row in check(session))
+    assert sum(not row["ok"] for row in check(session)) >= least
 
 
 def test_a_check_that_breaks_fails_and_the_others_still_run(

@@ -35,10 +35,7 @@ class ModuleBackbone(Backbone):
         layout: Where the channels are: ``"nchw"``, first, or ``"nhwc"``, last. By default the shape
             decides. An ambiguous one, such as 96×96 cells, or 96 tokens, with 96 channels, is
             decided by a test with a smaller image.
-        mean: As for :class:`Backbone`, like the next three.
-        std: See there.
-        in_chans: See there.
-        fixed_size: See there.
+        mean, std, in_chans, fixed_size: As for :class:`Backbone`.
         call: How to call the network, in place of ``module(image)``.
 
     Example:
