@@ -78,10 +78,6 @@ def find_card(name: str | ModelCard) -> ModelCard:
         TypeError: If ``name`` is neither a string nor a card.
         ValueError: If there is no such model, or it has no backbone; the message suggests the
             nearest names.
-
-    Example:
-        >>> find_card("dinov2").backbone
-        'vit_small_patch14_dinov2.lvd142m'
     """
     if isinstance(name, ModelCard):
         return name

@@ -32,22 +32,6 @@ def add_flags(
     tuples of these, and any of these or None. The help is the field's entry in the docstring's
     ``Attributes:``. A field without a default is a required flag. ``flags`` has other names of
     flags by field, such as ``{"backbones": "--model"}``; the own name still works, but is hidden.
-
-    Example:
-        >>> from dataclasses import dataclass
-        >>> @dataclass(frozen=True, kw_only=True)
-        ... class Config:
-        ...     '''A run.
-        ...
-        ...     Attributes:
-        ...         steps: Number of steps.
-        ...     '''
-        ...
-        ...     steps: int = 10
-        >>> parser = argparse.ArgumentParser()
-        >>> add_flags(parser, Config)
-        >>> from_flags(Config, parser.parse_args(["--steps", "3"]))
-        Config(steps=3)
     """
     hints, helps = get_type_hints(config), _attributes(config)
     group = parser.add_argument_group("options of the run")

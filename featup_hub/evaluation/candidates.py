@@ -93,12 +93,7 @@ class Candidate:
 
 
 def candidate(spec: str) -> Candidate:
-    """Finds an upsampler by its name, file or plug-in, see the module's description.
-
-    Example:
-        >>> candidate("plain=bilinear").name
-        'plain'
-    """
+    """Finds an upsampler by its name, file or plug-in, see the module's description."""
     name, _, rest = spec.rpartition("=")
     file, _, option = rest.partition("@")
     module, _, attribute = rest.partition(":")

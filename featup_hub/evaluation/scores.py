@@ -51,10 +51,6 @@ def boundary_band(labels: Tensor, width: int = 4) -> Tensor:
 
     A border between a label and void is not a boundary: it belongs to the annotation, not to an
     object. Two labels with void between them are compared across it.
-
-    Example:
-        >>> boundary_band(torch.tensor([[0, 0, 0, 1, 1, 1]]), width=1).int()
-        tensor([[0, 0, 1, 1, 0, 0]], dtype=torch.int32)
     """
     void = labels < 0
     values = labels.float()[None, None]

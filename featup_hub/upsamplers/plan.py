@@ -62,13 +62,7 @@ def stage_sizes(
 
 
 def output_size(guidance: Tensor, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Returns the height and width of the output: a size, a short side, or the image's own.
-
-    Example:
-        >>> import torch
-        >>> output_size(torch.zeros(1, 3, 60, 90), 40)
-        (40, 60)
-    """
+    """Returns the height and width of the output: a size, a short side, or the image's own."""
     height, width = guidance.shape[-2:]
     if size is None:
         return height, width
