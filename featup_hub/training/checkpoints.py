@@ -26,11 +26,7 @@ def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
 def load_checkpoint(
     path: Path, config: Mapping[str, object], load: Callable[[Mapping[str, Any]], None]
 ) -> None:
-    """Reads a checkpoint of a run with the same config, and passes its state to ``load``.
-
-    Raises:
-        ValueError: If the file is not a checkpoint, or its "config" is another one.
-    """
+    """Reads a checkpoint of a run with the same config, and passes its state to ``load``."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         changes = list(_changes(state["config"], config))

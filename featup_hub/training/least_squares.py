@@ -50,9 +50,8 @@ def fit_source(
     ``fitted`` yields views and their features, (V, C, h, w), a few at a time; the very first view
     is the image itself. ``held_out`` yields further views, to choose the ridge.
 
-    Returns:
-        z, (1, C, H', W'), at two to four times the backbone's resolution; and the unexplained share
-        of the held-out views' variation.
+    Returns z, (1, C, H', W'), at two to four times the backbone's resolution, and the unexplained
+    share of the held-out views' variation.
     """
     equations: NormalEquations | None = None
     for jitters, features in fitted:

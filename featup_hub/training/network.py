@@ -47,12 +47,8 @@ def fit_network(
 ) -> tuple[ImplicitUpsampler, float]:
     """Trains a network on views of an image; arguments as of :func:`fit_source`, and the stride.
 
-    Returns:
-        The network, and the unexplained share of the held-out views' variation (in the principal
-        components).
-
-    Raises:
-        RuntimeError: If the loss is not a finite number.
+    Returns the network, and the unexplained share of the held-out views' variation in the principal
+    components.
     """
     views = iter(fitted)
     first: list[tuple[Sequence[Jitter], Tensor]] = []

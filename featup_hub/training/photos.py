@@ -28,10 +28,6 @@ class PhotoStream:
 
     ``seed`` is that of order and crops; ``min_scale`` is the smallest share of a photograph's area
     in a crop.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If the folder has no photograph.
     """
 
     def __init__(self, folder: str | Path, *, seed: int = 0, min_scale: float = 0.4) -> None:
@@ -69,9 +65,6 @@ class PhotoStream:
         """Returns sample ``number`` of the stream, (3, *size), RGB in [0, 1].
 
         If a photograph cannot be read, a warning names it once, and the next one replaces it.
-
-        Raises:
-            ValueError: If no photograph can be read.
         """
         from PIL.Image import Resampling
 

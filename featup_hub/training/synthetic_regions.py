@@ -31,9 +31,6 @@ def random_regions(rgb: Tensor, channels: int, generator: torch.Generator) -> Te
 
     Photographs are (B, 3, H, W) in [0, 1], the maps (B, channels, H, W). The generators of this
     module are on the CPU.
-
-    Raises:
-        ImportError: If scikit-image is missing.
     """
     try:
         from skimage.segmentation import felzenszwalb
