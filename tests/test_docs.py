@@ -55,7 +55,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem
+    "page",
+    [page for page in (*DOCS, ROOT / "README.md") if blocks(page, "python")],
+    ids=lambda page: page.stem,
 )
 def test_a_pages_python_runs_from_top_to_bottom(page: Path, checkout: Path) -> None:
     namespace: dict[str, object] = {}
