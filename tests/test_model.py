@@ -71,12 +71,9 @@ def test_a_second_head_is_refused() -> None:
         tiny().fold_head(nn.Conv2d(6, 2, 1)).fold_head(nn.Conv2d(2, 2, 1))
 
 
-def test_a_plain_module_is_no_backbone() -> None:
+def test_what_is_no_backbone_or_no_upsampler_is_refused() -> None:
     with pytest.raises(TypeError, match=r"got Conv2d; take .* or wrap a module: ModuleBackbone\("):
         UpsampledBackbone(nn.Conv2d(3, 3, 1), JBUStack())  # type: ignore[arg-type]
-
-
-def test_what_is_no_upsampler_is_refused() -> None:
     with pytest.raises(TypeError, match=r"an upsampler must be a JBUStack, .*; got Upsample"):
         tiny(nn.Upsample(scale_factor=8))
     for given in (JBUStack(), 5, False):

@@ -67,13 +67,13 @@ def run(args: argparse.Namespace) -> int:
     # Checked before the slow fit.
     if args.size < 1:
         raise UsageError(f"--size must be positive; got {args.size}")
-    out, picture = _outputs(args)
+    card, file = choose_backbone(args.model)
+    out, picture = _outputs(args, file)
     if not args.overwrite:
         _check_earlier(out, picture)
     device = open_device(args.device)
     photo = read_image(args.image)
     upsampler = load_upsampler(args.upsampler, device=device)
-    card, file = choose_backbone(args.model)
     backbone = load_backbone(card, weights=file).to(device)
     patch = backbone.patch_size
     shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)
@@ -90,14 +90,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
+def _outputs(args: argparse.Namespace, own_weights: Path | None) -> tuple[Path, Path | None]:
     """Returns the files of the fit and the picture; refuses to replace inputs."""
     out = args.out or Path(f"{args.image.stem}.safetensors")
     check_output(out, ".safetensors")
     picture = None if args.no_picture else out.with_suffix(".png")
     if picture is not None:
         check_output(picture)
-    own_weights = args.model.partition("=")[2]
     inputs = [Path(name).expanduser() for name in (args.image, args.upsampler, own_weights) if name]
     for file in filter(None, (out, picture)):
         for source in inputs:

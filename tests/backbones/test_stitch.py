@@ -111,8 +111,3 @@ def test_a_model_with_looks_compiles_and_exports_with_any_size() -> None:
 def test_looks_that_cannot_be_are_refused(per_side: int, at_once: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShiftAndStitch(averages(8), per_side, looks_at_once=at_once)
-
-
-def test_what_is_no_backbone_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"a backbone must be a featup_hub.Backbone; got AvgPool2d"):
-        ShiftAndStitch(nn.AvgPool2d(8), 2)

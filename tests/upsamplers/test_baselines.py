@@ -31,12 +31,6 @@ def test_a_linear_head_commutes_with_every_baseline(upsample):
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
 
 
-def test_nearest_repeats_every_cell():
-    source = torch.randn(1, 2, 3, 4)
-    expected = source.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    torch.testing.assert_close(nearest(source, torch.zeros(1, 3, 12, 16), (12, 16)), expected)
-
-
 def test_joint_bilateral_equals_the_formula_summed_pixel_by_pixel():
     source, image = torch.randn(1, 2, 3, 2).double(), torch.randn(1, 3, 9, 8).double()
     radius, spatial, colour = 1, 0.6, 0.7
