@@ -121,6 +121,7 @@ def write_outputs(
     _write_features(features[0], job, settings)
     if job.picture is None:
         return str(job.features)
+    # Written last: a picture without features is then known not to be an output.
     with write_atomically(job.picture) as partial:
         comparison(shown, source, features).save(partial, format="PNG")
     return f"{job.features} and {job.picture.name}"

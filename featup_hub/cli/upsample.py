@@ -122,8 +122,9 @@ def run(args: argparse.Namespace) -> int:
             start = progress.begin(str(job.image))
             try:
                 shown, image = reading.result()
+                image = image.to(device)
                 with torch.inference_mode():
-                    source = model.source(image := image.to(device))
+                    source = model.source(image)
                     features = model.upsampler(source, image, impl=args.impl)
                     made = write_outputs(job, shown, source, features, settings)
                 shape = " x ".join(map(str, features.shape[1:]))

@@ -47,11 +47,11 @@ def fit_source(
 ) -> tuple[Tensor, float]:
     """Finds the source z whose upsampled features explain views of an image, (1, 3, H, W).
 
-    ``fitted`` yields views and their features, (V, C, h, w), a few at a time; the very first view
-    is the image itself. ``held_out`` yields further views, to choose the ridge.
+    ``fitted`` yields views and their features, (V, C, h, w), a few at a time; the very first view is
+    the image itself. ``held_out`` yields further views, to choose the ridge.
 
-    Returns z, (1, C, H', W'), at two to four times the backbone's resolution, and the unexplained
-    share of the held-out views' variation.
+    Returns z, (1, C, H', W'), at two to four times the backbone's resolution, fitted to all views,
+    and the unexplained share of the held-out views' variation before they are fitted, too.
     """
     equations: NormalEquations | None = None
     for jitters, features in fitted:
@@ -69,7 +69,9 @@ def fit_source(
     found = [equations.solve(ridge, prior) for ridge in RIDGES]
     errors = [unseen.error(source) for source in found]
     best = min(range(len(found)), key=errors.__getitem__)
-    return found[best], errors[best] / unseen.variation
+    error = errors[best] / unseen.variation
+    equations.join(unseen)
+    return equations.solve(RIDGES[best], prior), error
 
 
 class Basis:
@@ -156,6 +158,17 @@ class NormalEquations:
             if start:
                 self.below[number, :start, start:] += square[split:, :split]
                 self.diagonal[number + 1, :start, :start] += square[split:, split:]
+
+    def join(self, other: NormalEquations) -> None:
+        """Adds the sums over other views in the same basis."""
+        for sums, others in (
+            (self.diagonal, other.diagonal),
+            (self.below, other.below),
+            (self.moment, other.moment),
+        ):
+            sums += others
+        self.power = self.power + other.power
+        self.total, self.count = self.total + other.total, self.count + other.count
 
     def _rows(
         self, jitters: Sequence[Jitter], grid: tuple[int, int]
