@@ -4,9 +4,9 @@ python -m benchmarks.gpu --out FOLDER [--upstream CHECKOUT] [--seconds 480] [--d
 
 In this order: correctness; times of stacks beside the floor that memory sets; single operations and
 variants of their kernels; upstream's own kernel, if its sources lie somewhere; compiled baselines;
-compute-sanitizer. ``gpu.json`` and ``gpu.md`` are written anew after every part. What is left out
-is listed with the reason. The exit status is 1 if a check or a part failed. ``--dry`` rehearses on
-a CPU. Needs neither git nor a compiler.
+compute-sanitizer; ncu, if it is installed. ``gpu.json`` and ``gpu.md`` are written anew after every
+part. What is left out is listed with the reason. The exit status is 1 if a check or a part failed.
+``--dry`` rehearses on a CPU. Needs neither git nor a compiler.
 """
 
 from __future__ import annotations
@@ -283,6 +283,17 @@ def sanitizer(session: Session, tool: str) -> list[Row]:
     return session.run_worker("sanitize", limit=SANITIZER_SECONDS, prefix=prefix)
 
 
+def profile(session: Session) -> list[Row]:
+    """Runs every kernel once under ncu; its table is left in ``profile.txt``."""
+    if session.dry or shutil.which("ncu") is None:
+        session.notes.append("profile: ncu is not installed, or this is a rehearsal")
+        return []
+    pattern = "regex:^(range|kernel|apply|fold)_"
+    prefix = ["ncu", "--csv", "--set", "basic", "--kernel-name", pattern, "--launch-count", "16"]
+    session.run_worker("profile", limit=60, prefix=prefix)
+    return [{"table": "profile.txt"}]
+
+
 Part = tuple[str, Callable[[], Any]]
 
 
@@ -301,6 +312,7 @@ def parts(session: Session) -> list[Part]:
         ("compiled", lambda: worker("compiled", limit=60)),
         ("memcheck", lambda: sanitizer(session, "memcheck")),
         ("racecheck", lambda: sanitizer(session, "racecheck")),
+        ("profile", lambda: profile(session)),
     ]
     if not upstream:
         session.notes.append("upstream: not asked for (--upstream), or a rehearsal")
