@@ -170,7 +170,7 @@ class FitConfig:
     """
 
     method: Literal["least-squares", "network"] = "least-squares"
-    views: int = 128
+    views: int = 192
     held_out: int = 12
     max_pad: int = 30
     max_zoom: float = 1.8
