@@ -47,8 +47,8 @@ def fit_source(
 ) -> tuple[Tensor, float]:
     """Finds the source z whose upsampled features explain views of an image, (1, 3, H, W).
 
-    ``fitted`` yields views and their features, (V, C, h, w), a few at a time; the very first view is
-    the image itself. ``held_out`` yields further views, to choose the ridge.
+    ``fitted`` yields views and their features, (V, C, h, w), a few at a time; the very first view
+    is the image itself. ``held_out`` yields further views, to choose the ridge.
 
     Returns z, (1, C, H', W'), at two to four times the backbone's resolution, fitted to all views,
     and the unexplained share of the held-out views' variation before they are fitted, too.
