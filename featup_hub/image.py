@@ -200,9 +200,6 @@ def normalise(picture: Image.Image, *, mean: Sequence[float], std: Sequence[floa
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
     """
-    from featup_hub.ops.jbu import check_normalisation
-
-    check_normalisation(mean, std)
     return normalise_values(to_tensor(picture), mean, std)[None]
 
 
@@ -215,6 +212,9 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def normalise_values(rgb: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalises values in [0, 1], (..., 3, H, W)."""
+    from featup_hub.ops.jbu import check_normalisation
+
+    check_normalisation(mean, std)
     offset, scale = (rgb.new_tensor(values)[:, None, None] for values in (mean, std))
     return (rgb - offset) / scale
 
