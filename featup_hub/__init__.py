@@ -6,6 +6,7 @@ Importing this package has no side effects. Its modules are imported at first us
     features = model(image)  # (1, 3, H, W) normalised by model.mean, model.std -> (1, C, H, W)
 """
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -43,25 +44,30 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "backbones": ("Backbone", "ModuleBackbone", "ShiftAndStitch", "TimmBackbone"),
-    "image": ("preprocess", "read_image"),
-    "loading": ("list_models", "load", "load_backbone", "load_upsampler"),
-    "model": ("UpsampledBackbone",),
-    "ops": ("implementations",),
-    "training.fit": ("fit",),
-    "upsamplers": ("FittedFeatures", "ImplicitUpsampler", "JBUStack", "JBUStage"),
-    "visualize": ("comparison",),
-}
+
+def _lazy(
+    names: dict[str, Any], modules: Sequence[str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Returns ``__getattr__`` and ``__dir__`` of a package with these globals and modules.
+
+    Names of ``__all__`` are imported at their first use, because the command line needs no torch
+    and a model few of them.
+    """
+    package, public = names["__name__"], names["__all__"]
+
+    def find(name: str) -> Any:
+        if name in modules:
+            return import_module(f"{package}.{name}")
+        for module in modules if name in public else ():
+            found = import_module(f"{package}.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find, lambda: sorted({*names, *public})
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a name at its first use, so that the command line starts without loading torch."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _lazy(
+    globals(),
+    ("ops", "loading", "upsamplers", "backbones", "model", "image", "visualize", "training.fit"),
+)

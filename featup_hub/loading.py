@@ -13,16 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featup_hub.backbones import (
-    Backbone,
-    ChannelNorm,
-    ClipBackbone,
-    MaskClipBackbone,
-    ShiftAndStitch,
-    TimmBackbone,
-    is_timm_model,
-    timm_card,
-)
+from featup_hub.backbones.contract import Backbone, ChannelNorm
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard
 from featup_hub.upsamplers import JBUStack
@@ -95,6 +86,8 @@ def find_card(name: str | ModelCard) -> ModelCard:
                 "call load_upsampler(), or name another model"
             )
         return MODELS[name]
+    from featup_hub.backbones import is_timm_model, timm_card
+
     if name.startswith("timm/") or is_timm_model(name):
         return timm_card(name.removeprefix("timm/"))
     known = {each.lower(): each for each in (*MODELS, *ALIASES)}
@@ -179,6 +172,8 @@ def load(
             layer=layer,
         )
         if looks > 1:
+            from featup_hub.backbones import ShiftAndStitch
+
             backbone = ShiftAndStitch(backbone, looks_per_side)
         model = UpsampledBackbone(
             backbone,
@@ -195,9 +190,13 @@ def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[
     """Returns a model's stride and its default short side, in pixels, without its weights."""
     stride = card.patch_size if layer is None or card.kind != "timm" else None
     if stride is None:
+        from featup_hub.backbones import TimmBackbone
+
         with torch.device("meta"):
             stride = TimmBackbone(card.backbone, layer=layer).patch_size
     if (looks_per_side := _looks_per_side(looks)) > 1:
+        from featup_hub.backbones import ShiftAndStitch
+
         one_look = Backbone(feat_dim=1, patch_size=stride)
         stride = ShiftAndStitch(one_look, looks_per_side).patch_size
     return stride, _default_size(card, stride)
@@ -240,8 +239,12 @@ def load_backbone(
         options: dict[str, Any] = {"weights": own, "backbone_kwargs": backbone_kwargs}
         options["pretrained"] = pretrained
         if card.kind != "timm":
+            from featup_hub.backbones import ClipBackbone, MaskClipBackbone
+
             clip = ClipBackbone if card.kind == "clip" else MaskClipBackbone
             return clip(card.backbone, **options).eval()
+        from featup_hub.backbones import TimmBackbone
+
         stride = card.patch_size if layer is None else None
         return TimmBackbone(card.backbone, layer=layer, stride=stride, **options).eval()
 
