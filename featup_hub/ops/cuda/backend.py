@@ -31,7 +31,7 @@ def kernel_program(channels: int) -> Program:
     """Returns the program that predicts kernels from ``channels`` guidance channels."""
     kernels = {
         "range_forward": Kernel(128, 128 * (KEYS + channels)),
-        "kernel_forward": Kernel(224, 768 * (TAPS + channels)),
+        "kernel_forward": Kernel(256, 768 * (TAPS + channels)),
     }
     return Program("jbu_kernel.cu", f"JBU_GUIDANCE={channels}", kernels)
 

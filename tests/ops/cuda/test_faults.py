@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import pytest
@@ -13,10 +13,13 @@ from torch import Tensor
 from featup_hub.ops.cuda import backend
 from tests.ops.cuda.emulator import COMPILER, SOURCES, Barrier, Edit, EmulationError
 from tests.ops.cuda.fused_results import (
+    ARCHITECTURES,
     Emulate,
     draw_weights,
+    error,
     everything,
     halves,
+    kernel_pair,
     single,
 )
 
@@ -28,22 +31,22 @@ def barriers() -> list[Barrier]:
         (path.name, line)
         for path in sorted(SOURCES.glob("*.cu*"))
         for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if "__syncthreads();" in text
+        if "__syncthreads();" in text or "__syncwarp();" in text
     ]
 
 
 @functools.cache
-def right() -> list[Tensor]:
+def right(architecture: int) -> list[Tensor]:
     """The results of a device without a fault."""
     return [*everything(), *halves()]
 
 
 def spoiled(emulate: Emulate, **options: Any) -> bool:
     """Whether somebody notices what is wrong with this device; the first to notice is enough."""
-    emulate()
-    expected = right()
-    for order in range(4):
-        emulate(order=order, **options)
+    for order, architecture in product(range(4), ARCHITECTURES):
+        emulate(architecture=architecture)
+        expected = right(architecture)
+        emulate(order=order, architecture=architecture, **options)
         try:
             if not all(map(torch.equal, expected, chain(everything(), halves()))):
                 return True
@@ -61,7 +64,7 @@ def test_no_barrier_can_be_missing(emulate: Emulate, file: str, line: int) -> No
 FAULTS: dict[str, Edit] = {
     "a wrong tap": ("jbu_apply.cu", "tile_x + kx, u, 0)", "tile_x + kx, 6 - u, 0)"),
     "a tap too far": (
-        "jbu_kernel.cu",
+        "tile.cuh",
         "centre[p] * near[1 + a + p]",
         "centre[p] * near[2 + a + p]",
     ),
@@ -79,6 +82,36 @@ FAULTS: dict[str, Edit] = {
         "multiply(sum[n], weights.low[step]",
         "multiply(sum[n], weights.high[step]",
     ),
+    "a column of a layer": ("tf32.cuh", "x[r % 2 * 2 + r / 2]", "x[r]"),
+    "half of a layer's weight": ("predict_mma.cuh", "high, w.low)", "low, w.low)"),
+    "weights beyond a unit's": (
+        "predict_mma.cuh",
+        "8 * step + first + j < inputs",
+        "8 * step + first + j < 8 * STEPS",
+    ),
+    "infinity of the wrong sign": ("predict_mma.cuh", "[r] = rough[r]", "[r] = -rough[r]"),
+    "a weight of space": ("predict_mma.cuh", "spatial[8 * n + column + j]", "spatial[8 * n + j]"),
+    "a column of the result": ("predict_mma.cuh", "+ column + r % 2] = x", "+ column + r / 2] = x"),
+    "a pixel of the result": (
+        "predict_mma.cuh",
+        "to[i * TAPS] = from[i *",
+        "to[i * TAPS] = from[(i ^ 1) *",
+    ),
+    "a layer without its bias": (
+        "predict_mma.cuh",
+        "multiply(sum, 0, fixup.bias0",
+        "multiply(sum, 0, fixup.bias1",
+    ),
+    "a maximum of half the taps": (
+        "predict_mma.cuh",
+        "value, 2));\n}\n\n// Turns",
+        "value, 1));\n}\n\n// Turns",
+    ),
+    "guidance of the wrong channel": (
+        "predict_mma.cuh",
+        "guidance[channel * plane",
+        "guidance[channel / 2 * plane",
+    ),
     "a reader forgotten": ("jbu_apply_backward.cu", "i < 2 * (REACH + APART)", "i < 2 * REACH"),
 }
 
@@ -89,32 +122,66 @@ def test_planted_faults_are_found(emulate: Emulate, name: str) -> None:
     assert spoiled(emulate, edit=FAULTS[name])
 
 
-UNFORGIVABLE: list[tuple[str, str, str]] = [
-    ("projection[(long long)key *", "projection[(long long)(key + 1) *", "beyond its ends"),
+UNFORGIVABLE: list[tuple[Edit, str]] = [
     (
-        "shared[(p * GROUPS + tile.group) * TAPS",
-        "shared[(p * GROUPS + tile.group) * 90",
-        "behind its end",
+        ("jbu_kernel.cu", "projection[(long long)key *", "projection[(long long)(key + 1) *"),
+        "beyond its ends",
+    ),
+    (("predict.cuh", "tile.group) * TAPS", "tile.group) * 90"), "behind its end"),
+    (
+        (
+            "predict.cuh",
+            "    multiply(sum, tile, layer, shared, TAPS);",
+            "if (threadIdx.x < 9) __syncthreads(); multiply(sum, tile, layer, shared, TAPS);",
+        ),
+        "different barriers",
+    ),
+    (("jbu_kernel.cu", "threadIdx.x >= THREADS", "threadIdx.x >= 217"), "different barriers"),
+    (("tf32.cuh", "0xffffe000u", "0xffffffffu"), "no TF32 number"),
+    (
+        (
+            "predict_mma.cuh",
+            "multiply_tf32(sum[n], low",
+            "if (threadIdx.x % 32) multiply_tf32(sum[n], low",
+        ),
+        "lanes do not all take part",
     ),
     (
-        "    multiply(sum, tile, layer, shared, TAPS);",
-        "if (threadIdx.x < 9) __syncthreads();",
-        "barriers",
+        (
+            "mma.cuh",
+            "multiply(sum[n], weights.low",
+            "if (threadIdx.x % 32) multiply(sum[n], weights.low",
+        ),
+        "lanes do not all take part",
     ),
 ]
 
 
-@pytest.mark.parametrize(("text", "instead", "words"), UNFORGIVABLE)
+def small_maps() -> None:
+    """Runs the kernels that predict and filter; what one writes beyond its ends is found there."""
+    backend.kernel(torch.randn(1, 3, 5, 9), single(draw_weights()))
+    backend.apply(torch.randn(1, 8, 2, 3).half(), torch.randn(1, 49, 4, 6), None)
+
+
+@pytest.mark.parametrize(("edit", "words"), UNFORGIVABLE)
 def test_the_emulator_finds_what_a_device_would_not_forgive(
-    emulate: Emulate, text: str, instead: str, words: str
+    emulate: Emulate, edit: Edit, words: str
 ) -> None:
-    emulate(edit=("jbu_kernel.cu", text, instead + (text if "barriers" in words else "")))
+    emulate(edit=edit, architecture=75 if edit[0] in ("jbu_kernel.cu", "predict.cuh") else 90)
     with pytest.raises(EmulationError, match=words):
-        backend.kernel(torch.randn(1, 3, 5, 9), single(draw_weights()))
+        small_maps()
 
 
-def test_a_product_that_lanes_are_missing_from_is_found(emulate: Emulate) -> None:
-    product = "multiply(sum[n], weights.low[step], operand);"
-    emulate(edit=("mma.cuh", product, f"if (threadIdx.x % 32) {product}"))
-    with pytest.raises(EmulationError, match="lanes do not all take part"):
-        list(halves())
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("tf32.cuh", "low[r] = cut(value - __uint_as_float(high[r]))", "low[r] = 0"),
+        ("predict_mma.cuh", "multiply_tf32(sum[n], high, w.low);", ""),
+    ],
+)
+def test_a_product_of_tf32_numbers_alone_is_not_precise_enough(
+    emulate: Emulate, edit: Edit
+) -> None:
+    emulate(edit=edit)
+    guidance = torch.randn(1, 3, 6, 33, dtype=torch.float64)
+    assert error(*kernel_pair(guidance, draw_weights())) > 1e-5

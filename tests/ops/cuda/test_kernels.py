@@ -11,6 +11,8 @@ from featup_hub.ops import reference
 from featup_hub.ops.cuda import backend
 from tests.ops.cuda.emulator import COMPILER, Emulator
 from tests.ops.cuda.fused_results import (
+    ARCHITECTURES,
+    TENSOR_TOLERANCE,
     TOLERANCE,
     Emulate,
     draw_maps,
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the 
 # Relative error of one rounding to the features' type.
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
+PRECISION = list(zip(ARCHITECTURES, (TENSOR_TOLERANCE, TOLERANCE), strict=True))
 # Height, width and batch of guidance: one pixel, fewer than the mirror's reach, one and several
 # tiles (4 or 2 rows of 32), each with a rest.
 GUIDANCE_SIZES = [
@@ -42,18 +45,38 @@ SOURCE_SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("architecture", "tolerance"), PRECISION)
 @pytest.mark.parametrize(("height", "width", "batch"), GUIDANCE_SIZES)
 def test_kernels_match_the_definition(
-    emulate: Emulate, height: int, width: int, batch: int
+    emulate: Emulate, height: int, width: int, batch: int, architecture: int, tolerance: float
 ) -> None:
+    emulate(architecture=architecture)
     guidance = torch.randn(batch, 3, height, width, dtype=torch.float64)
-    assert error(*kernel_pair(guidance, draw_weights())) <= TOLERANCE
+    assert error(*kernel_pair(guidance, draw_weights())) <= tolerance
 
 
-@pytest.mark.parametrize("channels", [1, 14])
-def test_guidance_may_have_any_small_number_of_channels(emulate: Emulate, channels: int) -> None:
+@pytest.mark.parametrize(("architecture", "tolerance"), PRECISION)
+@pytest.mark.parametrize("channels", [1, 7, 8, 14])
+def test_guidance_may_have_any_small_number_of_channels(
+    emulate: Emulate, channels: int, architecture: int, tolerance: float
+) -> None:
+    emulate(architecture=architecture)
     guidance = torch.randn(1, channels, 6, 35, dtype=torch.float64) / channels**0.5
-    assert error(*kernel_pair(guidance, draw_weights(channels))) <= TOLERANCE
+    assert error(*kernel_pair(guidance, draw_weights(channels))) <= tolerance
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_are_infinite_or_no_number_where_the_definition_is(
+    emulate: Emulate, architecture: int
+) -> None:
+    emulate(architecture=architecture)
+    guidance = torch.randn(1, 3, 9, 40, dtype=torch.float64)
+    guidance[0, 1, 4, 30] = float("nan")
+    weights = draw_weights()
+    weights.fixup_w1[7, 3], weights.fixup_b1[9] = float("inf"), float("-inf")
+    actual, expected = kernel_pair(guidance, weights)
+    assert expected[:, [7, 9]].isinf().any((0, 2, 3)).all()
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate: Emulate) -> None:
@@ -194,7 +217,8 @@ def test_any_memory_format_is_taken(emulate: Emulate) -> None:
 
 def test_a_batch_may_hold_more_than_two_to_the_31_numbers(folder: Path) -> None:
     kernel, filtered = far_sample(Emulator(folder))
-    assert max(kernel, filtered) <= TOLERANCE
+    assert kernel <= TENSOR_TOLERANCE
+    assert filtered <= TOLERANCE
 
 
 def test_offsets_go_beyond_two_to_the_31(folder: Path) -> None:

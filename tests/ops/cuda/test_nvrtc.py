@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import compiled_kernels
 from featup_hub.ops.cuda import backend, nvrtc
+from featup_hub.ops.cuda.programs import Program
 
 KERNEL = """
 #include "value.cuh"
@@ -90,16 +91,21 @@ def test_the_packages_own_kernels_compile_without_spilling_a_register(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [75, 90])
-def test_half_precision_is_compiled_for_tensor_cores_where_there_are_any(
-    compiler: nvrtc.Nvrtc, architecture: int
+@pytest.mark.parametrize(
+    ("program", "without"),
+    [(backend.apply_program(torch.bfloat16), {75}), (backend.kernel_program(3), {75, 86, 120})],
+    ids=str,
+)
+def test_programs_are_compiled_for_tensor_cores_where_these_are_faster(
+    compiler: nvrtc.Nvrtc, program: Program, without: set[int]
 ) -> None:
-    source, headers, options = backend.apply_program(torch.bfloat16).contents()
-    usual, plain = (
-        compiler.compile(source, "jbu_apply.cu", architecture, [*options, *more], headers)[0]
-        for more in ((), ("-DJBU_TENSOR_CORES=0",))
-    )
-    assert (usual == plain) == (architecture < 80)
+    source, headers, options = program.contents()
+    for architecture in (75, 80, 86, 90, 120):
+        usual, plain = (
+            compiler.compile(source, program.source, architecture, [*options, *more], headers)[0]
+            for more in ((), ("-DJBU_TENSOR_CORES=0",))
+        )
+        assert (usual != plain) == (architecture not in without)
 
 
 def test_a_missing_library_is_reported_with_what_was_tried_and_what_to_install(

@@ -64,7 +64,12 @@ def test_a_product_adds_to_its_sums_and_takes_its_operands_in_order() -> None:
     macro = re.search(r"#define MULTIPLY.*?b\[1\]\)\)", TEXT, re.DOTALL)
     assert macro is not None
     text = "".join(re.findall(r'"([^"]*)"', macro[0]))
-    assert text.startswith("mma.sync.aligned.m16n8k16.row.col.f32...f32 ")
+    assert text.startswith("mma.sync.aligned..row.col.f32...f32 ")
+    assert re.findall(r'void (\w+)\([^{]*{\n    MULTIPLY\("(\w+)", "(\w+)"\);\n}', TEXT) == [
+        ("multiply_halfs", "m16n8k16", "f16"),
+        ("multiply_bfloats", "m16n8k16", "bf16"),
+        ("multiply_tf32", "m16n8k8", "tf32"),
+    ]
     bound = re.findall(r'"(\+f|r)"\((\w+\[\d\])\)', macro[0])
     assert [name for _, name in bound] == [
         *(f"sum[{i}]" for i in range(4)),
@@ -73,3 +78,7 @@ def test_a_product_adds_to_its_sums_and_takes_its_operands_in_order() -> None:
     ]
     sums, left, right = "{%0, %1, %2, %3}", "{%4, %5, %6, %7}", "{%8, %9}"
     assert f"{sums}, {left}, {right}, {sums};" in text
+
+
+def test_no_compiler_may_move_a_product_into_a_branch() -> None:
+    assert re.findall(r"asm( volatile)?\(\"mma", TEXT) == [" volatile"]

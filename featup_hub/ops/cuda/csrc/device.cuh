@@ -1,6 +1,12 @@
 // What all kernels use: the taps, the mirror, the activation, vectors of four.
 #pragma once
 
+// Whether three products of TF32 numbers on tensor cores are faster than one of float32 numbers:
+// not on GeForce cards (8.6, 8.9, 12.0), where TF32 has the peak of float32.
+#define FAST_TF32                                                                              \
+    (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000 ||                  \
+     __CUDA_ARCH__ == 1030)
+
 constexpr int RADIUS = 3;
 constexpr int DIAMETER = 2 * RADIUS + 1;
 constexpr int TAPS = DIAMETER * DIAMETER;

@@ -1,6 +1,6 @@
 // CUDA C++ as plain C++: included before a kernel's source, it runs a grid on one CPU thread.
 //
-// A block's threads are fibers. One runs until it reaches a barrier or ends, then the next, in an
+// A block's threads are fibers. A warp runs until it reaches a barrier or ends, then the next, in an
 // order the caller chooses: what one order hides (a thread reading what a later one writes, or a
 // faster one has overwritten) another shows. Shared memory is NaN before every block and guarded
 // behind its end; a barrier that only some threads reach, or a warp's matrix product that only some
@@ -30,6 +30,7 @@
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __syncthreads() emulator::barrier(__FILE__, __LINE__)
+#define __syncwarp() emulator::meet(__FILE__, __LINE__)
 
 using std::max;
 using std::min;
@@ -65,6 +66,8 @@ inline unsigned floats_to_bfloats(float low, float high)
 {
     return float_to_bfloat(low) | (unsigned)float_to_bfloat(high) << 16;
 }
+
+inline void opaque(float&) {}
 
 namespace emulator {
 
@@ -110,9 +113,14 @@ inline void report(const std::string& what)
                 ", " + std::to_string(blockIdx.z) + ", thread " + std::to_string(threadIdx.x) + ")";
 }
 
+inline bool left_out(const char* file, int line)
+{
+    return line == mode.line && !strcmp(file, mode.file);
+}
+
 inline void barrier(const char* file, int line)
 {
-    if (line == mode.line && !strcmp(file, mode.file))
+    if (left_out(file, line))
         return;
     running->waits_at = line;
     swapcontext(&running->context, &scheduler);
@@ -128,8 +136,21 @@ inline auto exchange(const unsigned (&mine)[WORDS])
     return words;
 }
 
-// mma.m16n8k16, by the tables of the PTX ISA. A device adds the products in an order of its own
-// and cuts sums where this one rounds them.
+inline void meet(const char* file, int line)
+{
+    if (!left_out(file, line))
+        exchange({});
+}
+
+// A sum as tensor cores keep it: cut, not rounded.
+inline float cut(double sum)
+{
+    const float rounded = sum;
+    const bool beyond = std::abs(rounded) > std::abs(sum) && !std::isinf(rounded);
+    return beyond ? std::nextafter(rounded, 0.f) : rounded;
+}
+
+// mma.m16n8k16, by the tables of the PTX ISA. A device adds the products in an order of its own.
 template <float (*WIDEN)(unsigned short)>
 void multiply(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 {
@@ -143,8 +164,33 @@ void multiply(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
             const unsigned right = words[column * 4 + k % 8 / 2][4 + k / 8];
             total += (double)WIDEN(left >> (k % 2 * 16)) * WIDEN(right >> (k % 2 * 16));
         }
-        sum[i] = total;
+        sum[i] = cut(total);
     }
+}
+
+// mma.m16n8k8 of TF32 numbers, likewise. What the lower 13 bits of an operand do is undefined.
+inline void multiply_tf32(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    for (unsigned word : {a[0], a[1], a[2], a[3], b[0], b[1]})
+        if (word & 0x1fff)
+            report("an operand is no TF32 number");
+    const auto words = exchange({a[0], a[1], a[2], a[3], b[0], b[1]});
+    const int group = threadIdx.x % WARP / 4, member = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        const int row = i < 2 ? group : group + 8, column = member * 2 + (i & 1);
+        double total = sum[i];
+        for (int k = 0; k < 8; k++) {
+            const unsigned left = words[row % 8 * 4 + k % 4][(row >= 8) + 2 * (k >= 4)];
+            const unsigned right = words[column * 4 + k % 4][4 + (k >= 4)];
+            total += (double)std::bit_cast<float>(left) * std::bit_cast<float>(right);
+        }
+        sum[i] = cut(total);
+    }
+}
+
+inline float shuffle(float mine, unsigned lane)
+{
+    return std::bit_cast<float>(exchange({std::bit_cast<unsigned>(mine)})[lane][0]);
 }
 
 inline bool all(bool mine)
@@ -163,6 +209,10 @@ static void fiber_main()
 }  // namespace emulator
 
 inline bool __all_sync(unsigned, bool mine) { return emulator::all(mine); }
+inline float __shfl_xor_sync(unsigned, float mine, int distance)
+{
+    return emulator::shuffle(mine, threadIdx.x % emulator::WARP ^ distance);
+}
 
 alignas(16) static float shared[emulator::SHARED_FLOATS + emulator::GUARD_FLOATS];
 
@@ -184,36 +234,47 @@ inline void run_block(unsigned threads, size_t shared_bytes, std::vector<unsigne
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, fiber_main, 0);
     }
-    bool warps_meet = false;
-    for (unsigned left = threads; left > 0;) {
+    const auto run = [](unsigned t) {
+        running = &fibers[t];
+        running->waits_at = 0;
+        threadIdx = {t, 0, 0};
+        swapcontext(&scheduler, &running->context);
+    };
+    const auto ended = [](const Fiber& fiber) { return fiber.ended; };
+    const auto meets = [](const Fiber& fiber) { return !fiber.ended && fiber.waits_at == MEETING; };
+    while (!std::all_of(fibers.begin(), fibers.begin() + threads, ended)) {
         if (mode.order > 1)  // anew between any two barriers
             std::shuffle(order.begin(), order.end(), random);
-        for (unsigned t : order) {
-            if (fibers[t].ended || (warps_meet && fibers[t].waits_at != MEETING))
+        std::vector<bool> ran(threads / WARP);
+        for (unsigned next : order) {
+            if (ran[next / WARP])
                 continue;
-            running = &fibers[t];
-            running->waits_at = 0;
-            threadIdx = {t, 0, 0};
-            swapcontext(&scheduler, &running->context);
-            left -= running->ended;
+            // A warp runs to its barrier, past all meetings of its own, before another one starts.
+            ran[next / WARP] = true;
+            const auto lanes = fibers.begin() + next / WARP * WARP, end = lanes + WARP;
+            do {
+                for (unsigned t : order)
+                    if (t / WARP == next / WARP && !fibers[t].ended)
+                        run(t);
+                if (std::any_of(lanes, end, meets) && !std::all_of(lanes, end, meets))
+                    report("a warp's lanes do not all take part in a product");
+                if (!fault.empty())
+                    return;
+            } while (std::any_of(lanes, end, meets));
         }
-        warps_meet = false;
-        for (unsigned t = 0; t < threads; t++)
-            if (!fibers[t].ended && fibers[t].waits_at == MEETING) {
-                warps_meet = true;
-                for (unsigned lane = t / WARP * WARP; lane < (t / WARP + 1) * WARP; lane++)
-                    if (lane >= threads || fibers[lane].ended || fibers[lane].waits_at != MEETING)
-                        report("a warp's lanes do not all take part in a product");
-            }
-        if (!fault.empty())
-            return;
-        if (warps_meet)  // who waits at a barrier waits on
-            continue;
-        const int line = fibers[order[0]].ended ? 0 : fibers[order[0]].waits_at;
+        // A device does not wait for threads that have ended; here only whole warps may have.
+        int line = 0;
         for (unsigned t : order)
-            if ((fibers[t].ended ? 0 : fibers[t].waits_at) != line && left > 0)
+            if (!fibers[t].ended)
+                line = fibers[t].waits_at;
+        for (unsigned t = 0; t < threads; t++) {
+            const auto lanes = fibers.begin() + t / WARP * WARP;
+            if (std::all_of(lanes, lanes + WARP, ended))
+                continue;
+            if (fibers[t].ended || fibers[t].waits_at != line)
                 report("threads of a block meet at different barriers, line " +
                        std::to_string(line) + " and line " + std::to_string(fibers[t].waits_at));
+        }
         if (!fault.empty())
             return;
     }
@@ -228,7 +289,7 @@ inline void run_grid(Index grid, unsigned threads, size_t shared_bytes)
     std::mt19937 random(mode.order);
     if (fibers.size() < threads)
         fibers.resize(threads);
-    warps.resize(threads / WARP + 1);
+    warps.resize(threads / WARP);
     const size_t count = mode.alone ? 1 : (size_t)grid.x * grid.y * grid.z;
     std::vector<unsigned> turns(threads), blocks(count);
     for (std::vector<unsigned>* list : {&turns, &blocks}) {
@@ -272,6 +333,8 @@ const char* launch(Index grid, unsigned threads, size_t shared_bytes, void** arg
     enter = Entry<KERNEL>::enter;
     if (shared_bytes > 4 * SHARED_FLOATS)
         report("more than 48 KB of shared memory asked for");
+    else if (threads % WARP)
+        report("a block of whole warps is needed");
     else
         run_grid(grid, threads, shared_bytes);
     return fault.c_str();
@@ -300,6 +363,10 @@ inline void report(const char* what, const void* place)
 inline void multiply_halfs(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 {
     emulator::multiply<half_to_float>(sum, a, b);
+}
+inline void multiply_tf32(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+{
+    emulator::multiply_tf32(sum, a, b);
 }
 inline void multiply_bfloats(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 {
