@@ -5,7 +5,8 @@ Exported files have only standard operators: PyTorch programs those of the defin
 number of stages in a graph is fixed by the example. The graph takes any batch size, and all sizes
 with a ratio of output to source that needs the same number of stages, ceil(log2 ratio). With a
 backbone of stride p, or looks of that stride, these are all images with sides that are multiples of
-p, if the example's are. A PyTorch program checks this; an ONNX graph cannot.
+p, if the example's are. An example of ratio 1 on one axis serves only inputs of ratio 1 on that
+axis. A PyTorch program checks this; an ONNX graph cannot.
 
 Symbolic sizes are slow to trace: in a PyTorch program the taps of a filter are a loop, and an ONNX
 graph is traced with this package's operators whole.
@@ -74,6 +75,11 @@ def trace(
 
 def write_pt2(program: ExportedProgram, path: str | Path) -> None:
     """Writes a result of :func:`trace` as ``*.pt2`` for ``torch.export.load``."""
+    if any(str(node.target).startswith("featup_hub.") for node in program.graph.nodes):
+        raise ValueError(
+            "a program of standard operators is needed; got one traced with for_onnx=True; "
+            "trace again without it"
+        )
     whole = BytesIO()  # PyTorch's own writer ends the process if a write fails
     torch.export.save(program, whole)
     with write_atomically(path) as partial, partial.open("wb") as file:

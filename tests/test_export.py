@@ -70,7 +70,10 @@ def test_an_onnx_graph_of_one_size_has_the_precision_of_its_model(tmp_path: Path
     pytest.importorskip("onnxscript")
     upsampler = stack().half()
     inputs = [x.half() for x in pair(2, (3, 4), (12, 10))]
-    write_onnx(trace(upsampler, *inputs, dynamic=False, for_onnx=True), tmp_path / "graph.onnx")
+    program = trace(upsampler, *inputs, dynamic=False, for_onnx=True)
+    write_onnx(program, tmp_path / "graph.onnx")
+    with pytest.raises(ValueError, match=r"got one traced with for_onnx=True; trace again"):
+        write_pt2(program, tmp_path / "program.pt2")
     got = in_onnxruntime(tmp_path / "graph.onnx")(*inputs)
     assert got.dtype == torch.float16
     torch.testing.assert_close(got, upsampler(*inputs), rtol=4e-3, atol=4e-3)

@@ -24,7 +24,7 @@ class ClipBackbone(Backbone):
     """CLIP's patch tokens, each projected as CLIP projects its class token.
 
     ``name`` is a CLIP image tower of timm's. OpenAI's weights belong to the names with
-    ``quickgelu``, the activation of their training. The other arguments are those of
+    ``quickgelu``, the activation of their training. The other arguments mean the same as in
     :class:`~featup_hub.TimmBackbone`.
     """
 

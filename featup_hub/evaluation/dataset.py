@@ -79,9 +79,7 @@ class Sample:
     def shares(self, classes: int, size: tuple[int, int]) -> Tensor:
         """Averages one-hot labels down to a size, (K, *size)."""
         if self.labels is None:
-            raise ValueError(
-                f"labels are needed; {self.name!r} has none; add them, or skip propagation"
-            )
+            raise ValueError(f"labels are needed; {self.name!r} has none; add them")
         onehot = (self.labels == torch.arange(classes)[:, None, None]).float()
         return F.adaptive_avg_pool2d(onehot, size)
 

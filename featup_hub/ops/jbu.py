@@ -212,11 +212,11 @@ _kept_whole = False
 def keep_whole() -> Iterator[None]:
     """Exports the operators as they are, for :mod:`featup_hub.ops.onnx` to write."""
     global _kept_whole
-    _kept_whole = True
+    before, _kept_whole = _kept_whole, True
     try:
         yield
     finally:
-        _kept_whole = False
+        _kept_whole = before
 
 
 def _traced() -> bool:

@@ -121,6 +121,21 @@ def test_a_layout_that_is_said_is_held_to() -> None:
         ModuleBackbone(Patches(), feat_dim=5, patch_size=8, layout="NHWC")  # type: ignore[arg-type]
 
 
+def test_a_network_of_one_size_sees_the_image_resized_to_it() -> None:
+    module, image = Patches(), torch.randn(1, 3, 40, 90)
+    source = ModuleBackbone(module, feat_dim=5, patch_size=8, fixed_size=(32, 48))(image)
+    seen = F.interpolate(image, (32, 48), mode="bicubic", antialias=True)
+    torch.testing.assert_close(source, module.conv(seen))
+
+
+def test_images_of_other_bands_are_passed_on_as_they_are() -> None:
+    module, image = nn.Conv2d(13, 5, 8, stride=8), torch.randn(1, 13, 16, 24)
+    backbone = ModuleBackbone(
+        module, feat_dim=5, patch_size=8, in_chans=13, mean=(0.5, 0.5, 0.5), std=(1, 1, 1)
+    )
+    assert torch.equal(backbone(image), module(image))
+
+
 @pytest.mark.parametrize(
     ("feat_dim", "patch", "form"),
     [
