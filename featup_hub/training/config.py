@@ -155,8 +155,8 @@ class FitConfig:
         method: "least-squares" solves for the features exactly; "network" trains FeatUp's
             coordinate network.
         views: Views to fit, including the image itself.
-        held_out: Further views, to measure the error. They also choose the ridge of least squares,
-            which fits them, too, at the end.
+        held_out: Further views that are not fitted. They measure the error, and choose the ridge of
+            least squares.
         max_pad: Pixels by which a view may reach beyond the image.
         max_zoom: Largest magnification of a view.
         seed: Seed of all random numbers.
@@ -170,7 +170,7 @@ class FitConfig:
     """
 
     method: Literal["least-squares", "network"] = "least-squares"
-    views: int = 192
+    views: int = 100
     held_out: int = 12
     max_pad: int = 30
     max_zoom: float = 1.8

@@ -60,7 +60,7 @@ def fit(
 
     Returns:
         The fitted features, in evaluation mode. ``scores["held_out_error"]`` is the unexplained
-        share of the held-out views' variation, before least squares fits them, too.
+        share of the held-out views' variation.
 
     Raises:
         ValueError: If ``image`` is not (1, 3, H, W), ``upsampler`` has a closing convolution, or an

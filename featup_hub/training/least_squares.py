@@ -50,8 +50,8 @@ def fit_source(
     ``fitted`` yields views and their features, (V, C, h, w), a few at a time; the very first view
     is the image itself. ``held_out`` yields further views, to choose the ridge.
 
-    Returns z, (1, C, H', W'), at two to four times the backbone's resolution, fitted to all views,
-    and the unexplained share of the held-out views' variation before they are fitted, too.
+    Returns z, (1, C, H', W'), at two to four times the backbone's resolution, and the unexplained
+    share of the held-out views' variation.
     """
     equations: NormalEquations | None = None
     for jitters, features in fitted:
@@ -69,9 +69,7 @@ def fit_source(
     found = [equations.solve(ridge, prior) for ridge in RIDGES]
     errors = [unseen.error(source) for source in found]
     best = min(range(len(found)), key=errors.__getitem__)
-    error = errors[best] / unseen.variation
-    equations.join(unseen)
-    return equations.solve(RIDGES[best], prior), error
+    return found[best], errors[best] / unseen.variation
 
 
 class Basis:
@@ -158,17 +156,6 @@ class NormalEquations:
             if start:
                 self.below[number, :start, start:] += square[split:, :split]
                 self.diagonal[number + 1, :start, :start] += square[split:, split:]
-
-    def join(self, other: NormalEquations) -> None:
-        """Adds the sums over other views in the same basis."""
-        for sums, others in (
-            (self.diagonal, other.diagonal),
-            (self.below, other.below),
-            (self.moment, other.moment),
-        ):
-            sums += others
-        self.power = self.power + other.power
-        self.total, self.count = self.total + other.total, self.count + other.count
 
     def _rows(
         self, jitters: Sequence[Jitter], grid: tuple[int, int]

@@ -8,14 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub import load_upsampler
-from featup_hub.training.least_squares import (
-    FOOTPRINT,
-    RIDGES,
-    TAPS,
-    Basis,
-    NormalEquations,
-    fit_source,
-)
+from featup_hub.training.least_squares import FOOTPRINT, TAPS, Basis, NormalEquations, fit_source
 from featup_hub.training.seeds import seeded
 from featup_hub.training.views import Jitter, positions, sample_jitter, sample_map
 from featup_hub.upsamplers import JBUStack
@@ -120,7 +113,7 @@ def test_gradients_reach_the_features_and_the_prior() -> None:
     assert torch.autograd.gradcheck(solve, inputs, fast_mode=True)
 
 
-def test_the_held_out_views_choose_the_ridge_and_are_fitted_at_last() -> None:
+def test_the_held_out_views_choose_the_ridge() -> None:
     """Noisy views want a strong ridge; the error is that of the views, measured directly."""
     stack, views, unseen = load_upsampler(weights="jbu_faithful"), jitters(12), jitters(9, 7)[1:]
     noise = torch.randn(20, 3, *GRID, generator=seeded(8))
@@ -128,20 +121,12 @@ def test_the_held_out_views_choose_the_ridge_and_are_fitted_at_last() -> None:
         clean = stack(torch.randn(1, 3, *SOURCE, generator=seeded(3)), image())
         seen = views_of(clean, [*views, *unseen]) + noise
         source, error = fit_source(image(), stack, [(views, seen[:12])], [(unseen, seen[12:])])
-        size = (source.shape[2], source.shape[3])
-        sums = NormalEquations(Basis(image(), stack, GRID, size))
-        sums.add(views, seen[:12])
-        prior = F.interpolate(seen[:1], size, mode="bilinear")
+        left = views_of(stack(source, image()), unseen) - seen[12:]
         mean = seen[12:].mean((0, 2, 3), keepdim=True)
-        left = {
-            ridge: (views_of(stack(sums.solve(ridge, prior), image()), unseen) - seen[12:])
-            .square()
-            .sum()
-            for ridge in RIDGES
-        }
-        best = min(left, key=left.__getitem__)
-        sums.add(unseen, seen[12:])
-        expected = sums.solve(best, prior)
-    assert best > min(RIDGES)
-    assert error == pytest.approx(float(left[best] / (seen[12:] - mean).square().sum()), rel=1e-3)
-    torch.testing.assert_close(source, expected, rtol=1e-4, atol=1e-4)
+        expected = left.square().sum() / (seen[12:] - mean).square().sum()
+        assert error == pytest.approx(float(expected), rel=1e-3)
+        weak = equations(stack)
+        weak.add(views, seen[:12])
+        prior = F.interpolate(seen[:1], SOURCE, mode="bilinear")
+        loose = views_of(stack(weak.solve(0.03, prior), image()), unseen) - seen[12:]
+    assert left.square().sum() < loose.square().sum()
