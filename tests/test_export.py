@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from featup_hub import JBUStack, ModuleBackbone, ShiftAndStitch, UpsampledBackbone
 from featup_hub.cli import main
 from featup_hub.export import trace, write_onnx, write_pt2
+from tests.conftest import full_disk
 from tests.exported import PAIRS, assert_same, in_onnxruntime, model, pair, stack
 
 
@@ -40,15 +41,9 @@ def test_a_program_serves_other_sizes_after_a_round_trip(
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
     program = torch.export.export(nn.Linear(40, 50), (torch.ones(1, 40),))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large.*m\.pt2"):
-            write_pt2(program, tmp_path / "m.pt2")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(3000), pytest.raises(OSError, match=r"File too large.*m\.pt2"):
+        write_pt2(program, tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())
 
 
