@@ -20,7 +20,7 @@ from featup_hub.ops import reference
 
 __all__ = ["TRANSLATIONS"]
 
-op: Any = onnxscript.opset18  # its types know no Python constants
+op: Any = onnxscript.opset18  # its type hints allow no Python constants
 
 _LAST = 2**63 - 1  # the end of an axis
 
