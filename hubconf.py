@@ -12,7 +12,7 @@ of which all but the first two are handed to ``featup_hub.load``:
     pretrained: False draws random weights in place of loading any.
     use_norm: Whether every position's vector is normalised before upsampling.
     upsampler: "jbu_denoise", the default, which averages cells that look alike; "jbu_faithful",
-        which keeps every cell's features; or a file of your own. Former name: weights.
+        which keeps every cell's features; or a file of your own.
     backbone_weights: Path of your own weights for the backbone, laid out as timm's.
     layer: Which features of the backbone; default: the deepest of the model's stride.
     looks: Passes of the backbone over shifted images, 1, 4, 9 and so on: more of them make

@@ -3,7 +3,7 @@
     python -m benchmarks.evaluate jbu_denoise               # point oracle, under a minute
     python -m benchmarks.evaluate mine.safetensors --full   # every protocol on features
     python -m benchmarks.evaluate jbu_denoise anyup=PLUG.IN:CALLABLE --protocols propagation
-        --sets davis --sources vit lite16 --looks 1 4
+        --sets davis --sources vit14_saliency lite16 --looks 1 4
 
 Sums are kept in the cache: a run that was stopped goes on, and a new upsampler joins old ones.
 ``featup-hub evaluate`` does the same for any data and has the same flags; this script knows where
@@ -24,6 +24,7 @@ from featup_hub.evaluation.report import table, write_results
 from featup_hub.evaluation.run import evaluate
 
 SETS = ("camvid", "nyu", "ccp", "bsds", "davis")
+NAMES = [each.__name__ for each in SOURCES]
 FULL: tuple[Protocol, ...] = ("oracle", "preservation", "transfer", "consistency", "cost", "cam")
 
 
@@ -33,19 +34,19 @@ def main() -> None:
     parser.add_argument("upsampler", nargs="*", help="FILE, FILE@unit, module:callable, a baseline")
     parser.add_argument("--full", action="store_true", help="every protocol on every source")
     parser.add_argument("--sets", nargs="+", default=("camvid", "nyu"), choices=SETS)
-    parser.add_argument("--sources", nargs="*", choices=SOURCES, help="whose features")
+    parser.add_argument("--sources", nargs="*", choices=NAMES, help="whose features")
     parser.add_argument("--metrics", nargs="+", help="show only these scores")
     parser.add_argument("--out", type=Path, help="folder for results.json and results.csv")
-    add_flags(parser, EvaluationConfig, flags={"val_images": "--images"})
+    add_flags(parser, EvaluationConfig, flags={"val_images": "--images", "backbones": "--backbone"})
     chosen = parser.parse_args()
     start = time.perf_counter()
     sources = chosen.sources
     if sources is None:
-        sources = ["lite16", "lite32", "vit"] if chosen.full else []
+        sources = ["lite16", "lite32", "vit14_saliency"] if chosen.full else []
     preset = EvaluationConfig(
         data=tuple(f"{name}:{SHARED / 'data' / name}" for name in chosen.sets),
         upsamplers=tuple(dict.fromkeys(["bilinear", *chosen.upsampler])),
-        backbones=tuple(SOURCES[name] for name in sources),
+        backbones=tuple(f"benchmarks.sources:{name}" for name in sources),
         protocols=FULL if chosen.full else ("oracle",),
         strides=(16,),
         reductions=("point",),

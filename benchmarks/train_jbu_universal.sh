@@ -23,13 +23,13 @@ phase() {
         --batch 2 --views 3 --max-aspect 1.3 --max-stride 1.25
 }
 
-phase "$out/first" --backbones efficientnet_lite0 efficientnet_lite0_stride32 "$vit" \
+phase "$out/first" --model efficientnet_lite0 efficientnet_lite0_stride32 "$vit" \
     --steps 1100 --image-size 192 --region-weight 1 --lr 0.005 --seed 0
-phase "$out/second" --backbones efficientnet_lite0 efficientnet_lite0_stride32 "$vit" \
+phase "$out/second" --model efficientnet_lite0 efficientnet_lite0_stride32 "$vit" \
     --steps 1400 --image-size 192 --region-weight 1 --region-field 1 --lr 0.005 --seed 0 \
     --start "$out/first/jbu.safetensors"
 phase "$out/third" --seed 1 \
-    --backbones efficientnet_lite0_stride32 efficientnet_lite0_stride32 efficientnet_lite0 "$vit" \
+    --model efficientnet_lite0_stride32 efficientnet_lite0_stride32 efficientnet_lite0 "$vit" \
     --steps 300 --image-size 224 --region-weight 0.3 --region-field 1 --lr 0.003 \
     --start "$out/second/jbu.safetensors"
 
@@ -39,6 +39,6 @@ python -m benchmarks.add_joint_stage "$out/first/jbu.safetensors" "$out/jbu_univ
 python -m benchmarks.add_joint_stage "$out/third/jbu.safetensors" "$out/joint.safetensors" \
     --smoothing-spatial 0 --smoothing-range 0.19 --share 0.3
 phase "$out/fourth" --seed 2 \
-    --backbones efficientnet_lite0_stride32 efficientnet_lite0_stride32 efficientnet_lite0 "$vit" \
+    --model efficientnet_lite0_stride32 efficientnet_lite0_stride32 efficientnet_lite0 "$vit" \
     --steps 300 --image-size 224 --region-weight 0.3 --region-field 1 --lr 0.003 \
     --start "$out/joint.safetensors"

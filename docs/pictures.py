@@ -79,7 +79,7 @@ def upsamplers() -> Image.Image:
         basis = fit_pca(source)
         panels.append(("image", shown))
         for weights in ("jbu_denoise", "jbu_faithful"):
-            upsampler = featup_hub.load_upsampler(weights=weights)
+            upsampler = featup_hub.load_upsampler(weights)
             panels.append((weights, picture(upsampler(source, image), basis)))
     return contact_sheet(panels, size=(400, 320), columns=3)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featup_hub.backbones.contract import Backbone, ChannelNorm
 from featup_hub.model import UpsampledBackbone
-from featup_hub.registry import ALIASES, JBU_UNIVERSAL, MODELS, ModelCard
+from featup_hub.registry import ALIASES, MODELS, ModelCard
 from featup_hub.upsamplers import JBUStack
 from featup_hub.weights.files import existing, load_into, split_norm
 from featup_hub.weights.files import load as load_weights
@@ -27,7 +27,6 @@ __all__ = [
     "load",
     "load_backbone",
     "load_upsampler",
-    "name_and_file",
     "open_device",
     "stride_and_size",
 ]
@@ -38,25 +37,14 @@ def list_models() -> list[str]:
     return [name for name, card in MODELS.items() if card.backbone]
 
 
-def name_and_file(spec: str) -> tuple[str, str | None]:
-    """Splits ``NAME`` or ``NAME=FILE``, a backbone and a file of its weights.
-
-    Example:
-        >>> name_and_file("dinov2"), name_and_file("dinov2=mine.safetensors")
-        (('dinov2', None), ('dinov2', 'mine.safetensors'))
-    """
-    name, equals, file = spec.partition("=")
-    if equals and not file:
-        raise ValueError(f"a file must follow {spec!r}; give it, or leave the = out")
-    return name, file or None
-
-
 def find_backbone(spec: str) -> tuple[ModelCard, Path | None]:
     """Returns the card and the file of ``NAME`` or ``NAME=FILE``, both known to exist.
 
     Raises as :func:`find_card`, and FileNotFoundError if there is no such file.
     """
-    name, file = name_and_file(spec)
+    name, equals, file = spec.partition("=")
+    if equals and not file:
+        raise ValueError(f"a file must follow {spec!r}; give it, or leave the = out")
     return find_card(name), existing(file) if file else None
 
 
@@ -106,7 +94,6 @@ def load(
     pretrained: bool = True,
     use_norm: bool = True,
     upsampler: str | Path | None = None,
-    weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
     layer: int | None = None,
@@ -126,7 +113,6 @@ def load(
         upsampler: A shipped upsampler, or a file of your own. ``"jbu_denoise"``, the default,
             averages cells that look alike; ``"jbu_faithful"`` does not. A name or file given is
             read even if ``pretrained`` is False.
-        weights: Former name of ``upsampler``.
         backbone_weights: A file of your own for the backbone, see :func:`load_backbone`.
         backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
         layer: Layer of the backbone's features, see :class:`~featup_hub.TimmBackbone`; default: the
@@ -150,18 +136,17 @@ def load(
     card = find_card(name)
     place = open_device(device)
     looks_per_side = _looks_per_side(looks)
-    own = _one_of(upsampler, weights)
     with _undisturbed(pretrained):
         # The small file first, so that its errors come before a large download.
-        stack, norm = _read_upsampler(own, pretrained)
+        stack, norm = _read_upsampler(upsampler, pretrained)
         if norm is not None and not use_norm:
             raise ValueError(
-                f"{own} was trained behind a channel norm, which it holds; got use_norm=False; "
-                "leave it at True (leave --no-norm out)"
+                f"{upsampler} was trained behind a channel norm, which it holds; got "
+                "use_norm=False; leave it at True (leave --no-norm out)"
             )
         if norm is None and use_norm and stack.feat_dim is not None:
             raise ValueError(
-                f"{own} was trained for one backbone without a channel norm; got "
+                f"{upsampler} was trained for one backbone without a channel norm; got "
                 "use_norm=True; pass use_norm=False (give --no-norm)"
             )
         backbone = load_backbone(
@@ -182,7 +167,7 @@ def load(
             image_size=_default_size(card, backbone.patch_size),
         )
         if norm is not None and model.norm is not None:
-            load_into(model.norm, norm, origin=str(own))
+            load_into(model.norm, norm, origin=str(upsampler))
     return model.to(place).eval()
 
 
@@ -253,7 +238,6 @@ def load_upsampler(
     upsampler: str | Path | None = None,
     *,
     pretrained: bool = True,
-    weights: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> JBUStack:
     """Loads the upsampler alone, for features of your own, in evaluation mode.
@@ -264,7 +248,6 @@ def load_upsampler(
         upsampler: A shipped upsampler or a file of your own, see :func:`load`.
         pretrained: Whether to load the weights that come with the package, which fit any number
             of channels.
-        weights: Former name of ``upsampler``.
         device: Where to put it; default: the CPU.
 
     Raises:
@@ -276,12 +259,12 @@ def load_upsampler(
         >>> upsampler(torch.randn(1, 5, 4, 6), torch.randn(1, 3, 56, 84)).shape
         torch.Size([1, 5, 56, 84])
     """
-    place, own = open_device(device), _one_of(upsampler, weights)
+    place = open_device(device)
     with _undisturbed(pretrained):
-        stack, norm = _read_upsampler(own, pretrained)
+        stack, norm = _read_upsampler(upsampler, pretrained)
     if norm is not None:
         raise ValueError(
-            f"{own} holds a channel norm, which belongs behind its backbone; "
+            f"{upsampler} holds a channel norm, which belongs behind its backbone; "
             "load both: load(NAME, upsampler=...)"
         )
     return stack.to(place).eval()
@@ -304,25 +287,16 @@ def open_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device {place} cannot be used here: {reason}; take cpu") from error
 
 
-def _one_of(upsampler: str | Path | None, weights: str | Path | None) -> str | Path | None:
-    """Returns the value given under the current or the old name."""
-    if upsampler is not None and weights is not None:
-        raise ValueError(
-            f"weights is the former name of upsampler; got both, {upsampler} and {weights}; "
-            "leave weights out"
-        )
-    return weights if upsampler is None else upsampler
-
-
 def _read_upsampler(
-    own: str | Path | None, pretrained: bool
+    source: str | Path | None, pretrained: bool
 ) -> tuple[JBUStack, dict[str, Tensor] | None]:
     """Builds an upsampler; returns it with the tensors of its norm."""
-    if own is None and not pretrained:
+    if source is None and not pretrained:
         return JBUStack(joint_first=True, unit_sum=True), None
-    tensors, norm = split_norm(load_weights(JBU_UNIVERSAL if own is None else own))
+    source = "jbu_denoise" if source is None else source
+    tensors, norm = split_norm(load_weights(source))
     upsampler = JBUStack.fitting(tensors)
-    load_into(upsampler, tensors, origin=own or JBU_UNIVERSAL.filename)
+    load_into(upsampler, tensors, origin=source)
     return upsampler, norm
 
 

@@ -15,7 +15,6 @@ __all__ = [
     "ALIASES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "JBU_UNIVERSAL",
     "MODELS",
     "UPSAMPLERS",
     "ModelCard",
@@ -39,17 +38,16 @@ class WeightFile:
     sha256: str
 
 
-JBU_UNIVERSAL = WeightFile(
-    filename="jbu_universal.safetensors",
-    sha256="d37ed996549d087da227e433167ff6d0a174fe0f28de575ca84fb391a315a0ce",
-)
-
-JBU_SHARP = WeightFile(
-    filename="jbu_sharp.safetensors",
-    sha256="360520f16c281b7d7a6a530b1c0ac75e72e79dc4d05e82aaffe5df7676588414",
-)
-
-UPSAMPLERS: Mapping[str, WeightFile] = {"jbu_denoise": JBU_UNIVERSAL, "jbu_faithful": JBU_SHARP}
+UPSAMPLERS: Mapping[str, WeightFile] = {
+    "jbu_denoise": WeightFile(
+        filename="jbu_universal.safetensors",
+        sha256="d37ed996549d087da227e433167ff6d0a174fe0f28de575ca84fb391a315a0ce",
+    ),
+    "jbu_faithful": WeightFile(
+        filename="jbu_sharp.safetensors",
+        sha256="360520f16c281b7d7a6a530b1c0ac75e72e79dc4d05e82aaffe5df7676588414",
+    ),
+}
 """Shipped upsamplers: the first averages cells that look alike, the second keeps every cell."""
 
 EFFICIENTNET_LITE0 = WeightFile(

@@ -103,16 +103,12 @@ def test_a_backbone_of_other_bands_is_guided_by_rgb() -> None:
         model(bands)
 
 
-def test_options_of_load_have_one_name_each(root: Path) -> None:
+def test_a_shipped_upsampler_is_loaded_by_its_name_in_a_model_and_alone() -> None:
     image = torch.randn(1, 3, 32, 48)
     named = featup_hub.load(NAME, upsampler="jbu_faithful", device="cpu")
-    former = featup_hub.load(NAME, weights="jbu_sharp")
     alone = featup_hub.load_upsampler("jbu_faithful")
     with torch.inference_mode():
-        assert torch.equal(named(image), former(image))
         assert torch.equal(alone(named.source(image), image), named(image))
-    with pytest.raises(ValueError, match="weights is the former name of upsampler; got both"):
-        featup_hub.load(NAME, upsampler="jbu_faithful", weights="jbu_sharp")
 
 
 def test_a_layer_of_the_backbone_can_be_chosen() -> None:

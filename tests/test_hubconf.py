@@ -57,13 +57,13 @@ def test_entry_points_load_the_model_of_their_name(
     entry = getattr(hubconf, name)
     assert entry.__doc__
     if name == "jbu":
-        entry(False, weights="w")
-        assert calls == [((), {"pretrained": False, "weights": "w"})]
+        entry(False, upsampler="w")
+        assert calls == [((), {"pretrained": False, "upsampler": "w"})]
         return
     assert list(inspect.signature(entry).parameters)[:2] == ["pretrained", "use_norm"]  # upstream's
-    entry(False, True, weights="w", looks=4)
+    entry(False, True, upsampler="w", looks=4)
     entry()
-    given = {"pretrained": False, "use_norm": True, "weights": "w", "looks": 4}
+    given = {"pretrained": False, "use_norm": True, "upsampler": "w", "looks": 4}
     default = {"pretrained": True, "use_norm": True}
     assert calls == [((name,), given), ((name,), default)]
 
@@ -77,7 +77,7 @@ import sys, torch
 stages = sys.argv[2]
 def load():
     return torch.hub.load(
-        sys.argv[1], "efficientnet_lite0", source="local", trust_repo=True, weights=stages
+        sys.argv[1], "efficientnet_lite0", source="local", trust_repo=True, upsampler=stages
     )
 """
 

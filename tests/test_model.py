@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.backbones import ChannelNorm, MaskClipBackbone
 from featup_hub.image import preprocess, read_image
-from featup_hub.loading import find_card, load, load_backbone, load_upsampler, name_and_file
+from featup_hub.loading import find_backbone, find_card, load, load_backbone, load_upsampler
 from featup_hub.weights import write
 
 NAME = "efficientnet_lite0"
@@ -26,7 +26,7 @@ def random_stack(feat_dim: int | None = None) -> JBUStack:
 @pytest.fixture(scope="module")
 def model(stages: Path) -> UpsampledBackbone:
     """The shipped backbone behind random stages."""
-    return load(NAME, weights=stages)
+    return load(NAME, upsampler=stages)
 
 
 def tiny(upsampler: JBUStack | None = None, *, norm: bool = False) -> UpsampledBackbone:
@@ -96,19 +96,19 @@ def test_gradients_reach_backbone_norm_and_upsampler() -> None:
 
 def test_loading_leaves_the_random_state_alone(stages: Path) -> None:
     before = torch.get_rng_state()
-    load(NAME, weights=stages)
+    load(NAME, upsampler=stages)
     load_backbone(NAME)
-    load_upsampler(weights=stages)
+    load_upsampler(stages)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_models_come_in_evaluation_mode_on_the_cpu(stages: Path) -> None:
     with torch.device("meta"):
-        model = load(NAME, weights=stages)
+        model = load(NAME, upsampler=stages)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     assert not any(part.training for part in model.modules())
     assert not any(part.training for part in load_backbone(NAME).modules())
-    assert not any(part.training for part in load_upsampler(weights=stages).modules())
+    assert not any(part.training for part in load_upsampler(stages).modules())
     assert not any(part.training for part in load(NAME, pretrained=False).modules())
 
 
@@ -137,7 +137,7 @@ def test_the_shipped_backbone_tells_a_cat_from_a_cup(root: Path) -> None:
 
 
 def test_without_a_norm_features_are_the_backbones_own(stages: Path) -> None:
-    plain = load(NAME, use_norm=False, weights=stages)
+    plain = load(NAME, use_norm=False, upsampler=stages)
     image = torch.randn(1, 3, 48, 48)
     assert plain.norm is None
     with torch.no_grad():
@@ -147,21 +147,21 @@ def test_without_a_norm_features_are_the_backbones_own(stages: Path) -> None:
 def test_a_norm_in_the_file_is_loaded(tmp_path: Path) -> None:
     norm = {"norm.weight": torch.rand(112), "norm.bias": torch.rand(112)}
     write({**random_stack(112).state_dict(), **norm}, tmp_path / "all.safetensors")
-    loaded = load(NAME, weights=tmp_path / "all.safetensors")
+    loaded = load(NAME, upsampler=tmp_path / "all.safetensors")
     assert loaded.norm is not None
     assert torch.equal(loaded.norm.weight, norm["norm.weight"])
     assert torch.equal(loaded.norm.bias, norm["norm.bias"])
     with pytest.raises(ValueError, match=r"trained behind a channel norm, .* leave it at True"):
-        load(NAME, use_norm=False, weights=tmp_path / "all.safetensors")
+        load(NAME, use_norm=False, upsampler=tmp_path / "all.safetensors")
     with pytest.raises(ValueError, match=r"holds a channel norm, .* load both"):
-        load_upsampler(weights=tmp_path / "all.safetensors")
+        load_upsampler(tmp_path / "all.safetensors")
 
 
 def test_an_upsampler_trained_without_a_norm_gets_none(tmp_path: Path) -> None:
     write(random_stack(112).state_dict(), tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match=r"without a channel norm; .* pass use_norm=False"):
-        load(NAME, weights=tmp_path / "bare.safetensors")
-    loaded = load(NAME, use_norm=False, weights=tmp_path / "bare.safetensors")
+        load(NAME, upsampler=tmp_path / "bare.safetensors")
+    loaded = load(NAME, use_norm=False, upsampler=tmp_path / "bare.safetensors")
     assert loaded.upsampler.feat_dim == 112
 
 
@@ -190,7 +190,7 @@ def test_a_model_or_a_file_that_does_not_fit_is_refused(
 
 def test_a_file_left_out_behind_a_name_is_not_taken_for_none() -> None:
     with pytest.raises(ValueError, match=r"a file must follow 'dinov2='; give it, or"):
-        name_and_file("dinov2=")
+        find_backbone("dinov2=")
 
 
 @pytest.mark.parametrize("name", [nn.Conv2d(3, 3, 1), None, 5])
@@ -209,7 +209,7 @@ def test_an_image_size_is_a_multiple_of_the_stride() -> None:
 @torch.no_grad()
 def test_any_model_of_timm_loads_by_its_name(stages: Path) -> None:
     for name in ("test_resnet", "timm/test_resnet.r160_in1k"):
-        loaded = load(name, pretrained=False, weights=stages)
+        loaded = load(name, pretrained=False, upsampler=stages)
         assert loaded(torch.randn(1, 3, 40, 72)).shape == (1, loaded.feat_dim, 40, 72)
 
 
@@ -220,7 +220,7 @@ def test_where_the_table_and_timm_share_a_name_the_table_wins_unless_told() -> N
 
 @torch.no_grad()
 def test_maskclip_works_with_its_defaults(stages: Path) -> None:
-    loaded = load("maskclip", pretrained=False, weights=stages)
+    loaded = load("maskclip", pretrained=False, upsampler=stages)
     assert isinstance(loaded.backbone, MaskClipBackbone)
     assert loaded(torch.randn(1, 3, 48, 40)).shape == (1, 512, 48, 40)
 

@@ -7,7 +7,7 @@ import torch
 from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone, TimmBackbone
 from featup_hub.loading import find_card, list_models
 from featup_hub.registry import ALIASES, EFFICIENTNET_LITE0, MODELS, UPSAMPLERS, WeightFile
-from featup_hub.weights import digest, shipped_folder, shipped_upsampler
+from featup_hub.weights import digest, shipped_folder
 
 WITH_BACKBONE = list_models()
 
@@ -42,12 +42,6 @@ def test_metas_names_are_known_models(name: str) -> None:
     assert name.endswith(("tiny", "small", "base", "large")) or (
         f"_{size[name.split('_vit')[1][0]]}_" in row.backbone
     )
-
-
-def test_shipped_upsamplers_are_found_by_their_former_names_too() -> None:
-    assert shipped_upsampler("jbu_universal") is UPSAMPLERS["jbu_denoise"]
-    assert shipped_upsampler("jbu_sharp") is UPSAMPLERS["jbu_faithful"]
-    assert shipped_upsampler("bilinear") is None
 
 
 @pytest.mark.parametrize("file", [EFFICIENTNET_LITE0, *UPSAMPLERS.values()])

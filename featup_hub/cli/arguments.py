@@ -66,17 +66,15 @@ def choose_backbone(spec: str) -> tuple[ModelCard, Path | None]:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a model, and old spellings of them."""
+    """Adds the flags that name a model."""
     add_backbone(parser)
     add = parser.add_argument
-    add("--backbone-weights", metavar="FILE", help=argparse.SUPPRESS)
     add(
         "--upsampler",
         default="jbu_denoise",
         metavar="NAME|FILE",
         help="%(default)s (default), jbu_faithful, or a file",
     )
-    add("--weights", dest="upsampler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--no-norm", action="store_true", help="do not normalise features before upsampling")
     add("--layer", type=int, metavar="N", help="take the features of this block of the backbone")
     add(
@@ -93,13 +91,7 @@ def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
     """Returns the card of the model that the flags name, and the options of ``load``."""
     from featup_hub.weights.files import resolve
 
-    if args.backbone_weights and "=" in args.model:
-        raise UsageError(
-            f"name the weights once; got --model {args.model} and --backbone-weights "
-            f"{args.backbone_weights}; leave the second out"
-        )
-    spec = f"{args.model}={args.backbone_weights}" if args.backbone_weights else args.model
-    card, file = choose_backbone(spec)
+    card, file = choose_backbone(args.model)
     with usage_errors():
         upsampler = resolve(args.upsampler)
     return card, {

@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or a file (default: %(default)s)",
         default=BASIS,
     )
-    add("--start", dest="upsampler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--no-picture", action="store_true", help="make no picture")
     add(
         "--overwrite",

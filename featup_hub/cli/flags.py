@@ -31,25 +31,20 @@ def add_flags(
     Fields may be int, float, str, bool (which makes ``--name`` and ``--no-name``), Path, Literal,
     tuples of these, and any of these or None. The help is the field's entry in the docstring's
     ``Attributes:``. A field without a default is a required flag. ``flags`` has other names of
-    flags by field, such as ``{"backbones": "--model"}``; the own name still works, but is hidden.
+    flags by field, such as ``{"backbones": "--model"}``.
     """
     hints, helps = get_type_hints(config), _attributes(config)
     group = parser.add_argument_group("options of the run")
     for field in fields(config):
         text = helps.get(field.name, "") + _default_text(field, hints[field.name])
-        own = f"--{field.name.replace('_', '-')}"
-        options = _options(hints[field.name], field.name)
-        shown = group.add_argument(
-            flags.get(field.name, own),
+        group.add_argument(
+            flags.get(field.name, f"--{field.name.replace('_', '-')}"),
             dest=field.name,
             default=argparse.SUPPRESS,  # the dataclass knows its defaults
             required=field.default is MISSING and field.default_factory is MISSING,
             help=text.strip().replace("%", "%%"),
-            **options,
+            **_options(hints[field.name], field.name),
         )
-        if own not in shown.option_strings:
-            hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            group.add_argument(own, dest=field.name, **hidden, **options)
 
 
 def from_flags(config: type[T], args: argparse.Namespace, preset: T | None = None) -> T:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from featup_hub.registry import UPSAMPLERS
 from featup_hub.upsamplers import JBUStack, baselines
-from featup_hub.weights import convert_upstream, digest, load_into, read, resolve, shipped_upsampler
+from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
 __all__ = ["Candidate", "UnknownUpsamplerError", "candidate", "is_plug_in", "plug_in"]
 
@@ -103,10 +103,10 @@ def candidate(spec: str) -> Candidate:
     if rest in BASELINES:
         function, default, part = getattr(baselines, rest), rest, rest
         source = Path(baselines.__file__)
-    elif (shipped_upsampler(file) or Path(file).is_file()) and option in ("", "unit"):
+    elif (file in UPSAMPLERS or Path(file).is_file()) and option in ("", "unit"):
         source = resolve(file)
         function, is_stack = _stack(source, unit_sum=option == "unit"), True
-        stem = file if shipped_upsampler(file) else source.stem
+        stem = file if file in UPSAMPLERS else source.stem
         default, part = stem + (f"@{option}" if option else ""), option
     elif is_plug_in(rest):
         function = plug_in(rest)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from featup_hub.backbones import Backbone, ShiftAndStitch
 from featup_hub.evaluation.candidates import is_plug_in, plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
-from featup_hub.loading import find_card, load_backbone, name_and_file
-from featup_hub.weights import digest, read, resolve, write
+from featup_hub.loading import find_backbone, load_backbone
+from featup_hub.weights import digest, read, write
 
-__all__ = ["Bench", "Source", "check_source", "file_stamp", "open_source"]
+__all__ = ["Bench", "Source", "file_stamp", "find_source"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,44 +91,35 @@ class Bench:
         return read(place)["features"].float()
 
 
-def open_source(spec: str) -> Source:
-    """Loads a backbone as a source of features.
+def find_source(spec: str) -> Callable[[], Source]:
+    """Finds a backbone; the function returned loads it as a source of features.
 
     ``spec`` is ``NAME`` or ``NAME=FILE``, a name that :func:`featup_hub.load` takes and weights of
-    your own, or a plug-in ``module:callable`` that returns a backbone. The old spellings
-    ``LABEL=NAME`` and ``LABEL=NAME@FILE`` set its name in tables.
+    your own, or a plug-in ``module:callable`` that returns a backbone. Tables call a file by its
+    name without suffix, and a plug-in by that of its callable.
+
+    Raises:
+        ValueError: If there is no such model or plug-in.
+        FileNotFoundError: If there is no such file.
     """
-    label, name, file = _parts(spec)
-    backbone = plug_in(name)() if is_plug_in(name) else load_backbone(name, weights=file)
-    if file is None and is_plug_in(name):  # a plug-in is identified by the file that defines it
-        file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    identity = f"{name} {digest(file) if file else 'pretrained'}"
-    return Source(name=label, backbone=backbone.requires_grad_(False), identity=identity)
+    make: Callable[[], Backbone]
+    if is_plug_in(spec):
+        module, _, name = spec.partition(":")
+        make = plug_in(spec)
+        code = getattr(sys.modules[module], "__file__", None)
+        file = Path(code) if code else None
+        key = spec
+    else:
+        card, file = find_backbone(spec)
+        make = partial(load_backbone, card, weights=file)
+        key = spec.partition("=")[0]
+        name = f"{key}={file.stem}" if file else key
 
+    def load() -> Source:
+        identity = f"{key} {digest(file) if file else 'pretrained'}"
+        return Source(name=name, backbone=make().requires_grad_(False), identity=identity)
 
-def check_source(spec: str) -> None:
-    """Raises the errors of :func:`open_source` about names and missing files; loads nothing."""
-    _, name, file = _parts(spec)
-    (plug_in if is_plug_in(name) else find_card)(name)
-    if file:
-        resolve(Path(file))
-
-
-def _parts(spec: str) -> tuple[str, str, str | None]:
-    """Returns the name in tables, the backbone's name, and a file of weights; ``@`` is old."""
-    name, file = name_and_file(spec)
-    if file and (Path(file).expanduser().is_file() or not _is_backbone(file.partition("@")[0])):
-        return f"{name}={Path(file).stem}", name, file
-    label, _, rest = spec.rpartition("=")
-    name, _, file = rest.partition("@")
-    return label or name, name, file or None
-
-
-def _is_backbone(name: str) -> bool:
-    try:
-        return is_plug_in(name) or bool(find_card(name))
-    except ValueError:
-        return False
+    return load
 
 
 def file_stamp(path: Path) -> str:

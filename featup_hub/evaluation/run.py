@@ -13,7 +13,7 @@ from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.consistency import measure_consistency
 from featup_hub.evaluation.cost import measure_cost
 from featup_hub.evaluation.dataset import Dataset
-from featup_hub.evaluation.features import Bench, Source, check_source, file_stamp, open_source
+from featup_hub.evaluation.features import Bench, Source, file_stamp, find_source
 from featup_hub.evaluation.layouts import open_data
 from featup_hub.evaluation.oracle import measure_oracle
 from featup_hub.evaluation.probes import measure_preservation, measure_transfer
@@ -78,9 +78,8 @@ def evaluate(
     ]
     specs = config.backbones if ON_FEATURES.keys() & set(config.protocols) else ()
     with _about("backbones", ValueError, FileNotFoundError):
-        for spec in specs:  # before the first is loaded, perhaps downloaded
-            check_source(spec)
-        sources = [open_source(spec) for spec in specs]
+        found = [find_source(spec) for spec in specs]  # before the first is loaded
+        sources = [load() for load in found]
     measured = measure(data, sources, candidates, config, progress=progress)
     return (rows([found], versus=config.versus, resamples=config.resamples) for found in measured)
 

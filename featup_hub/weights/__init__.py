@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         read,
         resolve,
         shipped_folder,
-        shipped_upsampler,
         split_norm,
         write,
     )
@@ -39,7 +38,6 @@ __all__ = [
     "read_state",
     "resolve",
     "shipped_folder",
-    "shipped_upsampler",
     "split_norm",
     "write",
 ]

@@ -71,14 +71,8 @@ def resolve(source: WeightFile | str | Path) -> Path:
     return existing(cast("str | Path", source))
 
 
-def shipped_upsampler(name: str) -> WeightFile | None:
-    """Returns the file of a shipped upsampler by its name, or by its former name."""
-    former = {"jbu_universal": "jbu_denoise", "jbu_sharp": "jbu_faithful"}
-    return UPSAMPLERS.get(former.get(name, name))
-
-
 def _shipped(source: WeightFile | str | Path) -> WeightFile | None:
-    return source if isinstance(source, WeightFile) else shipped_upsampler(str(source))
+    return source if isinstance(source, WeightFile) else UPSAMPLERS.get(str(source))
 
 
 def shipped_folder() -> Path:

@@ -27,7 +27,7 @@ def test_convert_makes_a_file_that_upsample_takes(
     assert ("without a channel norm" in said) == ("--no-norm" in said) == (not norm)
     made = read("out.safetensors")
     assert all(torch.equal(made[name], tensor) for name, tensor in stack.items())
-    flags = "--weights out.safetensors --out out --size 32" + ("" if norm else " --no-norm")
+    flags = "--upsampler out.safetensors --out out --size 32" + ("" if norm else " --no-norm")
     assert command("upsample photos/a.jpg", flags).code == 0
 
 

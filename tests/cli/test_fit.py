@@ -35,7 +35,7 @@ def folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("a.jpg --out a.jpg --no-picture", "must be named *.safetensors; got a.jpg"),
         ("a.jpg --out o1.png", "must be named *.safetensors; got o1.png"),
         ("b.png --out ../photos/b.safetensors", "../photos/b.png would replace b.png"),
-        (f"a.jpg --start {STAGES} --out {STAGES}", f"{STAGES} would replace {STAGES}"),
+        (f"a.jpg --upsampler {STAGES} --out {STAGES}", f"{STAGES} would replace {STAGES}"),
         (f"a.jpg --model resnet18={OWN} --out {OWN}", f"{OWN} would replace {OWN}"),
         ("c.png --out new.safetensors", "new.png would replace c.png"),
         ("a.jpg --out d.safetensors", "d.png is a folder; name a file in it"),
@@ -55,7 +55,8 @@ def test_an_output_that_would_replace_an_input_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize(
-    "line", ["a.jpg", "b.png --no-picture", "b.png --out c.safetensors", f"a.jpg --start {STAGES}"]
+    "line",
+    ["a.jpg", "b.png --no-picture", "b.png --out c.safetensors", f"a.jpg --upsampler {STAGES}"],
 )
 def test_an_output_of_its_own_is_not_refused(line: str, command: Command) -> None:
     with pytest.raises(AssertionError, match="the work began"):

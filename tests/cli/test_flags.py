@@ -45,7 +45,7 @@ def parser_of_run() -> argparse.ArgumentParser:
 
 
 def test_flags_set_fields_of_every_kind() -> None:
-    line = "--steps 7 --rate .5 --mode b --size 4 6 --model x --names y --no-fast --out o --limit 2"
+    line = "--steps 7 --rate .5 --mode b --size 4 6 --model x --model y --no-fast --out o --limit 2"
     run = from_flags(Run, parser_of_run().parse_args(line.split()))
     assert run == Run(
         steps=7,

@@ -32,7 +32,7 @@ def many(tmp_path: Path) -> Path:
 
 
 def command(photos: Path, out: Path, stages: Path) -> list[str]:
-    flags = ["--out", out, "--weights", stages, "--size", 32, "--device", "cpu"]
+    flags = ["--out", out, "--upsampler", stages, "--size", 32, "--device", "cpu"]
     return [str(word) for word in ["upsample", photos, *flags]]
 
 

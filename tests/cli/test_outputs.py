@@ -36,7 +36,7 @@ def test_a_second_run_keeps_what_is_finished_and_makes_what_is_missing(
     [
         ("--size 48", "made with size 32, not 48"),
         ("--model vit", "made with model efficientnet_lite0, not vit"),
-        ("--weights other.safetensors", "made with upsampler"),
+        ("--upsampler other.safetensors", "made with upsampler"),
         ("", "is not a safetensors file; --overwrite replaces it"),
     ],
 )

@@ -17,7 +17,7 @@ TRAIN = f"train photos --out run {SMALL} --steps"
 def test_train_makes_a_file_that_upsample_takes(photos: Path, command: Command) -> None:
     done = command(TRAIN, "1 --model efficientnet_lite0")
     assert (done.code, done.out) == (0, "wrote run/jbu.safetensors\n")
-    flags = "--weights run/jbu.safetensors --out out --size 32"
+    flags = "--upsampler run/jbu.safetensors --out out --size 32"
     assert command("upsample photos/a.jpg", flags).code == 0
     done = command(TRAIN, "1 --lr 1")
     assert done.code == 1

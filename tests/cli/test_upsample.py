@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import warnings
 from pathlib import Path
@@ -16,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from featup_hub import JBUStack, __version__, load
-from featup_hub.cli.arguments import add_model, choose_model
 from featup_hub.image import preprocess, read_image
 from featup_hub.weights import metadata, read, write
 from tests.cli.conftest import Colours, Command
@@ -46,8 +44,8 @@ def test_features_are_those_of_the_model(
 ) -> None:
     photo = root / "tests/data/chelsea.jpg"
     flags = "--size 64x96 --no-picture --format npy --impl reference"
-    assert command("upsample", photo, "--weights", stages, "--out", tmp_path, flags).code == 0
-    model = load("efficientnet_lite0", weights=stages)
+    assert command("upsample", photo, "--upsampler", stages, "--out", tmp_path, flags).code == 0
+    model = load("efficientnet_lite0", upsampler=stages)
     image = preprocess(read_image(photo), (64, 96), mean=model.mean, std=model.std)
     with torch.inference_mode():
         expected = model(image, impl="reference")[0]
@@ -120,8 +118,8 @@ def test_errors_of_loading_advise_flags(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     for flags, advice in (
-        ("--weights bare.safetensors", "give --no-norm"),
-        ("--weights normed.safetensors --no-norm", "leave --no-norm out"),
+        ("--upsampler bare.safetensors", "give --no-norm"),
+        ("--upsampler normed.safetensors --no-norm", "leave --no-norm out"),
         (f"--upsampler {stages} --model vit", "by --model NAME=FILE"),
     ):
         done = command("upsample photos/a.jpg --out out", flags)
@@ -171,21 +169,6 @@ def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(
     large = upsample("photos/a.jpg --no-picture --dtype float16 --overwrite")
     assert large.code == 1
     assert "float16 holds values up to 65504; features reach" in large.err
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("--weights jbu_sharp", "--upsampler jbu_faithful"),
-        ("--backbone-weights own", "--model efficientnet_lite0=own"),
-    ],
-)
-def test_old_spellings_name_the_same_model(old: str, new: str, photos: Path) -> None:
-    write({"x": torch.zeros(1)}, "own")
-    parser = argparse.ArgumentParser()
-    add_model(parser)
-    chosen = [choose_model(parser.parse_args(flags.split())) for flags in (old, new)]
-    assert chosen[0] == chosen[1]
 
 
 def test_pixels_of_12_bits_are_warned_of_in_a_line_and_a_range_keeps_their_levels(

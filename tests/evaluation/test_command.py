@@ -33,7 +33,7 @@ def test_the_command_prints_tables_and_writes_files(oracle, tmp_path, capsys):
 
 
 def test_a_lone_upsampler_needs_no_figure_and_the_oracle_no_backbone(oracle, tmp_path):
-    assert oracle(f"--upsamplers bilinear --backbones nope --out {tmp_path}") == 0
+    assert oracle(f"--upsamplers bilinear --backbone nope --out {tmp_path}") == 0
     assert not (tmp_path / "results.png").exists()
 
 
@@ -56,8 +56,7 @@ DATA = "--data folder:SCENES "
         ("--upsamplers no_module:x", "--upsamplers: a plug-in module:callable must be importable"),
         ("--upsamplers json:dumps", "--upsamplers: a plug-in must be a function of (source, image"),
         (DATA + "--upsamplers nearest nearest", "--upsamplers must each have a name of its own; "),
-        (DATA + "--backbones nope", "--backbone: a model must be one of "),
-        (DATA + "--backbones dinov2@no.file", "--backbone: no weights file no.file; check"),
+        (DATA + "--backbone nope", "--backbone: a model must be one of "),
         (DATA + "--backbone dinov2=no.file", "--backbone: no weights file no.file; check"),
         (
             DATA + "--versus nope --upsamplers nearest bilinear",

@@ -156,14 +156,16 @@ def test_missing_truth_is_an_error_before_anything_is_measured(splits, protocol,
 def test_every_backbone_s_name_and_file_are_checked_before_one_is_loaded(
     scenes, monkeypatch, later, message
 ):
-    monkeypatch.setattr(run, "open_source", None)
+    monkeypatch.setattr(
+        "featup_hub.evaluation.features.load_backbone", lambda *_, **__: pytest.fail("loaded")
+    )
     config = EvaluationConfig(data=(f"folder:{scenes}",), backbones=("efficientnet_lite0", later))
     with pytest.raises(ValueError, match=f"^backbones: .*{message}"):
         evaluate(config)
 
 
 def test_missing_photographs_are_an_error_before_a_model_is_loaded(scenes, splits, monkeypatch):
-    monkeypatch.setattr(run, "open_source", None)
+    monkeypatch.setattr(run, "find_source", None)
     monkeypatch.setattr(run, "open_classifier", None)
     protocols, data = ("preservation", "cam"), (f"folder:{scenes}",)
     with pytest.raises(ValueError, match="photos must be given"):
@@ -196,7 +198,7 @@ def test_every_number_of_looks_is_a_row_of_its_own_and_an_upsampler_is_opened_on
     scenes, monkeypatch, tmp_path
 ):
     opened = []
-    monkeypatch.setattr(run, "open_source", lambda _: colours())
+    monkeypatch.setattr(run, "find_source", lambda _: colours)
     monkeypatch.setattr(run, "candidate", lambda spec: (opened.append(spec), candidate(spec))[1])
     config = EvaluationConfig(
         data=(f"folder:{scenes}",),

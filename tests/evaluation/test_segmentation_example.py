@@ -13,7 +13,7 @@ import featup_hub
 @pytest.fixture
 def example(root, stages, monkeypatch):
     load = featup_hub.load
-    monkeypatch.setattr(featup_hub, "load", lambda name: load(name, weights=stages))
+    monkeypatch.setattr(featup_hub, "load", lambda name: load(name, upsampler=stages))
     return runpy.run_path(str(root / "examples" / "segmentation_head.py"))
 
 

@@ -182,7 +182,7 @@ def test_the_command_writes_a_fit_and_a_picture(
     monkeypatch.setattr("featup_hub.loading.load_backbone", lambda *_, **__: Blur())
     out = tmp_path / "one.safetensors"
     line = ["fit", str(photos / "p0.png"), "--out", str(out), "--size", "32", "--max-pad", "4"]
-    assert main([*line, "--views", "12", "--start", "jbu_faithful", *options]) == 0
+    assert main([*line, "--views", "12", "--upsampler", "jbu_faithful", *options]) == 0
     assert capsys.readouterr().out.startswith(f"wrote {out}: held_out_error ")
     fitted = featup_hub.FittedFeatures.load(out)
     assert isinstance(fitted, ImplicitUpsampler if options else JBUFit)

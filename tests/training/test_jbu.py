@@ -148,9 +148,9 @@ def test_odd_strides_and_shapes_and_several_backbones_train(photos, stem, tmp_pa
 
 def test_a_run_starts_from_a_file_or_shipped_stages_and_its_own_file_names_no_folder(run, tmp_path):
     write(JBUStack(unit_sum=True).state_dict(), tmp_path / "first.safetensors")
-    for name in (str(tmp_path / "first.safetensors"), "jbu_sharp"):
+    for name in (str(tmp_path / "first.safetensors"), "jbu_faithful"):
         started = run(start=name, seed=5, backbones=(f"stem={tmp_path}/w.safetensors",))
-        for key, value in load_upsampler(weights=name).state_dict().items():
+        for key, value in load_upsampler(name).state_dict().items():
             torch.testing.assert_close(started.stack.state_dict()[key], value, atol=1e-6, rtol=0)
         started.export(tmp_path / "made.safetensors")
         config = json.loads(metadata(tmp_path / "made.safetensors")["config"])

@@ -46,7 +46,7 @@ def equations(stack: JBUStack, dtype: torch.dtype = torch.float32) -> NormalEqua
 
 @pytest.mark.parametrize("name", ["jbu_denoise", "jbu_faithful"])
 def test_the_fit_of_views_of_a_known_map_returns_that_map(name: str) -> None:
-    stack, views = load_upsampler(weights=name), jitters(60)
+    stack, views = load_upsampler(name), jitters(60)
     source = torch.randn(1, 5, *SOURCE, generator=seeded(3))
     with torch.no_grad():
         truth = stack(source, image())
@@ -89,7 +89,7 @@ def test_sums_and_solution_are_those_of_dense_matrices(grid: tuple[int, int], bl
 
 
 def test_a_strong_ridge_returns_the_prior_and_a_weak_one_the_best_fit() -> None:
-    stack, views = load_upsampler(weights="jbu_faithful"), jitters(20)
+    stack, views = load_upsampler("jbu_faithful"), jitters(20)
     found = equations(stack)
     found.add(views, torch.randn(20, 3, *GRID, generator=seeded(8)))
     prior = torch.randn(1, 3, *SOURCE, generator=seeded(9))
@@ -115,7 +115,7 @@ def test_gradients_reach_the_features_and_the_prior() -> None:
 
 def test_the_held_out_views_choose_the_ridge() -> None:
     """Noisy views want a strong ridge; the error is that of the views, measured directly."""
-    stack, views, unseen = load_upsampler(weights="jbu_faithful"), jitters(12), jitters(9, 7)[1:]
+    stack, views, unseen = load_upsampler("jbu_faithful"), jitters(12), jitters(9, 7)[1:]
     noise = torch.randn(20, 3, *GRID, generator=seeded(8))
     with torch.no_grad():
         clean = stack(torch.randn(1, 3, *SOURCE, generator=seeded(3)), image())

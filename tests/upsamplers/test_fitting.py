@@ -16,7 +16,7 @@ CLOSING = "fixup_proj.1.weight"
 def test_a_stack_of_any_number_of_stages_comes_back_from_its_file(count, feat_dim, tmp_path):
     stack = JBUStack(feat_dim, num_stages=count).eval()
     write(stack.state_dict(), tmp_path / "some.safetensors")
-    loaded = load_upsampler(weights=tmp_path / "some.safetensors")
+    loaded = load_upsampler(tmp_path / "some.safetensors")
     source, image = torch.randn(1, 6, 2, 3), torch.randn(1, 3, 32, 45)
     with torch.no_grad():
         assert torch.equal(loaded(source, image), stack(source, image))
@@ -37,4 +37,4 @@ def test_a_stack_of_any_number_of_stages_comes_back_from_its_file(count, feat_di
 def test_a_file_that_claims_too_much_is_refused_before_anything_is_allocated(claimed, tmp_path):
     write(claimed, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match="does not fit JBUStack"):
-        load_upsampler(weights=tmp_path / "odd.safetensors")
+        load_upsampler(tmp_path / "odd.safetensors")

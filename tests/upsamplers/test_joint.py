@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from featup_hub import load_upsampler
 from featup_hub.ops import jbu_apply, pool_guidance
 from featup_hub.upsamplers import JBUStack, JointBilateralStage, stage_sizes
-from featup_hub.weights import read, shipped_folder, write
+from featup_hub.weights import read, resolve, write
 from tests.ops.formulations import randomise
 
 
@@ -247,7 +247,7 @@ def test_widths_of_nothing_repeat_cells() -> None:
 def test_a_file_tells_that_the_first_stage_is_joint(tmp_path: Path) -> None:
     joint = randomise(JBUStack(joint_first=True, num_stages=2))
     write(joint.state_dict(), tmp_path / "mine.safetensors")
-    loaded = load_upsampler(weights=tmp_path / "mine.safetensors")
+    loaded = load_upsampler(tmp_path / "mine.safetensors")
     assert loaded.joint_first
     source, image = torch.randn(1, 5, 4, 4), torch.randn(1, 3, 16, 16)
     assert torch.equal(loaded(source, image), joint(source, image))
@@ -256,10 +256,10 @@ def test_a_file_tells_that_the_first_stage_is_joint(tmp_path: Path) -> None:
     assert torch.equal(again(source, image), loaded(source, image))
 
 
-@pytest.mark.parametrize(("name", "smooths"), [("jbu_universal", True), ("jbu_sharp", False)])
+@pytest.mark.parametrize(("name", "smooths"), [("jbu_denoise", True), ("jbu_faithful", False)])
 def test_shipped_files_keep_constants_and_one_smooths(name: str, smooths: bool) -> None:
-    upsampler = load_upsampler(weights=name)
-    shipped = read(shipped_folder() / f"{name}.safetensors")
+    upsampler = load_upsampler(name)
+    shipped = read(resolve(name))
     assert all(torch.equal(shipped[k], v) for k, v in upsampler.state_dict().items())
     source, image = torch.randn(1, 5, 6, 8), torch.randn(1, 3, 96, 128)
     with torch.no_grad():

@@ -46,7 +46,7 @@ def test_what_was_trained_keeps_its_unit_sum_in_every_file(tmp_path: Path) -> No
     plain = JBUStack(joint_first=True).eval()  # knows nothing of sums
     plain.load_state_dict(upsampler.state_dict())
     copies = {
-        "load_upsampler": load_upsampler(weights=tmp_path / "stages.safetensors"),
+        "load_upsampler": load_upsampler(tmp_path / "stages.safetensors"),
         "from_pretrained": JBUStack.from_pretrained(tmp_path / "folder"),
         "load_state_dict": plain,
         "deepcopy": copy.deepcopy(upsampler),
