@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.ops.jbu import check_numbers
-
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -64,7 +62,6 @@ def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
     shapes = [_shape(f) for f in features]
     if not shapes or any(len(s) != 4 or 0 in s for s in shapes) or len({s[1] for s in shapes}) != 1:
         raise ValueError(f"fit_pca needs maps (B, C, H, W) with the same channels; got {shapes}")
-    check_numbers(1, k=k)
     rows = torch.cat([_sample(f) for f in features])
     if not rows.isfinite().all():
         raise ValueError("features must be finite; got NaN or infinity, what made them is broken")

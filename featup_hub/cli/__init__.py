@@ -78,17 +78,16 @@ def _goes_on(argv: Sequence[str]) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises errors; refuses abbreviated flags, so that a new flag does not break scripts."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
+    """Raises errors in flags."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Flags are not abbreviated, so that a new flag does not break scripts.
     parser = _Parser(
+        allow_abbrev=False,
         prog="featup-hub",
         description="High-resolution features from any vision backbone.",
         epilog="featup-hub COMMAND --help explains a command.",
@@ -104,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in _COMMANDS:
         module = import_module(f"{__name__}.{name}")
         text = module.__doc__ or ""
-        command = commands.add_parser(name, help=text.split(".")[0], description=text)
+        command = commands.add_parser(
+            name, help=text.split(".")[0], description=text, allow_abbrev=False
+        )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         command.set_defaults(run=module.run)

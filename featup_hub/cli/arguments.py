@@ -1,4 +1,4 @@
-"""Arguments of several commands, checked, and their errors. Its import does not import torch."""
+"""Checks arguments of several commands, and explains errors. Its import does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +22,12 @@ class UsageError(ValueError):
 
 
 @contextmanager
-def usage_errors(prefix: str = "", suffix: str = "") -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Turns an error about a value or a missing file into a UsageError."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"{prefix}{explain(error)}{suffix}") from error
+        raise UsageError(explain(error)) from error
 
 
 def complain(problem: str, kind: str = "error") -> None:
@@ -46,17 +46,6 @@ def explain(error: Exception) -> str:
     return text
 
 
-def add_backbone(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that names a backbone."""
-    parser.add_argument(
-        "--model",
-        default="efficientnet_lite0",
-        metavar="NAME[=FILE]",
-        help="the backbone, and a file with its weights if they are your own "
-        "(default: %(default)s)",
-    )
-
-
 def choose_backbone(spec: str) -> tuple[ModelCard, Path | None]:
     """Returns the card and the file of ``NAME[=FILE]``, both known to exist."""
     from featup_hub.loading import find_backbone
@@ -65,62 +54,50 @@ def choose_backbone(spec: str) -> tuple[ModelCard, Path | None]:
         return find_backbone(spec)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a model."""
-    add_backbone(parser)
-    add = parser.add_argument
-    add(
-        "--upsampler",
-        default="jbu_denoise",
-        metavar="NAME|FILE",
-        help="%(default)s (default), jbu_faithful, or a file",
-    )
-    add("--no-norm", action="store_true", help="do not normalise features before upsampling")
-    add("--layer", type=int, metavar="N", help="take the features of this block of the backbone")
-    add(
-        "--looks",
-        type=int,
-        default=1,
-        metavar="N",
-        help="run the backbone on N shifted copies of the image, 4 or 9, and combine the maps, at "
-        "N times the cost (default: %(default)s)",
-    )
+class Choice(NamedTuple):
+    """A model that exists but is not loaded: its stride, the images' size, options of ``load``."""
+
+    card: ModelCard
+    stride: int
+    size: int | tuple[int, int]
+    options: dict[str, Any]
 
 
-def choose_model(args: argparse.Namespace) -> tuple[ModelCard, dict[str, Any]]:
-    """Returns the card of the model that the flags name, and the options of ``load``."""
+def choose_model(
+    args: argparse.Namespace,
+    *,
+    size: int | tuple[int, int] | None = None,
+    device: str = "cpu",
+) -> Choice:
+    """Finds the model that the flags name, and checks the size of images and the device."""
+    from featup_hub.image import check_size
+    from featup_hub.loading import find_backbone, open_device, stride_and_size
     from featup_hub.weights.files import resolve
 
-    card, file = choose_backbone(args.model)
     with usage_errors():
+        place = open_device(device)
+        card, file = find_backbone(args.model)
+        stride, usual = stride_and_size(card, layer=args.layer, looks=args.looks)
         upsampler = resolve(args.upsampler)
-    return card, {
+        size = usual if size is None else size
+        check_size(size, multiple_of=stride)
+    options = {
         "backbone_weights": file,
         "upsampler": upsampler,
         "use_norm": not args.no_norm,
         "layer": args.layer,
         "looks": args.looks,
+        "device": place,
     }
+    return Choice(card, stride, size, options)
 
 
-def parse_size(text: str) -> int | tuple[int, int]:
-    """Reads a size: 448 is the short side, 448x640 is height and width."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(
-            f"a size is a number, such as 448, or HxW, 448x640; got {text!r}"
-        )
-    return (int(sides[0]), int(sides[1])) if len(sides) == 2 else int(sides[0])
-
-
-def open_device(name: str | None) -> torch.device:
-    """Returns a device after testing it; by default cuda if there is one, else cpu."""
-    import torch
-
+def open_device(name: str) -> torch.device:
+    """Returns a device after testing it."""
     from featup_hub import loading
 
-    with usage_errors("--"):
-        return loading.open_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with usage_errors():
+        return loading.open_device(name)
 
 
 def check_output(path: Path, suffix: str | None = None) -> None:

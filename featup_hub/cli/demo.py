@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import add_backbone, choose_backbone
+from featup_hub.cli.arguments import choose_backbone
+from featup_hub.cli.flags import add_backbone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

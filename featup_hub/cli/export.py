@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from featup_hub.cli.arguments import UsageError, add_model, check_output, choose_model, parse_size
+from featup_hub.cli.arguments import UsageError, check_output, choose_model
+from featup_hub.cli.flags import add_model, parse_size
 
 _FORMATS = ("onnx", "pt2")
 
@@ -29,24 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = args.format or args.out.suffix[1:]
-    if chosen not in _FORMATS:
+    form = args.format or args.out.suffix[1:]
+    if form not in _FORMATS:
         raise UsageError(f"the file to write must be named *.onnx or *.pt2; got {args.out}")
     check_output(args.out)
     size = args.static
     if size is not None and (not isinstance(size, tuple) or 0 in size):
         raise UsageError(f"--static must be HxW, such as 224x224; got {size}")
-    card, options = choose_model(args)
+    chosen = choose_model(args, size=size)
 
     import torch
 
     from featup_hub.export import check_onnx, trace, write_onnx, write_pt2
     from featup_hub.loading import load
 
-    for_onnx = chosen == "onnx"
+    for_onnx = form == "onnx"
     if for_onnx:
         check_onnx()
-    model = load(card, **options)
+    model = load(chosen.card, **chosen.options)
     stride = model.patch_size * model.stack.looks_per_side
     height, width = size or (2 * stride, 3 * stride)
     print(f"[1/2] tracing {args.model}", file=sys.stderr, flush=True)

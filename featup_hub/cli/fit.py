@@ -11,14 +11,8 @@ import argparse
 from contextlib import suppress
 from pathlib import Path
 
-from featup_hub.cli.arguments import (
-    UsageError,
-    add_backbone,
-    check_output,
-    choose_backbone,
-    open_device,
-)
-from featup_hub.cli.flags import add_flags, from_flags
+from featup_hub.cli.arguments import UsageError, check_output, choose_backbone, open_device
+from featup_hub.cli.flags import add_backbone, add_flags, from_flags
 from featup_hub.training.config import BASIS, PRESETS, FitConfig
 
 _FORMATS = ("featup_hub.jbu_fit/", "featup_hub.implicit/")  # entries of fits, in any version

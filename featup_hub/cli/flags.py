@@ -1,4 +1,4 @@
-"""Flags made from the fields of a configuration."""
+"""Flags of several commands, and flags made from the fields of a configuration."""
 
 from __future__ import annotations
 
@@ -18,6 +18,49 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that names a backbone."""
+    parser.add_argument(
+        "--model",
+        default="efficientnet_lite0",
+        metavar="NAME[=FILE]",
+        help="the backbone, and a file with its weights if they are your own "
+        "(default: %(default)s)",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name a model."""
+    add_backbone(parser)
+    add = parser.add_argument
+    add(
+        "--upsampler",
+        default="jbu_denoise",
+        metavar="NAME|FILE",
+        help="%(default)s (default), jbu_faithful, or a file",
+    )
+    add("--no-norm", action="store_true", help="do not normalise features before upsampling")
+    add("--layer", type=int, metavar="N", help="take the features of this block of the backbone")
+    add(
+        "--looks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run the backbone on N shifted copies of the image, 4 or 9, and combine the maps, at "
+        "N times the cost (default: %(default)s)",
+    )
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """Reads a size: 448 is the short side, 448x640 is height and width."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"a size is a number, such as 448, or HxW, 448x640; got {text!r}"
+        )
+    return (int(sides[0]), int(sides[1])) if len(sides) == 2 else int(sides[0])
 
 
 def add_flags(

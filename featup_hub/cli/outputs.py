@@ -6,13 +6,14 @@ is written after its features, so a picture without features is not an output.
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from featup_hub import __version__
-from featup_hub.cli.arguments import UsageError
+from featup_hub.cli.arguments import Choice, UsageError, explain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +77,44 @@ def _images(path: Path, out: Path) -> list[Path]:
     return found
 
 
-def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
+def settings_of(args: argparse.Namespace, chosen: Choice) -> dict[str, str]:
+    """Returns the settings of the features, which their file stores."""
+    from featup_hub.files import sha256_of_file
+    from featup_hub.registry import UPSAMPLERS
+
+    shipped, own = UPSAMPLERS.get(args.upsampler), chosen.options["backbone_weights"]
+    upsampler = shipped.sha256 if shipped else sha256_of_file(chosen.options["upsampler"])
+    size = chosen.size
+    return {
+        "model": chosen.card.name,
+        "normalised": "no" if args.no_norm else "yes",
+        "upsampler": upsampler[:16],
+        "backbone": sha256_of_file(own)[:16] if own else "its own",
+        "layer": "default" if args.layer is None else str(args.layer),
+        "looks": str(args.looks),
+        "size": "x".join(map(str, size)) if isinstance(size, tuple) else str(size),
+        "dtype": args.dtype,
+        "bands": ",".join(map(str, args.bands or ["all"])),
+        "value_range": " ".join(map(str, args.value_range or ["full"])),
+    }
+
+
+def unfinished(
+    jobs: Sequence[Job], settings: Mapping[str, str]
+) -> tuple[list[Job], list[Job], list[str]]:
+    """Returns the jobs to do, those that are finished, and the problems of the others."""
+    todo: list[Job] = []
+    kept: list[Job] = []
+    problems: list[str] = []
+    for job in jobs:
+        try:
+            (kept if _is_finished(job, settings) else todo).append(job)
+        except (OSError, ValueError) as error:
+            problems.append(explain(error))
+    return todo, kept, problems
+
+
+def _is_finished(job: Job, settings: Mapping[str, str]) -> bool:
     """Returns whether the outputs exist.
 
     Only safetensors files store their settings; an existing npy file counts as finished. Outputs of
@@ -112,18 +150,17 @@ def is_finished(job: Job, settings: Mapping[str, str]) -> bool:
 
 
 def write_outputs(
-    job: Job, shown: Image.Image, source: Tensor, features: Tensor, settings: Mapping[str, str]
+    job: Job, features: Tensor, picture: Image.Image | None, settings: Mapping[str, str]
 ) -> str:
     """Writes the features, (1, C, H, W), then the picture; returns what was written."""
     from featup_hub.files import write_atomically
-    from featup_hub.visualize import comparison
 
     _write_features(features[0], job, settings)
-    if job.picture is None:
+    if job.picture is None or picture is None:
         return str(job.features)
     # Written last: a picture without features is then known not to be an output.
     with write_atomically(job.picture) as partial:
-        comparison(shown, source, features).save(partial, format="PNG")
+        picture.save(partial, format="PNG")
     return f"{job.features} and {job.picture.name}"
 
 

@@ -12,34 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
-from featup_hub.cli.arguments import (
-    UsageError,
-    add_model,
-    choose_model,
-    complain,
-    explain,
-    make_folder,
-    open_device,
-    parse_size,
-    usage_errors,
-)
-from featup_hub.cli.outputs import FORMATS, Job, is_finished, plan, write_outputs
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from featup_hub.registry import ModelCard
+from featup_hub.cli.arguments import UsageError, choose_model, complain, explain, make_folder
+from featup_hub.cli.flags import add_model, parse_size
+from featup_hub.cli.outputs import FORMATS, plan, settings_of, unfinished, write_outputs
 
 _IMPLEMENTATIONS = ("auto", "cuda", "torch", "reference")
-_AHEAD = 2  # images read ahead
-Picture = TypeVar("Picture")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,145 +73,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
+    from tqdm import tqdm
 
-    from featup_hub.image import check_size, normalise, read_image, resize
-    from featup_hub.loading import load, stride_and_size
+    from featup_hub.image import normalise, read_image, resize
+    from featup_hub.loading import load
+    from featup_hub.visualize import comparison
 
-    card, options = choose_model(args)
-    with usage_errors():
-        stride, size = stride_and_size(card, layer=args.layer, looks=args.looks)
-    size = size if args.size is None else args.size
-    with usage_errors("--", f"; {stride} is the stride of {card.name}"):
-        check_size(size, multiple_of=stride)
-    device = open_device(args.device)
-    if args.impl == "cuda" and device.type != "cuda":
-        raise UsageError(f"--impl cuda needs a CUDA device; got {device}; leave --impl out")
-    jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     make_folder(args.out)
-    settings = _settings(args, card, options, size)
-    progress = _Progress(len(jobs))
-    todo = jobs if args.overwrite else _unfinished(jobs, settings, progress)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_model(args, size=args.size, device=device)
+    place = chosen.options["device"]
+    if args.impl == "cuda" and place.type != "cuda":
+        raise UsageError(f"--impl cuda needs a CUDA device; got {place}; leave --impl out")
+    jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
+    settings = settings_of(args, chosen)
+    todo, kept, problems = (jobs, [], []) if args.overwrite else unfinished(jobs, settings)
+    for problem in problems:
+        complain(problem)
+    if kept:
+        what = str(kept[0].features) if len(kept) == 1 else f"{len(kept)} finished outputs"
+        print(f"kept {what}; --overwrite replaces", flush=True)
+    written, failed, total, start = 0, len(problems), len(jobs), time.monotonic()
     if todo:
-        model = load(card, **options, device=device)
-
-        def read(job: Job) -> tuple[Image.Image, Tensor]:
-            photo = read_image(job.image, bands=args.bands, value_range=args.value_range)
-            shown = resize(photo, size, multiple_of=stride)
-            return shown, normalise(shown, mean=model.mean, std=model.std)
-
-        for job, reading in _read_ahead(todo, read):
-            start = progress.begin(str(job.image))
+        model = load(chosen.card, **chosen.options)
+    read = partial(read_image, bands=args.bands, value_range=args.value_range)
+    live = total > 1 and sys.stderr.isatty()
+    bar = tqdm(todo, initial=total - len(todo), total=total, disable=not live, leave=False)
+    with ThreadPoolExecutor(max_workers=1) as ahead:  # reads the next image
+        coming = [ahead.submit(read, job.image) for job in todo[:1]]
+        for index, job in enumerate(bar):
+            bar.set_description(str(job.image))
+            coming += [ahead.submit(read, after.image) for after in todo[index + 1 : index + 2]]
+            began = time.monotonic()
             try:
-                shown, image = reading.result()
-                image = image.to(device)
+                shown = resize(coming.pop(0).result(), chosen.size, multiple_of=chosen.stride)
+                image = normalise(shown, mean=model.mean, std=model.std).to(place)
                 with torch.inference_mode():
                     source = model.source(image)
                     features = model.upsampler(source, image, impl=args.impl)
-                    made = write_outputs(job, shown, source, features, settings)
-                shape = " x ".join(map(str, features.shape[1:]))
-                took = time.monotonic() - start
-                progress.end("written", f"wrote {made}: {shape} in {took:.1f} s")
+                picture = comparison(shown, source, features) if job.picture else None
+                made = write_outputs(job, features, picture, settings)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:
                 if args.debug:
                     raise
+                failed += 1
                 reason = explain(error)
-                known = str(job.image) in reason
-                progress.end("failed", reason if known else f"{job.image}: {reason}")
-    progress.finish(args.out)
-    return 1 if progress.counts["failed"] else 0
-
-
-def _settings(
-    args: argparse.Namespace,
-    card: ModelCard,
-    options: Mapping[str, Any],
-    size: int | tuple[int, int],
-) -> dict[str, str]:
-    """Returns the settings of the features, which their file stores."""
-    from featup_hub.files import sha256_of_file
-
-    own = options["backbone_weights"]
-    return {
-        "model": card.name,
-        "normalised": "no" if args.no_norm else "yes",
-        "upsampler": sha256_of_file(options["upsampler"])[:16],
-        "backbone": sha256_of_file(own)[:16] if own else "its own",
-        "layer": "default" if args.layer is None else str(args.layer),
-        "looks": str(args.looks),
-        "size": "x".join(map(str, size)) if isinstance(size, tuple) else str(size),
-        "dtype": args.dtype,
-        "bands": ",".join(map(str, args.bands or ["all"])),
-        "value_range": " ".join(map(str, args.value_range or ["full"])),
-    }
-
-
-class _Progress:
-    """Counts images and shows progress: a bar on a terminal, else a line per image."""
-
-    def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
-        self.counts = {"written": 0, "kept": 0, "failed": 0}
-        self.total, self.start = total, time.monotonic()
-        self.live = total > 1 and sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit="image", disable=not self.live, leave=False)
-
-    def begin(self, item: str) -> float:
-        """Shows the image about to be worked on, on a terminal; returns the time."""
-        self.bar.set_description(item)
-        return time.monotonic()
-
-    def end(self, outcome: str, report: str, count: int = 1) -> None:
-        """Counts images and reports on them; of a written one, the bar is the report."""
-        self.counts[outcome] += count
-        self.bar.update(count)
-        with self.bar.external_write_mode():
-            if outcome == "failed":
-                complain(report)
-            elif outcome == "kept":
-                print(report, flush=True)
-            elif not self.live:
-                number = f"[{sum(self.counts.values())}/{self.total}] " if self.total > 1 else ""
-                print(f"{number}{report}", flush=True)
-
-    def finish(self, out: Path) -> None:
-        """Prints the counts if there was more than one image."""
-        self.bar.close()
-        if self.total > 1:
-            counts = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.items())
-            minutes, seconds = divmod(round(time.monotonic() - self.start), 60)
-            print(f"{counts} in {out}, {minutes}:{seconds:02} min", flush=True)
-
-
-def _unfinished(jobs: Sequence[Job], settings: Mapping[str, str], progress: _Progress) -> list[Job]:
-    """Returns the unfinished jobs, and reports the others."""
-    kept: list[Job] = []
-    todo: list[Job] = []
-    for job in jobs:
-        try:
-            (kept if is_finished(job, settings) else todo).append(job)
-        except (OSError, ValueError) as error:
-            progress.end("failed", explain(error))
-    if kept:
-        what = str(kept[0].features) if len(kept) == 1 else f"{len(kept)} finished outputs"
-        progress.end("kept", f"kept {what}; --overwrite replaces", len(kept))
-    return todo
-
-
-def _read_ahead(
-    jobs: Sequence[Job], read: Callable[[Job], Picture]
-) -> Iterator[tuple[Job, Future[Picture]]]:
-    """Yields the jobs in order while another thread reads a few images ahead."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-    waiting: deque[tuple[Job, Future[Picture]]] = deque()
-    try:
-        for job in jobs:
-            waiting.append((job, pool.submit(read, job)))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft()
-        yield from waiting
-    finally:  # after an interruption, wait only for the image being read
-        pool.shutdown(cancel_futures=True)
+                with bar.external_write_mode():
+                    complain(reason if str(job.image) in reason else f"{job.image}: {reason}")
+                continue
+            written += 1
+            if not live:  # of a written image, the bar is the report
+                number = f"[{written + len(kept) + failed}/{total}] " if total > 1 else ""
+                shape = " x ".join(map(str, features.shape[1:]))
+                took = time.monotonic() - began
+                print(f"{number}wrote {made}: {shape} in {took:.1f} s", flush=True)
+    if total > 1:
+        minutes, seconds = divmod(round(time.monotonic() - start), 60)
+        counts = f"{written} written, {len(kept)} kept, {failed} failed"
+        print(f"{counts} in {args.out}, {minutes}:{seconds:02} min", flush=True)
+    return 1 if failed else 0
 
 
 def _bands(text: str) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ def test_a_size_the_network_cannot_take_is_refused_before_weights_are_loaded(
 ) -> None:
     code, _, error = upsample(f"photos --size 42 {flags}")
     assert code == 2
-    assert f"a positive multiple of {multiple}; got 42; try {near}; {multiple} is the st" in error
+    assert f"size must be a positive multiple of {multiple}; got 42; try {near}" in error
     assert loads == []
 
 
