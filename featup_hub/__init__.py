@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featup_hub.backbones import Backbone, ModuleBackbone, ShiftAndStitch, TimmBackbone
-    from featup_hub.image import preprocess, read_image
+    from featup_hub.image import preprocess
     from featup_hub.loading import list_models, load, load_backbone, load_upsampler
     from featup_hub.model import UpsampledBackbone
     from featup_hub.ops import implementations
+    from featup_hub.pixels import read_image
     from featup_hub.training.fit import fit
     from featup_hub.upsamplers import FittedFeatures, ImplicitUpsampler, JBUStack, JBUStage
     from featup_hub.visualize import comparison

@@ -1,10 +1,4 @@
-"""Reads images, and converts them to a backbone's input.
-
-Images are read as a viewer shows them: rotated by EXIF, transparency over white, CMYK and palettes
-converted to RGB. Pixels with more than 8 bits are scaled to 8. Only the first picture of an
-animation or a multi-page file is read. Colour profiles are not applied, as in timm. A file that
-cannot be decoded to its end is an error.
-"""
+"""Finds images in folders, and converts them to a backbone's input."""
 
 from __future__ import annotations
 
@@ -18,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from featup_hub.pixels import decode
+from featup_hub.pixels import read_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,49 +38,6 @@ IMAGE_SUFFIXES = {
 
 _OTHER_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".raf", ".rw2"}
 """Photographs that Pillow cannot read."""
-
-
-def read_image(
-    image: str | Path | Image.Image | NDArray[Any],
-    *,
-    bands: Sequence[int] | None = None,
-    value_range: tuple[float, float] | None = None,
-) -> Image.Image:
-    """Reads an image as 8-bit RGB.
-
-    Args:
-        image: A file that Pillow decodes, or a PIL image, or an array (H, W) or (H, W, C). A TIFF
-            that Pillow cannot decode, such as one of 13 bands, is read by tifffile if that is
-            installed.
-        bands: Numbers of the red, green and blue bands, counted from 1. Needed for images that are
-            not grey, RGB or CMYK, with or without transparency.
-        value_range: The values of black and white, such as (0, 4095) for 12 bits; values outside
-            are clipped. Default: the full range of 8 or 16 bits. Needed for floating-point and
-            signed pixels.
-
-    Raises:
-        OSError: If there is no such file, or it is a folder or may not be read.
-        ValueError: If the file is not an image, is damaged, or has too many pixels; or if ``bands``
-            or ``value_range`` is missing or wrong.
-        TypeError: If ``image`` is something else.
-
-    Example:
-        >>> import numpy as np
-        >>> depth = np.array([[0, 2048, 4095]], dtype=np.uint16)
-        >>> read_image(depth, value_range=(0, 4095)).getpixel((1, 0))
-        (128, 128, 128)
-    """
-    from PIL import Image
-
-    pixels = decode(image, as_stored=bands is not None)
-    if bands is not None:
-        pixels = pixels.choose(bands)
-    picture = Image.fromarray(pixels.to_8_bits(value_range)).convert("RGB")
-    if pixels.alpha is None:
-        return picture
-    picture.putalpha(pixels.alpha)
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> None:

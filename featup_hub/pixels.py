@@ -1,4 +1,10 @@
-"""Reads the pixel values of an image file of any kind and depth, and scales them to 8 bits."""
+"""Reads images of any kind and depth as 8-bit RGB.
+
+Images are read as a viewer shows them: rotated by EXIF, transparency over white, CMYK and palettes
+converted to RGB. Pixels with more than 8 bits are scaled to 8. Only the first picture of an
+animation or a multi-page file is read. Colour profiles are not applied, as in timm. A file that
+cannot be decoded to its end is an error.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,23 +22,63 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["Pixels", "decode"]
+__all__ = ["read_image"]
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # TIFF's tags: 2 for numbers with a sign, 0 if zero is white, 2 if bands are stored one after the
 # other, bits of each band.
 _SAMPLE_FORMAT, _PHOTOMETRIC, _PLANES, _BITS = 339, 262, 284, 258
-_IN_FLAGS = (
-    "read_image(photo, value_range=(LOW, HIGH)) in Python, --value-range LOW HIGH on the command "
-    "line"
-)
+_RANGE = "read_image(photo, value_range=(LOW, HIGH)), or --value-range LOW HIGH on the command line"
 # Pillow's names of 16-bit colours by byte order, and the opposite order.
 _OTHER_ORDER = {";16B": ";16L", ";16L": ";16B"}
 _OTHER_ORDER[";16N"] = ";16B" if sys.byteorder == "little" else ";16L"
 
 
+def read_image(
+    image: str | Path | Image.Image | NDArray[Any],
+    *,
+    bands: Sequence[int] | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> Image.Image:
+    """Reads an image as 8-bit RGB.
+
+    Args:
+        image: A file that Pillow decodes, or a PIL image, or an array (H, W) or (H, W, C). A TIFF
+            that Pillow cannot decode, such as one of 13 bands, is read by tifffile if that is
+            installed.
+        bands: Numbers of the red, green and blue bands, counted from 1. Needed for images that are
+            not grey, RGB or CMYK, with or without transparency.
+        value_range: The values of black and white, such as (0, 4095) for 12 bits; values outside
+            are clipped. Default: the full range of 8 or 16 bits. Needed for floating-point and
+            signed pixels.
+
+    Raises:
+        OSError: If there is no such file, or it is a folder or may not be read.
+        ValueError: If the file is not an image, is damaged, or has too many pixels; or if ``bands``
+            or ``value_range`` is missing or wrong.
+        TypeError: If ``image`` is something else.
+
+    Example:
+        >>> import numpy as np
+        >>> depth = np.array([[0, 2048, 4095]], dtype=np.uint16)
+        >>> read_image(depth, value_range=(0, 4095)).getpixel((1, 0))
+        (128, 128, 128)
+    """
+    from PIL import Image
+
+    pixels = _decode(image, as_stored=bands is not None)
+    if bands is not None:
+        pixels = pixels.choose(bands)
+    picture = Image.fromarray(pixels.to_8_bits(value_range)).convert("RGB")
+    if pixels.alpha is None:
+        return picture
+    picture.putalpha(pixels.alpha)
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Pixels:
+class _Pixels:
     """The values of an image.
 
     Attributes:
@@ -48,14 +93,11 @@ class Pixels:
     alpha: Image.Image | None = None
     inverted: bool = False
 
-    def choose(self, bands: Sequence[int]) -> Pixels:
+    def choose(self, bands: Sequence[int]) -> _Pixels:
         """Takes three bands, counted from 1, as red, green and blue."""
         stacked = self.values if self.values.ndim == 3 else self.values[..., None]
         count = stacked.shape[2]
-        if not (
-            _is_row(bands, 3)
-            and all(isinstance(band, Integral) and 1 <= band <= count for band in bands)
-        ):
+        if len(bands) != 3 or not all(1 <= band <= count for band in bands):
             raise ValueError(
                 f"bands must be three numbers from 1 to {count}, which {self.name} has; "
                 f"got {bands!r}"
@@ -76,20 +118,9 @@ class Pixels:
             )
         if value_range is None and values.dtype == np.uint8:
             return values
-        ends = self._full_range() if value_range is None else value_range
-        if not (
-            _is_row(ends, 2)
-            and all(isinstance(end, Real) for end in ends)
-            and -math.inf < ends[0] < ends[1] < math.inf
-        ):
-            raise ValueError(f"value_range needs a low and a higher value; got {ends!r}")
-        low, high = ends
-        if values.dtype == np.uint8 and high > 255:
-            warnings.warn(
-                f"{self.name} has 8-bit pixels, which do not reach {high:g}, the white of "
-                "value_range; it is read darker than it is; leave value_range out for it",
-                stacklevel=3,
-            )
+        low, high = self._full_range() if value_range is None else value_range
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"value_range needs a low and a higher value; got {value_range!r}")
         scaled = (values.astype(np.float64).clip(low, high) - low) * (255 / (high - low))
         if not np.isfinite(scaled).all():
             raise ValueError(f"pixels must be numbers; {self.name} has NaN, which has no colour")
@@ -101,28 +132,19 @@ class Pixels:
         if self.values.dtype.kind not in "iu" or low < 0 or high > 65535:
             raise ValueError(
                 f"8 or 16 bits a channel are needed; {self.name} has {self.values.dtype} pixels "
-                f"from {low:g} to {high:g}; say which values are black and white: {_IN_FLAGS}"
+                f"from {low:g} to {high:g}; say which values are black and white: {_RANGE}"
             )
         if 0 < high < 16384:
             warnings.warn(
                 f"{self.name} has 16-bit pixels, none above {high}; it is read as nearly black, "
                 f"in {(high + 128) // 257 + 1} of 256 levels; say which values are black and "
-                f"white: {_IN_FLAGS}",
+                f"white: {_RANGE}",
                 stacklevel=4,
             )
         return 0, 65535
 
 
-def _is_row(values: object, length: int) -> bool:
-    """Returns whether values are a list, a tuple or an array of a length."""
-    import numpy as np
-
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-        return False
-    return getattr(values, "ndim", 1) == 1 and len(values) == length
-
-
-def decode(image: object, *, as_stored: bool = False) -> Pixels:
+def _decode(image: object, *, as_stored: bool = False) -> _Pixels:
     """Reads all values of an image, rotated by EXIF.
 
     With ``as_stored``, the bands are those of the file; else they are converted to grey or RGB if
@@ -132,9 +154,7 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"an image of at least one pixel is needed; got {image.size}")
-        return _decode(image, None, "the image", as_stored=as_stored)
+        return _decode_picture(image, None, "the image", as_stored=as_stored)
     if isinstance(image, np.ndarray):
         image = np.asarray(image)  # a masked array gives other values under its mask
         if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "iuf":
@@ -148,44 +168,37 @@ def decode(image: object, *, as_stored: bool = False) -> Pixels:
                 "array.transpose(1, 2, 0)"
             )
         if as_stored or image.dtype != np.uint8 or image.shape[2:] not in ((1,), (2,), (4,)):
-            return Pixels(name="the array", values=image)
+            return _Pixels(name="the array", values=image)
         picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-        return _decode(picture, None, "the array", as_stored=False)
+        return _decode_picture(picture, None, "the array", as_stored=False)
     if not isinstance(image, (str, Path)):
         raise TypeError(
             f"an image is a path, a PIL image or a NumPy array; got {type(image).__name__}; give "
             "one image at a time; a tensor needs no reading: normalise it and call the model"
         )
     path = Path(image)
-    if path.is_dir():
-        raise IsADirectoryError(f"an image file is needed; {path} is a folder")
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        hint = "; download it first" if "://" in str(image) else ""
-        raise FileNotFoundError(f"no such file: {image}{hint}") from error
-    except OSError as error:
-        raise type(error)(f"cannot read {path}: {error.strerror}") from error
-    with file:
+    with path.open("rb") as file:
         try:
             with _decoder_errors(str(path)):
                 picture = Image.open(file)
         except UnidentifiedImageError:
             file.seek(0)
-            head = file.read(4)
-            if head not in _TIFF:
-                what = "not an image Pillow can read, or damaged; save it as JPEG or PNG"
-                what = what if head else "an empty file"
-                raise ValueError(f"an image file is needed; {path} is {what}") from None
-            return Pixels(name=str(path), values=_read_tiff(path))
+            if file.read(4) not in _TIFF:
+                raise ValueError(
+                    f"an image file is needed; {path} is not an image Pillow can read, or "
+                    "damaged; save it as JPEG or PNG"
+                ) from None
+            return _Pixels(name=str(path), values=_read_tiff(path))
         # Pillow takes 16-bit planes for 8-bit ones.
         tags = getattr(picture, "tag_v2", {})
         if tags.get(_PLANES) == 2 and 16 in tags.get(_BITS, ()) and len(picture.getbands()) > 1:
-            return Pixels(name=str(path), values=_read_tiff(path))
-        return _decode(picture, file, str(path), as_stored=as_stored)
+            return _Pixels(name=str(path), values=_read_tiff(path))
+        return _decode_picture(picture, file, str(path), as_stored=as_stored)
 
 
-def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: bool) -> Pixels:
+def _decode_picture(
+    image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: bool
+) -> _Pixels:
     import numpy as np
     from PIL import ImageOps
 
@@ -203,7 +216,7 @@ def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: 
                 values = values.view(np.int8)
             elif raw.startswith("I;32") and not raw.endswith("S"):  # and 32 for signed
                 values = values.view(np.uint32)
-            return Pixels(name=name, values=values, inverted=tags.get(_PHOTOMETRIC) == 0)
+            return _Pixels(name=name, values=values, inverted=tags.get(_PHOTOMETRIC) == 0)
         deep: NDArray[Any] | None = None
         is_deep = raw[-4:] in _OTHER_ORDER
         if is_deep and file is not None and raw[:-4] in {"RGB", "RGBA", "RGBX"}:
@@ -217,9 +230,9 @@ def _decode(image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: 
         advice = "give the path of its file" if file is None else "save it as RGB or RGBA"
         warnings.warn(f"Pillow keeps 8 of the 16 bits of {name}; {advice}", stacklevel=4)
     if as_stored:
-        return Pixels(name=name, values=values)
+        return _Pixels(name=name, values=values)
     alpha = upright.getchannel("A") if upright.mode == "RGBA" else None
-    return Pixels(name=name, values=values[..., :3], alpha=alpha)
+    return _Pixels(name=name, values=values[..., :3], alpha=alpha)
 
 
 def _low_bytes(file: BinaryIO, raw: str) -> NDArray[np.uint8]:

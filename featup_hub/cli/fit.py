@@ -52,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from featup_hub.files import write_atomically
-    from featup_hub.image import normalise, read_image, resize
+    from featup_hub.image import normalise, resize
     from featup_hub.loading import load_backbone, load_upsampler
+    from featup_hub.pixels import read_image
     from featup_hub.training.fit import fit
     from featup_hub.visualize import comparison
 

@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from featup_hub.image import normalise, read_image, resize
+    from featup_hub.image import normalise, resize
     from featup_hub.loading import load
+    from featup_hub.pixels import read_image
     from featup_hub.visualize import comparison
 
     make_folder(args.out)

@@ -30,8 +30,9 @@ from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.sums import Results
-from featup_hub.image import list_images, preprocess, read_image
+from featup_hub.image import list_images, preprocess
 from featup_hub.loading import find_card
+from featup_hub.pixels import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.weights import load
 

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from featup_hub.evaluation.scores import boundary_band, depth_edges, depth_sums, segmentation_sums
-from featup_hub.image import normalise_values, read_image, to_tensor
+from featup_hub.image import normalise_values, to_tensor
+from featup_hub.pixels import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["Dataset", "Sample", "evenly"]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from featup_hub.image import IMAGE_SUFFIXES, list_images, read_image, to_tensor
+from featup_hub.image import IMAGE_SUFFIXES, list_images, to_tensor
+from featup_hub.pixels import read_image
 from featup_hub.training.seeds import seeded
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ def folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("the work began")
 
     monkeypatch.chdir(photos)
-    monkeypatch.setattr("featup_hub.image.read_image", work)
+    monkeypatch.setattr("featup_hub.pixels.read_image", work)
     for name in (STAGES, OWN):
         (photos / name).write_text("weights")
     return photos
