@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -145,6 +146,17 @@ class JBUTrainingConfig:
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)
+
+    def without_folders(self) -> dict[str, object]:
+        """Returns the fields for a file to share: this machine's folders mean nothing elsewhere."""
+        backbones = [_without_folder(name) for name in self.backbones]
+        return {**asdict(self), "backbones": backbones, "start": _without_folder(self.start)}
+
+
+def _without_folder(name: str) -> str:
+    """Shortens ``FILE`` and ``NAME=FILE`` to the file's own name."""
+    before, equals, file = name.rpartition("=")
+    return before + equals + Path(file).name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -283,21 +283,11 @@ class _Run:
 
     def export(self, path: Path) -> None:
         """Writes the stages (the running mean of the weights) for any backbone."""
-        config = asdict(self.config)
-        # File names without folders: folders of this machine mean nothing elsewhere.
-        config["backbones"] = [_without_folder(name) for name in self.config.backbones]
-        config["start"] = _without_folder(self.config.start)
         joint = ", joint_first=True" if self.stack.joint_first else ""
         notes = {
             "architecture": f"JBUStack(feat_dim=None{joint})",
-            "config": json.dumps(config),
+            "config": json.dumps(self.config.without_folders()),
             "seed": str(self.config.seed),
             "photos": str(len(self.stream.paths)),
         }
         write(self.mean if self.config.ema else self.stack.state_dict(), path, metadata=notes)
-
-
-def _without_folder(name: str) -> str:
-    """Shortens ``FILE`` and ``TIMM_NAME=FILE`` to the file's own name."""
-    before, equals, file = name.rpartition("=")
-    return before + equals + Path(file).name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation
@@ -11,7 +12,7 @@ from featup_hub.ops import Implementation
 if TYPE_CHECKING:
     from featup_hub.upsamplers.jbu import JBUStack
 
-__all__ = ["FoldedHead", "check_head", "head_matrices"]
+__all__ = ["FoldedHead", "apply_head", "check_head"]
 
 
 class FoldedHead(nn.Module):
@@ -61,7 +62,7 @@ def check_head(head: nn.Module, channels: int | None) -> None:
             f"its own, which are not called: {head}; normalise or prune its weight by "
             "torch.nn.utils.parametrizations, or fold a plain layer with its weight and bias"
         )
-    taken = head_matrices(head)[0].shape[1]
+    taken = head.weight.shape[1]
     if channels not in (None, taken):
         raise ValueError(
             f"a head for features of {channels} channels is needed; got one that takes {taken}; "
@@ -69,6 +70,15 @@ def check_head(head: nn.Module, channels: int | None) -> None:
         )
 
 
-def head_matrices(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Returns the weight of a linear head, (K, C), and its bias, (K,) or None."""
-    return cast(Tensor, head.weight).flatten(1), cast("Tensor | None", head.bias)
+def apply_head(
+    head: nn.Module, source: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Applies a head to features, (B, C, h, w), to which a bias, (C,), is to be added later.
+
+    Returns the head's outputs, (B, K, h, w), and the bias, (K,), to add to them.
+    """
+    weight = cast(Tensor, head.weight).flatten(1)  # (K, C)
+    offset = cast("Tensor | None", head.bias)
+    source = F.conv2d(source, weight[:, :, None, None])
+    bias = bias if bias is None else weight @ bias
+    return source, bias if offset is None else offset if bias is None else bias + offset

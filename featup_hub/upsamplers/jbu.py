@@ -18,21 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
-from featup_hub.ops.jbu import (
-    _without_autocast,
-    check_floating,
-    check_numbers,
-    warn_unless_normalised,
-)
-from featup_hub.upsamplers.head import FoldedHead, check_head, head_matrices
+from featup_hub.ops.jbu import _without_autocast, check_numbers, warn_unless_normalised
+from featup_hub.upsamplers.head import FoldedHead, apply_head, check_head
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
-from featup_hub.upsamplers.plan import JBUKernels, JBUPlan, check_kernels, plan_sizes, shrunk
+from featup_hub.upsamplers.plan import (
+    JBUKernels,
+    JBUPlan,
+    check_arguments,
+    check_kernels,
+    plan_sizes,
+    shrunk,
+)
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.stage import JBUStage, has_zero_mean, stage_weights
 
 __all__ = ["JBUStack"]
-
-_MOST_STAGES = 16  # a factor of 65,536; a file with more stages is damaged
 
 
 class JBUStack(Pretrained):
@@ -115,15 +115,12 @@ class JBUStack(Pretrained):
         sums of its kernels at one in training if the tensors' kernels sum to one.
         """
         parts = {name.partition(".")[0] for name in tensors}
-        count = 0
-        while count < _MOST_STAGES and f"up{count + 1}" in parts:
-            count += 1
         closing = tensors.get("fixup_proj.1.weight")
         corrections = [tensor for name, tensor in tensors.items() if ".fixup_proj.3." in name]
         with torch.device("meta"):
             return cls(
                 closing.shape[0] if closing is not None and closing.dim() == 4 else None,
-                num_stages=count or 4,
+                num_stages=sum(part.startswith("up") for part in parts) or 4,
                 joint_first="first" in parts,
                 unit_sum=bool(corrections) and all(map(has_zero_mean, corrections)),
             )
@@ -235,28 +232,7 @@ class JBUStack(Pretrained):
 
     def check(self, source: Tensor, guidance: Tensor) -> None:
         """Raises an error unless the arguments are features for this stack, and their image."""
-        check_floating(source, "source")
-        check_floating(guidance, "guidance")
-        if source.dim() == 3 and guidance.dim() == 4:
-            raise ValueError(
-                f"source must be features, (B, C, h, w); got tokens, {tuple(source.shape)}? Leave "
-                "out class and register tokens, then tokens.transpose(1, 2).unflatten(2, (h, w))"
-            )
-        if guidance.dim() != 4 or guidance.shape[1] != self.guidance_dim:
-            raise ValueError(
-                f"guidance must be an image, (B, {self.guidance_dim}, H, W); "
-                f"got {tuple(guidance.shape)}, were source and guidance swapped?"
-            )
-        if source.dim() != 4 or source.shape[0] != guidance.shape[0] or 0 in source.shape[1:]:
-            raise ValueError(
-                f"source must be features, (B, C, h, w), with the guidance's batch size "
-                f"{guidance.shape[0]}; got {tuple(source.shape)}"
-            )
-        if self.feat_dim is not None and source.shape[1] != self.feat_dim:
-            raise ValueError(
-                f"this upsampler was made for {self.feat_dim} channels; got {source.shape[1]}; "
-                "use JBUStack(feat_dim=None), whose stages fit any number"
-            )
+        check_arguments(source, guidance, guidance_dim=self.guidance_dim, feat_dim=self.feat_dim)
 
     def plan(
         self,
@@ -267,7 +243,6 @@ class JBUStack(Pretrained):
         impl: Implementation = "auto",
     ) -> JBUPlan:
         """Chooses the stages for arguments of :meth:`kernels`, and pools the image for each."""
-        check_floating(guidance, "guidance")
         size, sizes, shrink = plan_sizes(source_size, guidance, size, may_shrink=self.joint_first)
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
@@ -295,12 +270,7 @@ class JBUStack(Pretrained):
             conv = cast(nn.Conv2d, self.fixup_proj[1])
             source = source + 0.1 * F.conv2d(self.fixup_proj[0](source), conv.weight)
             bias = 0.1 * cast(Tensor, conv.bias)
-        if head is not None:
-            weight, offset = head_matrices(head)
-            source = F.conv2d(source, weight[:, :, None, None])
-            bias = bias if bias is None else weight @ bias
-            bias = bias if offset is None else offset if bias is None else bias + offset
-        return source, bias
+        return (source, bias) if head is None else apply_head(head, source, bias)
 
     def pass_first(
         self, source: Tensor, kernels: JointKernels | None, *, impl: Implementation = "auto"

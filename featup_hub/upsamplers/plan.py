@@ -1,4 +1,4 @@
-"""Plan of a stack's computation for an image: sizes, stages and kernels."""
+"""Plan of a stack's computation for an image: its arguments, sizes, stages and kernels."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from featup_hub.upsamplers.joint import JointKernels
 __all__ = [
     "JBUKernels",
     "JBUPlan",
+    "check_arguments",
     "check_kernels",
     "output_size",
     "plan_sizes",
@@ -91,6 +92,7 @@ def plan_sizes(
 
     ``may_shrink``: an output of at most half the image's size is computed at twice its size.
     """
+    check_floating(guidance, "guidance")
     if not _is_pair(source_size):
         raise TypeError(f"source_size must be (height, width), whole numbers; got {source_size!r}")
     size = output_size(guidance, size)
@@ -136,6 +138,34 @@ class JBUKernels:
     stages: tuple[Tensor, ...]
     first: JointKernels | None = None
     shrink: int = 1
+
+
+def check_arguments(
+    source: Tensor, guidance: Tensor, *, guidance_dim: int, feat_dim: int | None
+) -> None:
+    """Raises an error unless these are features for a stack, and their image."""
+    check_floating(source, "source")
+    check_floating(guidance, "guidance")
+    if source.dim() == 3 and guidance.dim() == 4:
+        raise ValueError(
+            f"source must be features, (B, C, h, w); got tokens, {tuple(source.shape)}? Leave "
+            "out class and register tokens, then tokens.transpose(1, 2).unflatten(2, (h, w))"
+        )
+    if guidance.dim() != 4 or guidance.shape[1] != guidance_dim:
+        raise ValueError(
+            f"guidance must be an image, (B, {guidance_dim}, H, W); "
+            f"got {tuple(guidance.shape)}, were source and guidance swapped?"
+        )
+    if source.dim() != 4 or source.shape[0] != guidance.shape[0] or 0 in source.shape[1:]:
+        raise ValueError(
+            f"source must be features, (B, C, h, w), with the guidance's batch size "
+            f"{guidance.shape[0]}; got {tuple(source.shape)}"
+        )
+    if feat_dim is not None and source.shape[1] != feat_dim:
+        raise ValueError(
+            f"this upsampler was made for {feat_dim} channels; got {source.shape[1]}; "
+            "use JBUStack(feat_dim=None), whose stages fit any number"
+        )
 
 
 def check_kernels(kernels: JBUKernels, source: Tensor, *, joint_first: bool) -> None:
