@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featup_hub import backbones
 from featup_hub.backbones.contract import Backbone, ChannelNorm
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import ALIASES, MODELS, ModelCard
@@ -74,10 +75,8 @@ def find_card(name: str | ModelCard) -> ModelCard:
                 "call load_upsampler(), or name another model"
             )
         return MODELS[name]
-    from featup_hub.backbones import is_timm_model, timm_card
-
-    if name.startswith("timm/") or is_timm_model(name):
-        return timm_card(name.removeprefix("timm/"))
+    if name.startswith("timm/") or backbones.is_timm_model(name):
+        return backbones.timm_card(name.removeprefix("timm/"))
     known = {each.lower(): each for each in (*MODELS, *ALIASES)}
     near = [known[each] for each in get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is similar."
@@ -157,9 +156,7 @@ def load(
             layer=layer,
         )
         if looks > 1:
-            from featup_hub.backbones import ShiftAndStitch
-
-            backbone = ShiftAndStitch(backbone, looks_per_side)
+            backbone = backbones.ShiftAndStitch(backbone, looks_per_side)
         model = UpsampledBackbone(
             backbone,
             stack,
@@ -175,15 +172,11 @@ def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[
     """Returns a model's stride and its default short side, in pixels, without its weights."""
     stride = card.patch_size if layer is None or card.kind != "timm" else None
     if stride is None:
-        from featup_hub.backbones import TimmBackbone
-
         with torch.device("meta"):
-            stride = TimmBackbone(card.backbone, layer=layer).patch_size
+            stride = backbones.TimmBackbone(card.backbone, layer=layer).patch_size
     if (looks_per_side := _looks_per_side(looks)) > 1:
-        from featup_hub.backbones import ShiftAndStitch
-
         one_look = Backbone(feat_dim=1, patch_size=stride)
-        stride = ShiftAndStitch(one_look, looks_per_side).patch_size
+        stride = backbones.ShiftAndStitch(one_look, looks_per_side).patch_size
     return stride, _default_size(card, stride)
 
 
@@ -224,14 +217,10 @@ def load_backbone(
         options: dict[str, Any] = {"weights": own, "backbone_kwargs": backbone_kwargs}
         options["pretrained"] = pretrained
         if card.kind != "timm":
-            from featup_hub.backbones import ClipBackbone, MaskClipBackbone
-
-            clip = ClipBackbone if card.kind == "clip" else MaskClipBackbone
+            clip = backbones.ClipBackbone if card.kind == "clip" else backbones.MaskClipBackbone
             return clip(card.backbone, **options).eval()
-        from featup_hub.backbones import TimmBackbone
-
         stride = card.patch_size if layer is None else None
-        return TimmBackbone(card.backbone, layer=layer, stride=stride, **options).eval()
+        return backbones.TimmBackbone(card.backbone, layer=layer, stride=stride, **options).eval()
 
 
 def load_upsampler(
