@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,25 +111,6 @@ def test_a_malicious_checkpoint_is_refused_and_never_run(tmp_path):
     assert caught.value.__context__ is None  # PyTorch's own error advises just that
     torch.load(path, weights_only=False)
     assert witness.exists()  # the bomb was live
-
-
-def test_a_compressed_archive_is_refused_before_it_unfolds(tmp_path):
-    source = saved(tmp_path / "in.ckpt", state())
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w") as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry), zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="got a zip file with compressed entries"):
-        weights.convert_upstream(tmp_path / "bomb.ckpt")
-
-
-def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path):
-    path = saved(tmp_path / "in.ckpt", state())
-    data = bytearray(path.read_bytes())
-    tensor = weights.convert_upstream(path).upsampler["up3.range_proj.3.weight"]
-    data[data.index(tensor.numpy().tobytes()) + 100] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"a damaged file: .* fails its checksum"):
-        weights.convert_upstream(path)
 
 
 @settings(max_examples=60, deadline=None)

@@ -78,12 +78,12 @@ def choose_model(
         place = open_device(device)
         card, file = find_backbone(args.model)
         stride, usual = stride_and_size(card, layer=args.layer, looks=args.looks)
-        upsampler = resolve(args.upsampler)
+        resolve(args.upsampler)
         size = usual if size is None else size
         check_size(size, multiple_of=stride)
     options = {
         "backbone_weights": file,
-        "upsampler": upsampler,
+        "upsampler": args.upsampler,
         "use_norm": not args.no_norm,
         "layer": args.layer,
         "looks": args.looks,

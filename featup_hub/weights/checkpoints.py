@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = existing(path)
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
-    loaded, damage = (read(path), "no tensors") if is_safetensors else _unpickle(path)
+    loaded, damage = (read(path), "") if is_safetensors else _unpickle(path)
     content = loaded if isinstance(loaded, dict) else {}
     while inside := [content[key] for key in _KEYS if isinstance(content.get(key), dict)]:
         content = inside[0]
@@ -59,31 +58,17 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpickle(path: Path) -> tuple[object, str | None]:
-    """Returns the content of a pickle and None, or None and why it cannot be read."""
+def _unpickle(path: Path) -> tuple[object, str]:
+    """Returns the content of a pickle, or None and why it cannot be read."""
     # timm's and DINO's trainers store their arguments in a Namespace, a plain container.
     allowed = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5 and later
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
     try:
-        if is_zip and (damage := _damage(path)):
-            return None, damage
         with allowed([argparse.Namespace]) if allowed else nullcontext():
-            return torch.load(path, map_location="cpu", weights_only=True), None
+            return torch.load(path, map_location="cpu", weights_only=True), ""
     except Exception as error:  # a damaged archive or pickle can raise any exception
-        if not is_zip:
-            return None, kind(path) or "no file of torch.save"
-        if isinstance(error, pickle.UnpicklingError):
-            return None, "a pickle with more than tensors in it, which may run code when opened"
-        first = str(error).partition("\n")[0]
-        return None, f"a damaged file ({type(error).__name__}: {first})"
-
-
-def _damage(path: Path) -> str | None:
-    """Finds faults of a zip file that PyTorch's loader accepts."""
-    with zipfile.ZipFile(path) as archive:
-        # torch.save never compresses; a few compressed kilobytes could expand to fill the memory.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            return "a zip file with compressed entries"
-        damaged = archive.testzip()
-    return f"a damaged file: {damaged} fails its checksum" if damaged else None
+        what = kind(path) or "no file of torch.save"
+        if what.startswith("a zip file"):
+            what = f"a damaged file ({type(error).__name__})"
+            if isinstance(error, pickle.UnpicklingError):  # whose text advises to run the code
+                what = "a pickle with more than tensors in it, which may run code when opened"
+        return None, what
