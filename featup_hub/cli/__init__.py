@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_, **__: complain(str(message), "warning")
             return int(args.run(args))
     except KeyboardInterrupt:
-        goes_on = "; the same command resumes" if _goes_on(argv) else ""
-        complain(f"interrupted; what is finished is kept{goes_on}")
+        complain("interrupted; what is finished is kept")
         return 130
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,12 +68,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         complain("interrupted")
         os._exit(130)
     signal.default_int_handler(number, frame)
-
-
-def _goes_on(argv: Sequence[str]) -> bool:
-    """Returns whether the command resumes an earlier run."""
-    cached = any(word.partition("=")[0] == "--cache" for word in argv)
-    return cached or not {"upsample", "fit", "train"}.isdisjoint(argv[:1])
 
 
 class _Parser(argparse.ArgumentParser):

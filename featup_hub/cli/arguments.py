@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -102,20 +101,14 @@ def open_device(name: str) -> torch.device:
 
 def check_output(path: Path, suffix: str | None = None) -> None:
     """Checks, before the work, that a file can be written, and its suffix if one is given."""
-    try:  # permissions are not enough: root has all, and some file systems are read-only
+    try:
         if path.is_dir():
             raise UsageError(f"a file to write is needed; {path} is a folder; name a file in it")
-        if not path.parent.is_dir():
-            raise UsageError(
-                f"the file to write needs a folder that exists; got {path}; make the folder "
-                f"{path.parent}"
-            )
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".featup-hub-"):
-            pass
+        _check_folder(path.parent)
     except OSError as error:
         raise UsageError(
             f"the file to write needs a folder that takes new files; got {path} "
-            f"({error.strerror}); name another"
+            f"({error.strerror}); make the folder, or name another"
         ) from error
     if suffix and path.suffix != suffix:
         raise UsageError(f"the file to write must be named *{suffix}; got {path}")
@@ -125,7 +118,14 @@ def make_folder(out: Path) -> None:
     """Makes the folder of outputs, or raises UsageError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _check_folder(out)
     except OSError as error:
-        raise UsageError(f"--out must be a folder; {explain(error)}") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise UsageError(f"--out must be a folder that can be written to; {out} cannot")
+        raise UsageError(
+            f"--out must be a folder that takes new files; {out}: {error.strerror}"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises OSError if a folder takes no files; permissions do not tell: root has all of them."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -8,14 +8,11 @@ compares them with the backbone's.
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 
 from featup_hub.cli.arguments import UsageError, check_output, choose_backbone, open_device
 from featup_hub.cli.flags import add_backbone, add_flags, from_flags
 from featup_hub.training.config import BASIS, PRESETS, FitConfig
-
-_FORMATS = ("featup_hub.jbu_fit/", "featup_hub.implicit/")  # entries of fits, in any version
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=BASIS,
     )
     add("--no-picture", action="store_true", help="make no picture")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="also replace files that an earlier fit did not make",
-    )
+    add("--overwrite", action="store_true", help="replace outputs that exist")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add_flags(parser, FitConfig)
 
@@ -63,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--size must be positive; got {args.size}")
     card, file = choose_backbone(args.model)
     out, picture = _outputs(args, file)
-    if not args.overwrite:
-        _check_earlier(out, picture)
     device = open_device(args.device)
     photo = read_image(args.image)
     upsampler = load_upsampler(args.upsampler, device=device)
@@ -85,36 +76,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _outputs(args: argparse.Namespace, own_weights: Path | None) -> tuple[Path, Path | None]:
-    """Returns the files of the fit and the picture; refuses to replace inputs."""
+    """Returns the files of the fit and the picture; refuses to replace inputs and other files."""
     out = args.out or Path(f"{args.image.stem}.safetensors")
     check_output(out, ".safetensors")
     picture = None if args.no_picture else out.with_suffix(".png")
     if picture is not None:
         check_output(picture)
     inputs = [Path(name).expanduser() for name in (args.image, args.upsampler, own_weights) if name]
-    for file in filter(None, (out, picture)):
-        for source in inputs:
-            if file.exists() and source.exists() and file.samefile(source):
-                advice = "another --out" + (", or --no-picture" if file == picture else "")
+    for file in filter(Path.exists, filter(None, (out, picture))):
+        advice = "another --out" + (", or --no-picture" if file == picture else "")
+        for source in filter(Path.exists, inputs):
+            if file.samefile(source):
                 raise UsageError(
                     f"writing {file} would replace {source}, which is read; give {advice}"
                 )
+        if not args.overwrite:
+            raise UsageError(f"{file} exists; give --overwrite to replace it, or {advice}")
     return out, picture
-
-
-def _check_earlier(out: Path, picture: Path | None) -> None:
-    """Raises ValueError if an output exists that an earlier fit did not make."""
-    from featup_hub.weights import metadata
-
-    remedy = "--overwrite replaces it, another --out keeps both"
-    if out.exists():
-        with suppress(ValueError):
-            if metadata(out).get("upsampler", "").startswith(_FORMATS):
-                return
-        raise ValueError(f"{out} exists, and is not of an earlier fit; {remedy}")
-    # A fit writes the picture after the features, so a picture without features is not of a fit.
-    if picture is not None and picture.exists():
-        raise ValueError(
-            f"{picture} exists without features, so it is not of an earlier fit; "
-            f"{remedy}, --no-picture does without"
-        )

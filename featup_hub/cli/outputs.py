@@ -185,11 +185,8 @@ def _write_features(features: Tensor, job: Job, settings: Mapping[str, str]) -> 
     if job.features.suffix == ".npy":
         import numpy as np
 
-        array = whole.contiguous().numpy()
-        header = np.lib.format.header_data_from_array_1_0(array)
         with write_atomically(job.features) as partial, partial.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(array.data)  # NumPy's own writer does not tell why a write fails
+            np.save(file, whole.numpy())
         return
     name = os.fsencode(job.image.name).decode(errors="replace")
     notes = {**settings, "image": name, "featup_hub": __version__}

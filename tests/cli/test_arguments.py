@@ -25,9 +25,9 @@ def test_a_file_that_cannot_be_written_is_refused_with_what_to_do(tmp_path: Path
     (tmp_path / "d.onnx").mkdir()
     for name, message in (
         ("d.onnx", r"is needed; \S+d.onnx is a folder; name a file in it"),
-        ("no/m.onnx", r"a folder that exists; got \S+m.onnx; make the folder \S+no$"),
-        ("old.onnx/m.onnx", r"a folder that exists; got \S+m.onnx; make the folder \S+old.onnx$"),
-        ("m" * 256, r"takes new files; got \S+mmm \(File name too long\); name another"),
+        ("no/m.onnx", r"takes new files; got \S+m.onnx \(No such file or directory\); make the"),
+        ("old.onnx/m.onnx", r"takes new files; got \S+m.onnx \(Not a directory\); make the"),
+        ("m" * 256, r"takes new files; got \S+mmm \(File name too long\); make the"),
     ):
         with pytest.raises(UsageError, match=message):
             check_output(tmp_path / name)
@@ -35,5 +35,5 @@ def test_a_file_that_cannot_be_written_is_refused_with_what_to_do(tmp_path: Path
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that takes no files")
 def test_a_folder_that_takes_no_files_is_noticed_whatever_its_permissions_say() -> None:
-    with pytest.raises(UsageError, match=r"takes new files; got /proc/x.onnx \(.+\); name another"):
+    with pytest.raises(UsageError, match=r"takes new files; got /proc/x.onnx \(.+\); make the"):
         check_output(Path("/proc/x.onnx"))

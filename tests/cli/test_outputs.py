@@ -102,21 +102,20 @@ def test_a_picture_of_features_in_the_other_format_is_made_anew(upsample: Comman
 
 
 def test_outputs_that_cannot_be_made_are_refused_before_any_work(
-    upsample: Command, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+    upsample: Command, tmp_path: Path, loads: list[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "twins").mkdir()
     for name in ("a.jpg", "a.png"):
         Image.new("RGB", (32, 32)).save(tmp_path / "twins" / name)
-    monkeypatch.setattr("os.access", lambda path, _: "locked" not in str(path))
     for line, message in (
-        ("photos --out photos/a.jpg", "--out must be a folder; "),
-        ("photos --out photos/a.jpg/deeper", "--out must be a folder; "),
+        ("photos --out photos/a.jpg", "--out must be a folder that takes new files; "),
+        ("photos --out photos/a.jpg/deeper", "--out must be a folder that takes new files; "),
         ("photos --out photos", "would be taken for images in the next run"),
         ("photos/b.png --out photos", "would replace the image"),
         ("empty", "empty holds none"),
         ("twins", "every image needs an output of its own"),
-        ("photos --out locked", "that can be written to"),
+        ("photos --out /proc", "--out must be a folder that takes new files; /proc: "),
     ):
         done = upsample(line)
         assert done.code == 2

@@ -34,7 +34,7 @@ def test_a_run_that_diverges_is_one_line_and_leaves_no_weights(
     assert [file.name for file in Path("run").iterdir()] == ["metrics.csv"]
 
 
-def test_an_interrupted_run_goes_on_as_the_message_says(
+def test_an_interrupted_run_goes_on_by_the_same_command(
     photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = jbu._Run.step
@@ -46,6 +46,6 @@ def test_an_interrupted_run_goes_on_as_the_message_says(
 
     monkeypatch.setattr(jbu._Run, "step", stop)
     done = command(TRAIN, "3")
-    said = "error: interrupted; what is finished is kept; the same command resumes"
+    said = "error: interrupted; what is finished is kept"
     assert (done.code, done.err.splitlines()[-1]) == (130, said)
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2

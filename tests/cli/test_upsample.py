@@ -197,14 +197,13 @@ def test_long_names_and_names_in_another_encoding_are_worked_on(
     assert Path("out", name).with_suffix(f".{form}").exists()
 
 
-@pytest.mark.parametrize("form", ["safetensors", "npy"])
 def test_a_full_disk_is_named_with_the_file_and_nothing_is_left_half_written(
-    form: str, upsample: Command
+    upsample: Command,
 ) -> None:
     with full_disk(5000):
-        done = upsample("photos/a.jpg --format", form)
+        done = upsample("photos/a.jpg")
     assert done.code == 1
-    assert f"out/a.{form}: File too large" in done.err
+    assert "out/a.safetensors: File too large" in done.err
     assert not list(Path("out").iterdir())
 
 
