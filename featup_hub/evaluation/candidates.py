@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -112,7 +111,6 @@ def candidate(spec: str) -> Candidate:
         function = plug_in(rest)
         default = part = attribute
         head = getattr(function, "head", "after")
-        _check_call(function, head, spec)
         source = Path(getattr(sys.modules[module], "__file__", None) or "")
     else:
         raise UnknownUpsamplerError(
@@ -143,20 +141,6 @@ def plug_in(spec: str) -> Any:
         raise UnknownUpsamplerError(
             f"a plug-in module:callable must be importable; got {spec!r} ({error}); "
             "check its name, and add its folder to PYTHONPATH"
-        ) from error
-
-
-def _check_call(function: Callable[..., Tensor], head: Head, spec: str) -> None:
-    """Checks a plug-in's parameters before anything is measured."""
-    names = ("source", "image", "size", *(("head",) if head == "inside" else ()))
-    try:
-        inspect.signature(function).bind(*names[:3], **dict.fromkeys(names[3:]))
-    except ValueError:  # some functions written in C have no signature
-        pass
-    except TypeError as error:
-        raise TypeError(
-            f"a plug-in must be a function of ({', '.join(names)}); {spec!r} is not: {error}; "
-            "wrap it"
         ) from error
 
 

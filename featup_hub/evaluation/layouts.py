@@ -14,7 +14,6 @@ bootstrap draws them together. The other layouts are the rows of :data:`LAYOUTS`
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -151,24 +150,12 @@ def open_data(spec: str, split: Literal["train", "val"], *, max_side: int = 0) -
 
 def _described(path: Path) -> dict[str, Any]:
     """Reads the numbers of a data set of the plain layout."""
-    if not path.is_file():
-        raise ValueError(
-            f'the plain layout needs {path}, such as {{"classes": 11, "depth_scale": 1000}}'
-        )
+    kinds = {"classes": int, "depth_scale": float, "block": int}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; {error}") from error
-    least = {"classes": 0, "depth_scale": 0, "block": 1}
-    if not isinstance(values, dict) or not set(values) <= set(least):
-        got = ", ".join(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path} must be a JSON object with {', '.join(least)}; got {got}")
-    for name, value in values.items():
-        if name == "depth_scale":
-            needed, right = "a number above 0", type(value) in (int, float) and 0 < value < math.inf
-        else:
-            needed = f"a whole number, at least {least[name]}"
-            right = type(value) is int and value >= least[name]
-        if not right:
-            raise ValueError(f"{name} in {path} must be {needed}; got {value!r}")
-    return values
+        described = json.loads(path.read_text(encoding="utf-8"))
+        return {name: kinds[name](value) for name, value in described.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'the plain layout needs {path}, with one or more of {{"classes": 11, "depth_scale": '
+            f'1000, "block": 1}}; got {error!r}'
+        ) from error

@@ -166,7 +166,8 @@ def write_results(scored: Sequence[Row], config: DataclassInstance, folder: Path
 def draw(scored: Sequence[Row], path: Path) -> None:
     """Draws every upsampler's difference from the first reference, with its interval, as a PNG.
 
-    One panel per score; right is better. Rows without a paired difference are not drawn.
+    One panel per score; right is better. Rows without a paired difference are not drawn; there must
+    be one that has it.
     """
     try:
         from matplotlib.figure import Figure
@@ -176,11 +177,6 @@ def draw(scored: Sequence[Row], path: Path) -> None:
         ) from error
 
     drawn = [row for row in scored if row.versus]
-    if not drawn:
-        raise ValueError(
-            "a figure needs paired differences; there are none; evaluate a reference "
-            "(such as bilinear) and another upsampler in one run"
-        )
     reference = max((list(row.versus) for row in drawn), key=len)[0]
     drawn = [row for row in drawn if reference in row.versus]
     metrics = list(dict.fromkeys(row.metric for row in drawn))

@@ -65,7 +65,7 @@ def evaluate(
         ValueError: If a name does not exist, or data that a protocol needs is missing. A message
             about a field begins with its name.
     """
-    with _about("upsamplers", UnknownUpsamplerError, TypeError):
+    with _about("upsamplers", UnknownUpsamplerError):
         opened = [candidate(spec) for spec in config.upsamplers]
     candidates = [each.with_looks(looks) for each in opened for looks in config.looks]
     _check(config, [each.name for each in candidates])

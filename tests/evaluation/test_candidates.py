@@ -77,18 +77,6 @@ def test_a_plug_in_is_imported_and_taken_as_it_is(plug_in, inputs):
     torch.testing.assert_close(found.project(*inputs, SIZE, weight), expected)
 
 
-def test_a_plug_in_must_take_what_it_is_called_with(plug_in):
-    with pytest.raises(TypeError, match=r"of \(source, image, size\); .* too many .*; wrap it"):
-        plug_in(lambda x: x)
-    with pytest.raises(TypeError, match=r"of \(source, image, size, head\); .* 'head'; wrap"):
-        plug_in(lambda a, b, c: a, head="inside")
-    with pytest.raises(TypeError, match=r"of \(source, image, size\); .* not a callable"):
-        plug_in(3)
-    for fits in (lambda *inputs: inputs[0], lambda a, b, c, d=0: a, min):
-        assert plug_in(fits).function is fits
-    assert plug_in(lambda a, b, c, head: a, head="inside").head == "inside"
-
-
 def test_a_head_before_inside_and_after_are_one(file, inputs):
     weight = torch.randn(3, 5)
     before = candidate(str(file))

@@ -54,7 +54,6 @@ DATA = "--data folder:SCENES "
         ("--upsamplers lanczos", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers .a:x", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers no_module:x", "--upsamplers: a plug-in module:callable must be importable"),
-        ("--upsamplers json:dumps", "--upsamplers: a plug-in must be a function of (source, image"),
         (DATA + "--upsamplers nearest nearest", "--upsamplers must each have a name of its own; "),
         (DATA + "--backbone nope", "--backbone: a model must be one of "),
         (DATA + "--backbone dinov2=no.file", "--backbone: no weights file no.file; check"),
