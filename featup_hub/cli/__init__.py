@@ -17,7 +17,7 @@ from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from featup_hub import __version__
 from featup_hub.cli.arguments import UsageError, complain, explain
@@ -86,12 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="featup-hub COMMAND --help explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"featup_hub {__version__}")
-    parser.add_argument(
-        "--print-completion",
-        action=_PrintCompletion,
-        choices=("bash", "zsh", "tcsh"),
-        help="print a script that completes commands and flags in this shell",
-    )
+    with suppress(ImportError):  # an extra
+        import shtab
+
+        shtab.add_argument_to(parser, help="print a script that completes commands in a shell")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in _COMMANDS:
         module = import_module(f"{__name__}.{name}")
@@ -103,17 +101,3 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         command.set_defaults(run=module.run)
     return parser
-
-
-class _PrintCompletion(argparse.Action):
-    """Prints a script for a shell's completion and exits."""
-
-    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, *__: object) -> None:
-        try:
-            import shtab
-        except ImportError as error:
-            raise UsageError(
-                "--print-completion needs shtab; pip install 'featup_hub[completion]'"
-            ) from error
-        print(shtab.complete(parser, shell))
-        parser.exit()

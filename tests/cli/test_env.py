@@ -69,13 +69,8 @@ assert not slow, slow
     assert done.returncode == 0, done.stderr
 
 
-def test_a_script_for_shell_completion_is_printed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_for_shell_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit, match="0"):
         main(["--print-completion", "bash"])
     assert "--value-range" in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    assert main(["--print-completion", "bash"]) == 2
-    assert "needs shtab; pip install 'featup_hub[completion]'" in capsys.readouterr().err
