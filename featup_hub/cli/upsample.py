@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         model = load(chosen.card, **chosen.options)
     read = partial(read_image, bands=args.bands, value_range=args.value_range)
     live = total > 1 and sys.stderr.isatty()
-    bar = tqdm(todo, initial=total - len(todo), total=total, disable=not live, leave=False)
+    bar = tqdm(
+        todo, initial=total - len(todo), total=total, unit="image", disable=not live, leave=False
+    )
     with ThreadPoolExecutor(max_workers=1) as ahead:  # reads the next image
         coming = [ahead.submit(read, job.image) for job in todo[:1]]
         for index, job in enumerate(bar):

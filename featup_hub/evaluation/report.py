@@ -192,9 +192,15 @@ def draw(scored: Sequence[Row], path: Path) -> None:
                 continue
             offset = 0.8 * (number + 0.5) / len(upsamplers) - 0.4
             places = [blocks.index(_block(row)) + offset for row in chosen]
-            values, left, right = zip(*(_rightwards(row, reference) for row in chosen), strict=True)
-            style = {"fmt": "o", "markersize": 3, "linewidth": 1, "color": f"C{number}"}
-            panel.errorbar(values, places, xerr=[left, right], label=upsampler, **style)
+            # Signed so that more is better.
+            sign = chosen[0].scale if chosen[0].higher_is_better else -chosen[0].scale
+            found = [row.versus[reference] for row in chosen]
+            values, low, high = (
+                [sign * getattr(each, name) for each in found] for name in ("value", "low", "high")
+            )
+            style = {"linewidth": 1, "color": f"C{number}"}
+            panel.hlines(places, low, high, **style)
+            panel.plot(values, places, "o", markersize=3, label=upsampler, **style)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_title(f"{metric}: better than {reference} →", fontsize=9)
         panel.tick_params(labelsize=8)
@@ -206,18 +212,6 @@ def draw(scored: Sequence[Row], path: Path) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-
-
-def _rightwards(row: Row, reference: str) -> tuple[float, float, float]:
-    """Returns a difference, signed so that more is better, and its reach to either side.
-
-    A percentile interval may miss the value: replicates of mIoU may lack rare classes.
-    """
-    found, scale = row.versus[reference], row.scale
-    below, above = max(found.value - found.low, 0.0), max(found.high - found.value, 0.0)
-    if not row.higher_is_better:
-        return -scale * found.value, scale * above, scale * below
-    return scale * found.value, scale * below, scale * above
 
 
 def _block(row: Row) -> str:
