@@ -32,7 +32,8 @@ class EvaluationConfig:
             ``FILE@unit`` (kernels divided by their sum) or a plug-in ``module:callable``;
             ``NAME=`` in front names it in tables.
         backbones: Backbones that give the features: each ``NAME``, ``NAME=FILE`` with weights of
-            your own, or a plug-in ``module:callable`` that returns a backbone.
+            your own, or a plug-in ``module:callable`` that returns a backbone, which tables call by
+            the callable's name.
         protocols: What to measure: label oracle, frozen probe (preservation), probe of each
             upsampler's own features (transfer), multi-view consistency, propagation of a first
             frame's mask through videos, time and memory (cost), class activation maps (cam).
