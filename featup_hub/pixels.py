@@ -121,6 +121,12 @@ class _Pixels:
         low, high = self._full_range() if value_range is None else value_range
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"value_range needs a low and a higher value; got {value_range!r}")
+        if values.dtype == np.uint8 and high > 255:
+            warnings.warn(
+                f"{self.name} has 8-bit pixels, which do not reach {high:g}, the white of "
+                "value_range; it is read darker than it is; leave value_range out for it",
+                stacklevel=3,
+            )
         scaled = (values.astype(np.float64).clip(low, high) - low) * (255 / (high - low))
         if not np.isfinite(scaled).all():
             raise ValueError(f"pixels must be numbers; {self.name} has NaN, which has no colour")

@@ -113,6 +113,16 @@ def test_a_malicious_checkpoint_is_refused_and_never_run(tmp_path):
     assert witness.exists()  # the bomb was live
 
 
+def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path):
+    path = saved(tmp_path / "in.ckpt", state())
+    data = bytearray(path.read_bytes())
+    tensor = weights.convert_upstream(path).upsampler["up3.range_proj.3.weight"]
+    data[data.index(tensor.numpy().tobytes()) + 100] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a damaged file: .* fails its checksum"):
+        weights.convert_upstream(path)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 10**9), st.binary(max_size=9)), min_size=1, max_size=4),

@@ -89,7 +89,9 @@ def test_16_bit_grey_with_white_as_zero_is_shown_as_its_8_bit_form(tmp_path: Pat
     assert np.abs(255 - found[..., 0].astype(int) - LEVELS).max() <= 1
 
 
-def test_16_bits_of_which_8_are_read_are_warned_of(tmp_path: Path) -> None:
+def test_8_bits_where_more_were_meant_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"the array has 8-bit pixels, which do not reach 4095"):
+        read_image(np.full((4, 4), 200, np.uint8), value_range=(0, 4095))
     path = deep_png(tmp_path / "x.png", colours(RAMP))
     with Image.open(path) as picture, pytest.warns(UserWarning, match=r"8 of the 16.*the path"):
         read_image(picture)

@@ -80,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     from featup_hub.pixels import read_image
     from featup_hub.visualize import comparison
 
-    make_folder(args.out)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_model(args, size=args.size, device=device)
     place = chosen.options["device"]
     if args.impl == "cuda" and place.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {place}; leave --impl out")
+    make_folder(args.out)  # a mistyped name leaves no folder behind
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
     settings = settings_of(args, chosen)
     todo, kept, problems = (jobs, [], []) if args.overwrite else unfinished(jobs, settings)

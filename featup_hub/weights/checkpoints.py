@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -63,6 +64,10 @@ def _unpickle(path: Path) -> tuple[object, str]:
     # timm's and DINO's trainers store their arguments in a Namespace, a plain container.
     allowed = getattr(torch.serialization, "safe_globals", None)  # PyTorch 2.5 and later
     try:
+        if zipfile.is_zipfile(path):  # PyTorch's loader does not compare checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    return None, f"a damaged file: {damaged} fails its checksum"
         with allowed([argparse.Namespace]) if allowed else nullcontext():
             return torch.load(path, map_location="cpu", weights_only=True), ""
     except Exception as error:  # a damaged archive or pickle can raise any exception

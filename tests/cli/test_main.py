@@ -73,6 +73,7 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(
     assert done.err.startswith("error: ")
     assert message in done.err.splitlines()[0]
     assert "Traceback" not in done.err
+    assert not Path("features").exists()
     with pytest.raises(UsageError):
         command(line, "--debug")
 
