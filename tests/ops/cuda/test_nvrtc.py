@@ -92,15 +92,19 @@ def test_the_packages_own_kernels_compile_without_spilling_a_register(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "without"),
-    [(backend.apply_program(torch.bfloat16), {75}), (backend.kernel_program(3), {75, 86, 120})],
+    ("program", "architectures", "without"),
+    [
+        # Everything from sm_80 on, be it slow in TF32.
+        (backend.apply_program(torch.bfloat16), (75, 80, 120), {75}),
+        (backend.kernel_program(3), (75, 80, 86, 90, 120), {75, 86, 120}),
+    ],
     ids=str,
 )
 def test_programs_are_compiled_for_tensor_cores_where_these_are_faster(
-    compiler: nvrtc.Nvrtc, program: Program, without: set[int]
+    compiler: nvrtc.Nvrtc, program: Program, architectures: tuple[int, ...], without: set[int]
 ) -> None:
     source, headers, options = program.contents()
-    for architecture in (75, 80, 86, 90, 120):
+    for architecture in architectures:
         usual, plain = (
             compiler.compile(source, program.source, architecture, [*options, *more], headers)[0]
             for more in ((), ("-DJBU_TENSOR_CORES=0",))
