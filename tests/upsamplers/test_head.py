@@ -21,7 +21,7 @@ def test_a_folded_head_is_the_head_behind_the_upsampler(
 ) -> None:
     stack = randomise(JBUStack(feat_dim, joint_first=joint_first).double())
     head = nn.Conv2d(6, 3, 1, bias=bias).double()
-    source, image = torch.randn(2, 6, 3, 4).double(), torch.randn(2, 3, 48, 64).double()
+    source, image = torch.randn(2, 6, 3, 4).double(), torch.randn(2, 3, 11, 16).double()
     expected = head(stack(source, image, size=size))
     logits = stack.fold_head(head)(source, image, size=size)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)

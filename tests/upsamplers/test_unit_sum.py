@@ -18,7 +18,7 @@ from tests.ops.formulations import randomise
 
 def trained(upsampler: JBUStack) -> JBUStack:
     optimiser = torch.optim.Adam(upsampler.parameters(), lr=0.05)
-    source, image = torch.randn(1, 4, 4, 5), torch.randn(1, 3, 64, 80)
+    source, image = torch.randn(1, 4, 2, 3), torch.randn(1, 3, 32, 48)
     for _ in range(5):
         optimiser.zero_grad()
         upsampler(source, image).square().mean().backward()
