@@ -42,6 +42,8 @@ _OTHER_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".n
 
 def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> None:
     """Raises ValueError unless every given side is a positive multiple of the patch size."""
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1; got {multiple_of}")
     if size is None:
         return
     sides = size if isinstance(size, (tuple, list)) else (size, size)
@@ -69,7 +71,8 @@ def resize(
         multiple_of: The patch size, in pixels. A rounded side is at least this long.
 
     Raises:
-        ValueError: If ``size`` is not positive or not a multiple.
+        ValueError: If ``size`` is not positive or not a multiple, or the result would have more
+            pixels than Pillow's limit.
 
     Example:
         >>> from PIL import Image
@@ -91,6 +94,11 @@ def resize(
         scale = 1.0 if size is None else size / min(width, height)
         new_height, new_width = (
             max(int(side * scale / multiple_of + 0.5), 1) * multiple_of for side in (height, width)
+        )
+    if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"at most {2 * Image.MAX_IMAGE_PIXELS} pixels; {height}×{width} would become "
+            f"{new_height}×{new_width}; ask for a smaller size"
         )
     if (new_height, new_width) == (height, width):
         return image

@@ -160,6 +160,8 @@ def _decode(image: object, *, as_stored: bool = False) -> _Pixels:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"an image of at least one pixel is needed; got {image.size}")
         return _decode_picture(image, None, "the image", as_stored=as_stored)
     if isinstance(image, np.ndarray):
         image = np.asarray(image)  # a masked array gives other values under its mask
@@ -183,6 +185,10 @@ def _decode(image: object, *, as_stored: bool = False) -> _Pixels:
             "one image at a time; a tensor needs no reading: normalise it and call the model"
         )
     path = Path(image)
+    if path.is_dir():
+        raise IsADirectoryError(f"an image file is needed; {path} is a folder; name a file in it")
+    if "://" in str(image):
+        raise FileNotFoundError(f"an image file is needed; got {image}; download it first")
     with path.open("rb") as file:
         try:
             with _decoder_errors(str(path)):

@@ -111,8 +111,10 @@ def test_what_is_not_an_image_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
         read_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"https://a\.b/cat\.jpg; download it first"):
+        read_image("https://a.b/cat.jpg")
     with pytest.raises(FileNotFoundError, match=r"cat\.jpg"):
         read_image(tmp_path / "cat.jpg")
 
@@ -177,6 +179,8 @@ def test_an_image_of_the_right_size_is_not_touched() -> None:
         ((300, 300), (224, 225), 14, "positive multiple of 14; got 225; try 224 or 238"),
         ((300, 300), 0, 1, "size must be positive; got 0; try 1 or 2"),
         ((300, 300), -3, 1, "size must be positive; got -3; try 1 or 2"),
+        ((300, 300), None, 0, "multiple_of must be at least 1; got 0"),
+        ((40_000, 1), 224, 1, "ask for a smaller size"),
     ],
 )
 def test_a_size_that_cannot_be_is_refused_with_the_nearest(
@@ -213,6 +217,7 @@ def test_preprocess_takes_a_path_a_picture_of_any_mode_and_an_array(tmp_path: Pa
         (np.zeros((3, 40, 40), np.uint8), ValueError, r"come last, .*; give array\.transpose\(1"),
         (np.zeros((4, 4), np.float32), ValueError, "the array has float32 pixels.*value_range"),
         (np.full((4, 4), np.nan), ValueError, "float64 pixels"),
+        (Image.new("RGB", (0, 4)), ValueError, r"at least one pixel is needed; got \(0, 4\)"),
     ],
 )
 def test_what_is_no_image_is_refused_with_what_to_do(

@@ -173,6 +173,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
         weights.write(some(), tmp_path / "no" / "where.safetensors")
     with pytest.raises(OSError, match=tmp_path.name):
         weights.write(some(), tmp_path)
+    with pytest.raises(TypeError, match=r"metadata must be strings; got feat_dim=3; use str"):
+        weights.write(some(), tmp_path / "x.safetensors", metadata={"feat_dim": 3})
     assert list(tmp_path.iterdir()) == []
 
 

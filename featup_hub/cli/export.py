@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     size = args.static
     if size is not None and (not isinstance(size, tuple) or 0 in size):
         raise UsageError(f"--static must be HxW, such as 224x224; got {size}")
-    chosen = choose_model(args, size=size)
+    chosen = choose_model(args)
 
     import torch
 

@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     place = chosen.options["device"]
     if args.impl == "cuda" and place.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {place}; leave --impl out")
-    make_folder(args.out)  # a mistyped name leaves no folder behind
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
+    make_folder(args.out)  # after all names were found, so that a mistyped one leaves no folder
     settings = settings_of(args, chosen)
     todo, kept, problems = (jobs, [], []) if args.overwrite else unfinished(jobs, settings)
     for problem in problems:

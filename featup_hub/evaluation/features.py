@@ -91,8 +91,8 @@ class Bench:
         return read(place)["features"].float()
 
 
-def find_source(spec: str) -> Callable[[], Source]:
-    """Finds a backbone; the function returned loads it as a source of features.
+def find_source(spec: str) -> tuple[str, Callable[[], Source]]:
+    """Finds a backbone: its name in tables, and a function that loads it as a source of features.
 
     ``spec`` is ``NAME`` or ``NAME=FILE``, a name that :func:`featup_hub.load` takes and weights of
     your own, or a plug-in ``module:callable`` that returns a backbone. Tables call a file by its
@@ -119,7 +119,7 @@ def find_source(spec: str) -> Callable[[], Source]:
         identity = f"{key} {digest(file) if file else 'pretrained'}"
         return Source(name=name, backbone=make().requires_grad_(False), identity=identity)
 
-    return load
+    return name, load
 
 
 def file_stamp(path: Path) -> str:

@@ -14,6 +14,7 @@ bootstrap draws them together. The other layouts are the rows of :data:`LAYOUTS`
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -150,12 +151,19 @@ def open_data(spec: str, split: Literal["train", "val"], *, max_side: int = 0) -
 
 def _described(path: Path) -> dict[str, Any]:
     """Reads the numbers of a data set of the plain layout."""
-    kinds = {"classes": int, "depth_scale": float, "block": int}
+    least = {"classes": 0, "depth_scale": 1e-9, "block": 1}
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        return {name: kinds[name](value) for name, value in described.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        described = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f'the plain layout needs {path}, with one or more of {{"classes": 11, "depth_scale": '
-            f'1000, "block": 1}}; got {error!r}'
+            f'the plain layout needs {path}, such as {{"classes": 11, "depth_scale": 1000}}; '
+            f"got {error}"
         ) from error
+    for name, value in described.items():
+        whole = type(value) is int or (name == "depth_scale" and type(value) is float)
+        if name not in least or not whole or not least[name] <= value < math.inf:
+            raise ValueError(
+                f"{path} must have whole numbers: classes, block (at least 1), depth_scale (any "
+                f"number above 0); got {name} = {value!r}"
+            )
+    return described

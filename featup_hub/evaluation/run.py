@@ -79,7 +79,13 @@ def evaluate(
     specs = config.backbones if ON_FEATURES.keys() & set(config.protocols) else ()
     with _about("backbones", ValueError, FileNotFoundError):
         found = [find_source(spec) for spec in specs]  # before the first is loaded
-        sources = [load() for load in found]
+        names = [name for name, _ in found]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"must each have a name of its own; got {', '.join(names)}; rename a file or a "
+                "callable"
+            )
+        sources = [load() for _, load in found]
     measured = measure(data, sources, candidates, config, progress=progress)
     return (rows([found], versus=config.versus, resamples=config.resamples) for found in measured)
 

@@ -55,9 +55,7 @@ def measure_new(
             name = hashlib.sha256(key.encode()).hexdigest()[:24]
             places[each.name] = cache / "sums" / f"{name}.pt"
     known: dict[str, dict[str, dict[str, Tensor]]] = {
-        name: torch.load(place, weights_only=True)
-        for name, place in places.items()
-        if place.is_file()
+        name: _read(place) for name, place in places.items() if place.is_file()
     }
     new = [each for each in candidates if each.name not in known]
     images: dict[str, dict[str, dict[str, list[Tensor]]]] = {each.name: {} for each in new}
@@ -75,3 +73,16 @@ def measure_new(
                 torch.save(known[upsampler], partial)
     every = known[candidates[0].name]
     return {name: {each.name: known[each.name][name] for each in candidates} for name in every}
+
+
+def _read(place: Path) -> dict[str, dict[str, Tensor]]:
+    """Reads the sums of one upsampler by protocol."""
+    try:
+        sums: dict[str, dict[str, Tensor]] = torch.load(place, weights_only=True)
+    except Exception as error:  # unpickling damaged bytes may raise any exception
+        # torch's message advises unsafe unpickling, so it is not shown.
+        raise ValueError(
+            f"the cache must hold whole files; {place} cannot be read ({type(error).__name__}); "
+            "remove it to measure its upsampler again"
+        ) from None
+    return sums

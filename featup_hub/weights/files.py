@@ -122,10 +122,13 @@ def write(
         metadata: Metadata of the file.
 
     Raises:
-        TypeError: If safetensors files have no such type of tensors.
+        TypeError: If safetensors files have no such type of tensors, or metadata are not strings.
         OSError: If the path is a folder, or its folder does not exist or cannot be written to.
     """
     path = Path(path).expanduser()
+    for key, note in (metadata or {}).items():
+        if not isinstance(note, str):
+            raise TypeError(f"metadata must be strings; got {key}={note!r}; use str(...)")
     # Large types first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     whole = {name: tensors[name].detach().cpu().contiguous() for name in names}

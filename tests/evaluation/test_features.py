@@ -21,13 +21,15 @@ def test_features_are_those_of_the_backbone_in_half_precision_if_it_holds_them()
 
 
 def test_a_backbone_is_found_by_its_name_and_frozen():
-    found = find_source("efficientnet_lite0")()
+    name, load = find_source("efficientnet_lite0")
+    found = load()
+    assert name == found.name
     assert (found.name, found.backbone.feat_dim) == ("efficientnet_lite0", 112)
     assert not any(each.requires_grad for each in found.backbone.parameters())
 
 
 def test_a_plug_in_gives_a_backbone_and_its_callable_the_name():
-    found = find_source("tests.evaluation.conftest:MeanColour")()
+    found = find_source("tests.evaluation.conftest:MeanColour")[1]()
     assert (found.name, type(found.backbone)) == ("MeanColour", MeanColour)
     with pytest.raises(ValueError, match=r"must be importable; got 'no_such_module:x'"):
         find_source("no_such_module:x")
@@ -40,6 +42,6 @@ def test_timms_name_of_a_repository_is_not_taken_for_a_plug_in(name):
 
 def test_tables_call_a_backbone_s_own_weights_by_their_file_and_the_cache_by_their_content():
     file = shipped_folder() / "efficientnet_lite0.safetensors"
-    own = find_source(f"efficientnet_lite0={file}")()
+    own = find_source(f"efficientnet_lite0={file}")[1]()
     assert own.name == "efficientnet_lite0=efficientnet_lite0"
     assert own.identity == f"efficientnet_lite0 {digest(file)}"

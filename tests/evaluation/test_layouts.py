@@ -106,10 +106,12 @@ def test_frames_of_a_clip_are_drawn_together(splits, tmp_path):
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ('{"classes": "two"}', r"needs .*dataset\.json, with .*two"),
-        ('{"classses": 2}', r"needs .*dataset\.json, with .*got KeyError\('classses'\)"),
-        ("[1]", r"needs .*dataset\.json, with .*'list'"),
-        ("{", r"needs .*dataset\.json, with .*JSON"),
+        ('{"classes": 2.5}', r"dataset\.json must have .*; got classes = 2\.5"),
+        ('{"block": 0}', r"must have whole numbers: .*block \(at least 1\).*; got block = 0"),
+        ('{"depth_scale": 0}', r"depth_scale \(any number above 0\); got depth_scale = 0"),
+        ('{"classses": 2}', r"must have .*; got classses = 2"),
+        ("[1]", r"needs .*dataset\.json, such as"),
+        ("{", r"needs .*dataset\.json, such as"),
         ("{}", r"labels need a number of classes, at least 1; .* gives 0"),
     ],
 )

@@ -151,6 +151,7 @@ def test_missing_truth_is_an_error_before_anything_is_measured(splits, protocol,
         ("efficientnet_lit0", "did you mean 'efficientnet_lite0'"),
         ("efficientnet_lite0=none.pth", "no weights file none.pth"),
         ("no_such_module:x", "must be importable"),
+        ("efficientnet_lite0", "must each have a name of its own; got efficientnet_lite0, eff"),
     ],
 )
 def test_every_backbone_s_name_and_file_are_checked_before_one_is_loaded(
@@ -198,7 +199,7 @@ def test_every_number_of_looks_is_a_row_of_its_own_and_an_upsampler_is_opened_on
     scenes, monkeypatch, tmp_path
 ):
     opened = []
-    monkeypatch.setattr(run, "find_source", lambda _: colours)
+    monkeypatch.setattr(run, "find_source", lambda _: ("colours", colours))
     monkeypatch.setattr(run, "candidate", lambda spec: (opened.append(spec), candidate(spec))[1])
     config = EvaluationConfig(
         data=(f"folder:{scenes}",),

@@ -106,3 +106,14 @@ def test_features_are_computed_once_per_image_and_again_if_it_changed(run):
     Image.new("RGB", (48, 32)).save(run.root / "val" / "images" / "0.png")
     run(backbone=backbone)
     assert backbone.calls == 8
+
+
+@pytest.mark.parametrize("damaged", ["empty", "garbage", "cut"])
+def test_a_damaged_file_of_the_cache_is_named(run, damaged):
+    run()
+    (file,) = (run.cache / "sums").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes({"empty": b"", "garbage": b"x" * 99, "cut": whole[:-99]}[damaged])
+    with pytest.raises(ValueError, match=rf"whole files; .*{file.name} cannot .*; remove it") as e:
+        run()
+    assert "weights_only" not in str(e.value)
