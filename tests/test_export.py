@@ -186,10 +186,10 @@ def test_the_command_shows_its_progress_and_writes_a_program_for_one_size(
     complete: UpsampledBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model"
-    assert main(["export", str(path), "--format", "pt2", "--static", "16x24"]) == 0
+    assert main(["export", str(path), "--format", "pt2", "--static", "18x24"]) == 0
     progress = capsys.readouterr().err.splitlines()
     assert [line.split()[:2] for line in progress] == [["[1/2]", "tracing"], ["[2/2]", "writing"]]
-    assert_same(torch.export.load(path).module(), complete, torch.randn(1, 3, 16, 24))
+    assert_same(torch.export.load(path).module(), complete, torch.randn(1, 3, 18, 24))
 
 
 def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:

@@ -121,6 +121,7 @@ def test_outputs_that_cannot_be_made_are_refused_before_any_work(
         assert done.code == 2
         assert message in done.err
     assert not loads
+    assert not Path("out").exists()
 
 
 def test_pictures_of_an_earlier_run_are_not_upsampled(upsample: Command) -> None:
