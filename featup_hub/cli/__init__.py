@@ -17,7 +17,7 @@ from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from featup_hub import __version__
 from featup_hub.cli.arguments import UsageError, complain, explain
@@ -71,7 +71,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises errors in flags."""
+    """Raises errors in flags, each as the command's own."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # a command would leave them to the parser of all commands
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
