@@ -77,12 +77,15 @@ def find_card(name: str | ModelCard) -> ModelCard:
         return MODELS[name]
     if name.startswith("timm/") or backbones.is_timm_model(name):
         return backbones.timm_card(name.removeprefix("timm/"))
-    known = {each.lower(): each for each in (*MODELS, *ALIASES)}
+    known = {each.lower(): each for each in (*list_models(), *ALIASES)}
     near = [known[each] for each in get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is similar."
+    if "=" in name:  # as the command line spells it
+        model, _, file = name.partition("=")
+        hint = f"give the file apart: load({model!r}, backbone_weights={file!r})."
     raise ValueError(
         f"a model must be one of the names below; got {name!r}; {hint}\n"
-        f"  {', '.join(MODELS)}\n"
+        f"  {', '.join(list_models())}\n"
         "  or any model of timm, such as 'convnext_tiny.fb_in1k'"
     )
 

@@ -59,6 +59,13 @@ def test_an_unknown_name_brings_the_nearest(typed: str, meant: str) -> None:
         find_card(typed)
 
 
-def test_a_name_like_none_brings_all() -> None:
-    with pytest.raises(ValueError, match=r"got 'zzz'; none is similar(.|\n)*dinov2_vitb14.*jbu"):
-        find_card("zzz")
+def test_a_name_like_none_brings_all_models_with_a_backbone() -> None:
+    names = ", ".join(WITH_BACKBONE)
+    with pytest.raises(ValueError, match=rf"got 'jbv'; none is similar\.\n  {names}\n"):
+        find_card("jbv")
+
+
+def test_a_file_behind_a_name_brings_the_argument_that_takes_it() -> None:
+    hint = r"give the file apart: load\('vit', backbone_weights='a\.pth'\)"
+    with pytest.raises(ValueError, match=rf"got 'vit=a\.pth'; {hint}"):
+        find_card("vit=a.pth")
