@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ __all__ = [
     "load",
     "load_backbone",
     "load_upsampler",
+    "nearest_multiple",
     "open_device",
     "stride_and_size",
 ]
@@ -125,7 +124,7 @@ def load(
 
     Raises:
         ValueError: If the model is unknown, a file is damaged or does not fit, this machine does
-            not have ``device``, or ``looks`` is not a square number or does not fit the backbone's
+            not have ``device``, or ``looks`` is not the square of a divisor of the backbone's
             stride.
         FileNotFoundError: If a file of your own does not exist.
         RuntimeError: If a file is missing: not shipped, not cached, no connection.
@@ -137,7 +136,8 @@ def load(
     """
     card = find_card(name)
     place = open_device(device)
-    looks_per_side = _looks_per_side(looks)
+    if looks != 1 and not backbone_kwargs:  # which may change the stride
+        stride_and_size(card, layer=layer, looks=looks)
     with _undisturbed(pretrained):
         # The small file first, so that its errors come before a large download.
         stack, norm = _read_upsampler(upsampler, pretrained)
@@ -158,13 +158,14 @@ def load(
             backbone_kwargs=backbone_kwargs,
             layer=layer,
         )
-        if looks > 1:
-            backbone = backbones.ShiftAndStitch(backbone, looks_per_side)
+        if looks != 1:
+            per_side = backbones.root_of_looks(looks, backbone.patch_size)
+            backbone = backbones.ShiftAndStitch(backbone, per_side)
         model = UpsampledBackbone(
             backbone,
             stack,
             norm=ChannelNorm(backbone.feat_dim) if use_norm else None,
-            image_size=_default_size(card, backbone.patch_size),
+            image_size=nearest_multiple(card.image_size, backbone.patch_size),
         )
         if norm is not None and model.norm is not None:
             load_into(model.norm, norm, origin=str(upsampler))
@@ -177,21 +178,14 @@ def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[
     if stride is None:
         with torch.device("meta"):
             stride = backbones.TimmBackbone(card.backbone, layer=layer).patch_size
-    if (looks_per_side := _looks_per_side(looks)) > 1:
-        one_look = Backbone(feat_dim=1, patch_size=stride)
-        stride = backbones.ShiftAndStitch(one_look, looks_per_side).patch_size
-    return stride, _default_size(card, stride)
+    if looks != 1:
+        stride //= backbones.root_of_looks(looks, stride)
+    return stride, nearest_multiple(card.image_size, stride)
 
 
-def _looks_per_side(looks: int) -> int:
-    if not isinstance(looks, Integral) or looks < 1 or math.isqrt(looks) ** 2 != looks:
-        raise ValueError(f"looks must be a square number, such as 1 or 4; got {looks!r}")
-    return math.isqrt(looks)
-
-
-def _default_size(card: ModelCard, stride: int) -> int:
-    """Returns the multiple of the stride that is nearest to the card's size."""
-    return max(round(card.image_size / stride), 1) * stride
+def nearest_multiple(side: float, stride: int) -> int:
+    """Returns the multiple of the stride that is nearest to a side, at least one stride."""
+    return max(round(side / stride), 1) * stride
 
 
 def load_backbone(

@@ -233,10 +233,25 @@ def test_four_looks_are_a_source_of_half_the_stride() -> None:
     assert model(image).shape == (1, 112, 64, 48)
 
 
-@pytest.mark.parametrize("looks", [0, -1, 2, 4.0, "4"])
-def test_looks_that_are_no_square_number_are_refused(looks: int) -> None:
-    with pytest.raises(ValueError, match=rf"looks must be a square number, .*; got {looks!r}"):
-        load("efficientnet_lite0", looks=looks)
+@pytest.mark.parametrize("looks", [0, 3, 4.0, "4"])
+@pytest.mark.parametrize(
+    ("name", "layer", "options", "fitting"),
+    [
+        (NAME, None, None, "1, 4, 16, 64, 256"),
+        (NAME, 0, None, "1, 4"),  # of stride 2
+        ("test_vit", None, {"patch_size": 14}, "1, 4, 49, 196"),
+    ],
+)
+def test_looks_that_do_not_fit_the_stride_bring_those_that_do(
+    name: str, layer: int | None, options: dict[str, int] | None, fitting: str, looks: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"^looks must be one of {fitting}, .*; got {looks!r}$"):
+        load(name, layer=layer, backbone_kwargs=options, looks=looks, pretrained=False)
+
+
+def test_looks_that_do_not_fit_are_refused_before_weights_are_read() -> None:
+    with pytest.raises(ValueError, match="looks must be one of"):
+        load(NAME, looks=3, upsampler="missing.safetensors")
 
 
 @pytest.mark.parametrize(

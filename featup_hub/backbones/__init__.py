@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from featup_hub.backbones.clip import ClipBackbone, MaskClipBackbone
     from featup_hub.backbones.contract import Backbone, ChannelNorm
     from featup_hub.backbones.module import ModuleBackbone
-    from featup_hub.backbones.stitch import ShiftAndStitch
+    from featup_hub.backbones.stitch import ShiftAndStitch, root_of_looks
     from featup_hub.backbones.timm import TimmBackbone
     from featup_hub.backbones.timm_network import cached_file, create, is_timm_model, timm_card
 
@@ -23,6 +23,7 @@ __all__ = [
     "cached_file",
     "create",
     "is_timm_model",
+    "root_of_looks",
     "timm_card",
 ]
 

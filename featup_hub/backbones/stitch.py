@@ -7,6 +7,7 @@ CVPR 2015, section 3.2 ("shift-and-stitch").
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from featup_hub.backbones.contract import Backbone, check_backbone
 from featup_hub.ops.jbu import check_numbers
 
-__all__ = ["ShiftAndStitch"]
+__all__ = ["ShiftAndStitch", "root_of_looks"]
 
 _INNER, _OUTER = 19 / 32, -3 / 32  # PyTorch's bicubic weights halfway between two pixels
 
@@ -59,13 +60,7 @@ class ShiftAndStitch(Backbone):
     ) -> None:
         check_backbone(backbone)
         check_numbers(1, looks_per_side=looks_per_side, looks_at_once=looks_at_once)
-        if backbone.patch_size % looks_per_side:
-            stride = backbone.patch_size
-            divisors = ", ".join(str(k) for k in range(1, stride + 1) if stride % k == 0)
-            raise ValueError(
-                f"looks_per_side, the root of looks, must divide the stride of {stride} pixels; "
-                f"got {looks_per_side}; take one of {divisors}"
-            )
+        root_of_looks(looks_per_side**2, backbone.patch_size)
         if backbone.fixed_size is not None:
             raise ValueError(
                 f"shifted looks need a backbone that takes any size of image; this one sees every "
@@ -105,6 +100,17 @@ class ShiftAndStitch(Backbone):
     def _look(self, image: Tensor) -> Tensor:
         features: Tensor = self.backbone(image)
         return (features + self.backbone(image.flip(3)).flip(3)) / 2 if self.mirrored else features
+
+
+def root_of_looks(looks: int, stride: int) -> int:
+    """Returns the looks per side, which must divide the stride; raises ValueError otherwise."""
+    roots = {k * k: k for k in range(1, stride + 1) if stride % k == 0}
+    if not isinstance(looks, Integral) or looks not in roots:
+        raise ValueError(
+            f"looks must be one of {', '.join(map(str, roots))}, the squares of the divisors of "
+            f"the stride of {stride} pixels; got {looks!r}"
+        )
+    return roots[looks]
 
 
 def _moved(image: Tensor, axis: int, shift: float, length: int) -> Tensor:

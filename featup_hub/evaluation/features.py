@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import isqrt
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from featup_hub.backbones import Backbone, ShiftAndStitch
+from featup_hub.backbones import Backbone, ShiftAndStitch, root_of_looks
 from featup_hub.evaluation.candidates import is_plug_in, plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
@@ -47,7 +46,9 @@ class Source:
 
 def with_looks(backbone: Backbone, looks: int) -> Backbone:
     """Returns the backbone with 1, 4, 9 … looks at each image."""
-    return backbone if looks == 1 else ShiftAndStitch(backbone, isqrt(looks))
+    if looks == 1:
+        return backbone
+    return ShiftAndStitch(backbone, root_of_looks(looks, backbone.patch_size))
 
 
 @dataclass(frozen=True, kw_only=True)

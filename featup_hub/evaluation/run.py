@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from featup_hub.evaluation.cam import measure_cam, open_classifier, open_photos
@@ -13,7 +14,7 @@ from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.consistency import measure_consistency
 from featup_hub.evaluation.cost import measure_cost
 from featup_hub.evaluation.dataset import Dataset
-from featup_hub.evaluation.features import Bench, Source, file_stamp, find_source
+from featup_hub.evaluation.features import Bench, Source, file_stamp, find_source, with_looks
 from featup_hub.evaluation.layouts import open_data
 from featup_hub.evaluation.oracle import measure_oracle
 from featup_hub.evaluation.probes import measure_preservation, measure_transfer
@@ -86,6 +87,8 @@ def evaluate(
                 "callable"
             )
         sources = [load() for _, load in found]
+    for source, looks in product(sources, config.looks):
+        with_looks(source.backbone, looks)  # refuses looks that do not fit, before any work
     measured = measure(data, sources, candidates, config, progress=progress)
     return (rows([found], versus=config.versus, resamples=config.resamples) for found in measured)
 
