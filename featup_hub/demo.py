@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.image import normalise, resize
-from featup_hub.loading import find_backbone, list_models, load
+from featup_hub.loading import find_backbone, list_models, load, nearest_multiple
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import UPSAMPLERS
 from featup_hub.visualize import fit_pca, pca_rgb, picture
@@ -64,8 +64,7 @@ class PhotoFeatures(NamedTuple):
 def compute(model: UpsampledBackbone, photo: Image.Image, size: int) -> PhotoFeatures:
     """Computes the features of a photograph whose short side becomes about ``size`` pixels."""
     stride = model.patch_size
-    size = max(round(size / stride), 1) * stride
-    shown = resize(photo, size, multiple_of=stride)
+    shown = resize(photo, nearest_multiple(size, stride), multiple_of=stride)
     image = normalise(shown, mean=model.mean, std=model.std)
     source = model.source(image)
     maps = (source, model.upsampler(source, image))

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     from featup_hub.files import write_atomically
     from featup_hub.image import normalise, resize
-    from featup_hub.loading import load_backbone, load_upsampler
+    from featup_hub.loading import load_backbone, load_upsampler, nearest_multiple
     from featup_hub.pixels import read_image
     from featup_hub.training.fit import fit
     from featup_hub.visualize import comparison
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     upsampler = load_upsampler(args.upsampler, device=device)
     backbone = load_backbone(card, weights=file).to(device)
     patch = backbone.patch_size
-    shown = resize(photo, max(round(args.size / patch), 1) * patch, multiple_of=patch)
+    shown = resize(photo, nearest_multiple(args.size, patch), multiple_of=patch)
     image = normalise(shown, mean=backbone.mean, std=backbone.std).to(device)
     config = from_flags(FitConfig, args, PRESETS[args.preset])
     fitted = fit(image, backbone, config, upsampler=upsampler, progress=True)

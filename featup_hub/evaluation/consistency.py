@@ -25,6 +25,7 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench, with_looks
 from featup_hub.evaluation.sums import Results
+from featup_hub.loading import nearest_multiple
 
 __all__ = ["measure_consistency"]
 
@@ -44,7 +45,7 @@ def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> Result
     The sums of a photograph are ``consistency`` (2,): squared error and squared variation.
     """
     backbone, stride = bench.source.backbone, bench.stride
-    side = max(round(SIDE / stride), 1) * stride
+    side = nearest_multiple(SIDE, stride)
     fit, test = (
         [images[index].square(side) for index in range(len(images))]
         for images in (bench.train.spread(FIT_IMAGES), bench.val)

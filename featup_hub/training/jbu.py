@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from featup_hub.backbones import Backbone
 from featup_hub.files import sha256_of_tensors
+from featup_hub.loading import nearest_multiple
 from featup_hub.training.checkpoints import (
     add_metrics,
     load_checkpoint,
@@ -131,7 +132,7 @@ def _check_finite(value: float, name: str, step: int) -> None:
 
 def _fitting(side: float, patch: int) -> int:
     """Returns the multiple of the patch size nearest to a side, at least two patches."""
-    return max(round(side / patch), 2) * patch
+    return max(nearest_multiple(side, patch), 2 * patch)
 
 
 class _Run:
