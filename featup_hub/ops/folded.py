@@ -23,13 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.ops.memory import new_map
+from featup_hub.ops.memory import new_map, temporary_elements
 from featup_hub.ops.tables import FoldedAxis, fold_axis
 
 __all__ = ["apply", "kernel_gradient", "source_gradient"]
 
-# Elements of the windows that one product reads: many for speed, few enough for a CPU's cache.
-PART_ELEMENTS = 1 << 19
 TILE_HEIGHT, TILE_WIDTH = 4, 8
 
 
@@ -84,7 +82,8 @@ class Tiling:
 
     def parts(self, channels: int) -> Iterator[slice]:
         """Yields groups of tiles of a row; one product computes a group."""
-        count = max(1, PART_ELEMENTS // (self.area * max(channels, 1)))
+        elements = temporary_elements(self.window.device)
+        count = max(1, elements // (self.area * max(channels, 1)))
         for first in range(0, self.columns, count):
             yield slice(first, min(first + count, self.columns))
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.ops import folded
-from featup_hub.ops.memory import new_map
+from featup_hub.ops.memory import new_map, temporary_elements
 from featup_hub.ops.reference import (
     FIXUP_SCALE,
     MAX_TEMPERATURE,
@@ -31,10 +31,6 @@ from featup_hub.ops.reference import (
 )
 
 __all__ = ["predict", "predict_backward"]
-
-# Elements of one temporary in a band; the measured optimum of cache misses and call overhead.
-BAND_ELEMENTS = 1 << 19
-GPU_BAND_ELEMENTS = 1 << 26  # a GPU needs few large operations
 
 
 def predict(guidance: Tensor, weights: StageWeights) -> Tensor:
@@ -173,7 +169,7 @@ def _with_guidance(kernel: Tensor, guidance: Tensor, first: int, count: int) -> 
 
 def _bands(batch: int, height: int, width: int, weights: StageWeights) -> Iterator[tuple[int, int]]:
     widest = max(weights.fixup_w0.shape[1], weights.range_b0.shape[0])
-    elements = GPU_BAND_ELEMENTS if weights.fixup_w0.is_cuda else BAND_ELEMENTS
+    elements = temporary_elements(weights.fixup_w0.device)
     count = max(1, min(height, elements // (batch * width * widest)))
     for first in range(0, height, count):
         yield first, min(count, height - first)

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from featup_hub.ops import (
-    folded,
     jbu_apply,
     jbu_kernel,
     joint_kernel,
-    prediction,
+    memory,
     reference,
     torch_backend,
 )
@@ -148,8 +147,7 @@ def test_results_do_not_depend_on_where_bands_end(monkeypatch: pytest.MonkeyPatc
             ]
 
     whole = run()
-    monkeypatch.setattr(folded, "PART_ELEMENTS", 1)
-    monkeypatch.setattr(prediction, "BAND_ELEMENTS", 1)
+    monkeypatch.setattr(memory, "CPU_ELEMENTS", 1)
     for banded, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(banded, expected, rtol=1e-11, atol=1e-11)
 
@@ -229,7 +227,9 @@ def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> N
         torch_backend.apply_backward(output, source.detach(), kernel, True, True)
         torch_backend.kernel_backward(kernel, guidance, weights)
     unfolded_keys = 32 * 49 * 96 * 96
-    assert seen.elements <= 1.2 * max(output.numel(), kernel.numel(), folded.PART_ELEMENTS)
+    assert seen.elements <= 1.2 * max(
+        output.numel(), kernel.numel(), memory.temporary_elements(source.device)
+    )
     assert seen.elements < unfolded_keys / 10
 
 
