@@ -1,9 +1,9 @@
 """Adds an untrained joint bilateral stage before the stages of a weights file.
 
-For ``weights/jbu_universal.safetensors``, and for what ``weights/jbu_sharp.safetensors`` is
-trained from at last (``train_jbu_universal.sh``)::
+For ``weights/jbu_denoise.safetensors``, and for what ``weights/jbu_faithful.safetensors`` is
+trained from at last (``train_jbu.sh``)::
 
-    python -m benchmarks.add_joint_stage FIRST.safetensors weights/jbu_universal.safetensors
+    python -m benchmarks.add_joint_stage FIRST.safetensors weights/jbu_denoise.safetensors
     python -m benchmarks.add_joint_stage THIRD.safetensors joint.safetensors \
         --smoothing-spatial 0 --smoothing-range 0.19 --share 0.3
 """

@@ -29,8 +29,8 @@ DOCUMENTS = (
     "benchmarks/RESULTS.md",
     "benchmarks/LOG.md",
     "docs/howto.md",
-    "weights/jbu_universal.md",
-    "weights/jbu_sharp.md",
+    "weights/jbu_denoise.md",
+    "weights/jbu_faithful.md",
 )
 LOWER_IS_BETTER = ("RMSE", "view error", "AbsRel", "Average Drop", "Complexity")
 UPSAMPLERS = (

@@ -40,11 +40,11 @@ class WeightFile:
 
 UPSAMPLERS: Mapping[str, WeightFile] = {
     "jbu_denoise": WeightFile(
-        filename="jbu_universal.safetensors",
+        filename="jbu_denoise.safetensors",
         sha256="d37ed996549d087da227e433167ff6d0a174fe0f28de575ca84fb391a315a0ce",
     ),
     "jbu_faithful": WeightFile(
-        filename="jbu_sharp.safetensors",
+        filename="jbu_faithful.safetensors",
         sha256="360520f16c281b7d7a6a530b1c0ac75e72e79dc4d05e82aaffe5df7676588414",
     ),
 }
