@@ -86,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
     if args.impl == "cuda" and place.type != "cuda":
         raise UsageError(f"--impl cuda needs a CUDA device; got {place}; leave --impl out")
     jobs = plan(args.images, args.out, args.format, picture=not args.no_picture)
-    make_folder(args.out)  # after all names were found, so that a mistyped one leaves no folder
     settings = settings_of(args, chosen)
     todo, kept, problems = (jobs, [], []) if args.overwrite else unfinished(jobs, settings)
     for problem in problems:
@@ -96,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"kept {what}; --overwrite replaces", flush=True)
     written, failed, total, start = 0, len(problems), len(jobs), time.monotonic()
     if todo:
+        make_folder(args.out)  # only now, so that a mistyped name leaves no folder
         model = load(chosen.card, **chosen.options)
     read = partial(read_image, bands=args.bands, value_range=args.value_range)
     live = total > 1 and sys.stderr.isatty()
