@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
@@ -27,7 +29,16 @@ from featup_hub.registry import UPSAMPLERS
 from featup_hub.upsamplers import JBUStack, baselines
 from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
-__all__ = ["Candidate", "UnknownUpsamplerError", "candidate", "is_plug_in", "plug_in"]
+__all__ = [
+    "Candidate",
+    "PlugInError",
+    "UnknownUpsamplerError",
+    "candidate",
+    "check_call",
+    "is_plug_in",
+    "own_code",
+    "plug_in",
+]
 
 Head = Literal["before", "inside", "after"]
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral")
@@ -35,7 +46,11 @@ MIN_SUM = 0.05
 
 
 class UnknownUpsamplerError(ValueError):
-    """No upsampler has this name."""
+    """No upsampler has this name, or a plug-in cannot be called."""
+
+
+class PlugInError(Exception):
+    """A plug-in raised its cause: a bug of the plug-in, so the command line shows tracebacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +123,12 @@ def candidate(spec: str) -> Candidate:
         stem = file if file in UPSAMPLERS else source.stem
         default, part = stem + (f"@{option}" if option else ""), option
     elif is_plug_in(rest):
-        function = plug_in(rest)
+        own = plug_in(rest)
         default = part = attribute
-        head = getattr(function, "head", "after")
+        head = getattr(own, "head", "after")
+        options = {"head": "head"} if head == "inside" else {}
+        check_call(rest, own, "source", "image", "size", **options)
+        function = partial(_call, own, rest)
         source = Path(getattr(sys.modules[module], "__file__", None) or "")
     else:
         raise UnknownUpsamplerError(
@@ -137,11 +155,57 @@ def plug_in(spec: str) -> Any:
     module, _, attribute = spec.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise UnknownUpsamplerError(
-            f"a plug-in module:callable must be importable; got {spec!r} ({error}); "
-            "check its name, and add its folder to PYTHONPATH"
+            f"a plug-in module:callable must be importable; got {spec!r} "
+            f"({type(error).__name__}: {error}); check its name, add its folder to PYTHONPATH, or "
+            "mend the module"
         ) from error
+
+
+def check_call(spec: str, function: Any, *arguments: str, **options: str) -> None:
+    """Raises UnknownUpsamplerError unless a plug-in takes these arguments."""
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except ValueError:  # a function in C may have no signature
+        return
+    except TypeError as error:
+        call = ", ".join((*arguments, *(f"{name}={value}" for name, value in options.items())))
+        raise UnknownUpsamplerError(
+            f"a plug-in must be callable as {spec.partition(':')[2]}({call}); got {spec!r} "
+            f"({error}); change its parameters"
+        ) from error
+
+
+@contextmanager
+def own_code(spec: str) -> Iterator[None]:
+    """Raises exceptions of a plug-in's own code as PlugInError."""
+    try:
+        yield
+    except Exception as error:
+        raise PlugInError(f"the plug-in {spec!r} raised {type(error).__name__}") from error
+
+
+def _call(
+    own: Callable[..., Tensor],
+    spec: str,
+    source: Tensor,
+    image: Tensor,
+    size: tuple[int, int],
+    **options: Tensor,
+) -> Tensor:
+    """Calls a plug-in and checks what it returns."""
+    with own_code(spec):
+        output = own(source, image, size, **options)
+    channels = len(options["head"]) if options else source.shape[1]
+    needed, is_tensor = (len(source), channels, *size), isinstance(output, Tensor)
+    if not is_tensor or tuple(output.shape) != needed:
+        got = tuple(output.shape) if is_tensor else type(output).__name__
+        raise ValueError(
+            f"a plug-in must return a tensor of shape {needed}; {spec!r} gave {got}; upsample its "
+            "source to the size it is given, with the same channels"
+        )
+    return output
 
 
 def _stack(path: Path, *, unit_sum: bool) -> Callable[..., Tensor]:

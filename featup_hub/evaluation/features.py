@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featup_hub.backbones import Backbone, ShiftAndStitch, root_of_looks
-from featup_hub.evaluation.candidates import is_plug_in, plug_in
+from featup_hub.evaluation.candidates import check_call, is_plug_in, own_code, plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.loading import find_backbone, load_backbone
@@ -100,13 +100,15 @@ def find_source(spec: str) -> tuple[str, Callable[[], Source]]:
     name without suffix, and a plug-in by that of its callable.
 
     Raises:
-        ValueError: If there is no such model or plug-in.
+        ValueError: If there is no such model or plug-in, or it takes arguments.
         FileNotFoundError: If there is no such file.
     """
     make: Callable[[], Backbone]
     if is_plug_in(spec):
         module, _, name = spec.partition(":")
-        make = plug_in(spec)
+        own = plug_in(spec)
+        check_call(spec, own)
+        make = partial(_make, own, spec)
         code = getattr(sys.modules[module], "__file__", None)
         file = Path(code) if code else None
         key = spec
@@ -121,6 +123,19 @@ def find_source(spec: str) -> tuple[str, Callable[[], Source]]:
         return Source(name=name, backbone=make().requires_grad_(False), identity=identity)
 
     return name, load
+
+
+def _make(own: Callable[[], Backbone], spec: str) -> Backbone:
+    """Calls a plug-in and checks what it returns."""
+    with own_code(spec):
+        backbone = own()
+    if not isinstance(backbone, Backbone):
+        raise ValueError(
+            f"a plug-in must return a featup_hub.Backbone; {spec!r} gave "
+            f"{type(backbone).__name__}; wrap a module: ModuleBackbone(module, feat_dim=..., "
+            "patch_size=...)"
+        )
+    return backbone
 
 
 def file_stamp(path: Path) -> str:

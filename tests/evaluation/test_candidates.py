@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from featup_hub import load_upsampler
-from featup_hub.evaluation.candidates import Candidate, candidate
+from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
 from featup_hub.upsamplers import JBUStack
 from featup_hub.weights import write
 
@@ -75,6 +76,52 @@ def test_a_plug_in_is_imported_and_taken_as_it_is(plug_in, inputs):
     weight = torch.randn(2, 5)
     expected = F.conv2d(found(*inputs, SIZE), weight[:, :, None, None])
     torch.testing.assert_close(found.project(*inputs, SIZE, weight), expected)
+
+
+def test_an_exception_while_a_plug_in_is_imported_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_written.py").write_text("raise KeyError('not yet')")
+    message = r"importable; got 'half_written:up' \(KeyError: 'not yet'\); .* mend the module"
+    with pytest.raises(UnknownUpsamplerError, match=message):
+        candidate("half_written:up")
+
+
+@pytest.mark.parametrize(
+    ("function", "head", "message"),
+    [
+        (lambda source: source, "after", r"source, image, size\); got .*too many positional"),
+        (lambda source, image, size: source, "inside", r"size, head=head\); got .*argument 'head'"),
+        (5, "after", r"\(5 is not a callable object\); change its parameters"),
+    ],
+)
+def test_a_plug_in_of_other_arguments_is_refused_before_it_is_called(
+    plug_in, function, head, message
+):
+    with pytest.raises(UnknownUpsamplerError, match=rf"callable as function\(.*{message}"):
+        plug_in(function, head=head)
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (None, "NoneType"),
+        (np.zeros((1, 5, *SIZE)), "ndarray"),
+        (torch.zeros(1, 5, 4, 6), r"\(1, 5, 4, 6\)"),
+    ],
+)
+def test_a_plug_in_must_return_features_of_the_size_asked_for(plug_in, inputs, returned, got):
+    found = plug_in(lambda source, image, size: returned)
+    message = rf"a tensor of shape \(1, 5, 16, 24\); 'somebodys_upsampler:function' gave {got}; ups"
+    with pytest.raises(ValueError, match=message):
+        found(*inputs, SIZE)
+
+
+def test_features_with_a_head_inside_have_its_channels(plug_in, inputs):
+    def function(source, image, size, head):
+        return F.interpolate(F.conv2d(source, head[:, :, None, None]), size)
+
+    found = plug_in(function, head="inside")
+    assert found.project(*inputs, SIZE, torch.randn(3, 5)).shape == (1, 3, *SIZE)
 
 
 def test_a_head_before_inside_and_after_are_one(file, inputs):

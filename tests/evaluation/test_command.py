@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from featup_hub.cli import main
+from featup_hub.evaluation.candidates import PlugInError
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.run import evaluate
 
@@ -76,6 +77,27 @@ DATA = "--data folder:SCENES "
 def test_what_was_typed_and_cannot_work_is_exit_code_2(typed, message, scenes, capsys):
     assert main(["evaluate", *typed.replace("SCENES", str(scenes)).split()]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def up(source, image, size):
+    raise ValueError("a bug of the user's")
+
+
+def backbone():
+    raise ValueError("a bug of the user's")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "--protocols oracle --upsamplers nearest=tests.evaluation.test_command:up",
+        "--protocols cost --backbone tests.evaluation.test_command:backbone",
+    ],
+)
+def test_an_exception_in_a_plug_in_s_own_code_keeps_its_traceback(typed, scenes):
+    with pytest.raises(PlugInError, match=r"test_command:.*' raised ValueError") as caught:
+        main([*f"evaluate --data folder:{scenes}".split(), *typed.split()])
+    assert str(caught.value.__cause__) == "a bug of the user's"
 
 
 @pytest.mark.parametrize("missing", ["data", "file"])

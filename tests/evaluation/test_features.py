@@ -35,6 +35,18 @@ def test_a_plug_in_gives_a_backbone_and_its_callable_the_name():
         find_source("no_such_module:x")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nn:ReLU", r"a plug-in must return a featup_hub.Backbone; '.*' gave ReLU; wrap a module"),
+        ("nn:Linear", r"callable as Linear\(\); got .*missing a required argument: 'in_features'"),
+    ],
+)
+def test_a_plug_in_that_gives_no_backbone_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_source(f"torch.{name}")[1]()
+
+
 @pytest.mark.parametrize("name", ["hf-hub:owner/some.vit", "hf_hub:owner/some.vit"])
 def test_timms_name_of_a_repository_is_not_taken_for_a_plug_in(name):
     assert not is_plug_in(name)
