@@ -34,7 +34,6 @@ __all__ = [
     "PlugInError",
     "UnknownUpsamplerError",
     "candidate",
-    "check_call",
     "is_plug_in",
     "own_code",
     "plug_in",
@@ -123,12 +122,10 @@ def candidate(spec: str) -> Candidate:
         stem = file if file in UPSAMPLERS else source.stem
         default, part = stem + (f"@{option}" if option else ""), option
     elif is_plug_in(rest):
-        own = plug_in(rest)
+        own = plug_in(rest, "source", "image", "size")
+        function = partial(_call, own, rest)
         default = part = attribute
         head = getattr(own, "head", "after")
-        options = {"head": "head"} if head == "inside" else {}
-        check_call(rest, own, "source", "image", "size", **options)
-        function = partial(_call, own, rest)
         source = Path(getattr(sys.modules[module], "__file__", None) or "")
     else:
         raise UnknownUpsamplerError(
@@ -150,31 +147,32 @@ def is_plug_in(spec: str) -> bool:
     return bool(colon) and all(each.isidentifier() for each in (*module.split("."), attribute))
 
 
-def plug_in(spec: str) -> Any:
-    """Imports ``module:callable``; raises UnknownUpsamplerError if that fails."""
+def plug_in(spec: str, *arguments: str) -> Any:
+    """Imports ``module:callable``, which takes these arguments, and ``head=`` if that is inside.
+
+    Raises UnknownUpsamplerError if it cannot be imported, or takes others.
+    """
     module, _, attribute = spec.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        own = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise UnknownUpsamplerError(
             f"a plug-in module:callable must be importable; got {spec!r} "
             f"({type(error).__name__}: {error}); check its name, add its folder to PYTHONPATH, or "
             "mend the module"
         ) from error
-
-
-def check_call(spec: str, function: Any, *arguments: str, **options: str) -> None:
-    """Raises UnknownUpsamplerError unless a plug-in takes these arguments."""
+    options = ["head"] if getattr(own, "head", None) == "inside" else []
     try:
-        inspect.signature(function).bind(*arguments, **options)
-    except ValueError:  # a function in C may have no signature
-        return
+        inspect.signature(own).bind(*arguments, **dict.fromkeys(options))
+    except ValueError:
+        pass  # a function in C may have no signature
     except TypeError as error:
-        call = ", ".join((*arguments, *(f"{name}={value}" for name, value in options.items())))
+        call = ", ".join((*arguments, *(f"{name}=..." for name in options)))
         raise UnknownUpsamplerError(
-            f"a plug-in must be callable as {spec.partition(':')[2]}({call}); got {spec!r} "
-            f"({error}); change its parameters"
+            f"a plug-in must be callable as {attribute}({call}); got {spec!r} ({error}); change "
+            "its parameters"
         ) from error
+    return own
 
 
 @contextmanager

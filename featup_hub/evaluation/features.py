@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featup_hub.backbones import Backbone, ShiftAndStitch, root_of_looks
-from featup_hub.evaluation.candidates import check_call, is_plug_in, own_code, plug_in
+from featup_hub.evaluation.candidates import is_plug_in, own_code, plug_in
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.loading import find_backbone, load_backbone
@@ -106,9 +106,7 @@ def find_source(spec: str) -> tuple[str, Callable[[], Source]]:
     make: Callable[[], Backbone]
     if is_plug_in(spec):
         module, _, name = spec.partition(":")
-        own = plug_in(spec)
-        check_call(spec, own)
-        make = partial(_make, own, spec)
+        make = partial(_make, plug_in(spec), spec)
         code = getattr(sys.modules[module], "__file__", None)
         file = Path(code) if code else None
         key = spec

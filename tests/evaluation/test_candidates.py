@@ -90,7 +90,11 @@ def test_an_exception_while_a_plug_in_is_imported_is_one_error(tmp_path, monkeyp
     ("function", "head", "message"),
     [
         (lambda source: source, "after", r"source, image, size\); got .*too many positional"),
-        (lambda source, image, size: source, "inside", r"size, head=head\); got .*argument 'head'"),
+        (
+            lambda source, image, size: source,
+            "inside",
+            r"size, head=\.\.\.\); got .*argument 'head'",
+        ),
         (5, "after", r"\(5 is not a callable object\); change its parameters"),
     ],
 )
