@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from tests.ops.cuda.fused_results import Emulate
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the emulator keeps what it compiled, for all tests."""
-    return tmp_path_factory.mktemp("emulator")
+    """Where the emulator keeps what it compiled, for all tests, also of pytest-xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulator"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from featup_hub.ops.cuda import programs
@@ -44,7 +46,7 @@ class Emulator:
     """Compiles programs and stands in for a device.
 
     Attributes:
-        folder: Where libraries are built.
+        folder: Where libraries are built; several processes may share it.
         order: Threads and blocks run 0: ascending, 1: descending, else: shuffled.
         offset: Elements by which tensors miss the alignment torch gives them.
         multiprocessors: What the device seems to have.
@@ -143,8 +145,23 @@ def _build(
     architecture: int,
     edit: Edit | None,
 ) -> ctypes.CDLL:
-    """Compiles a program, once."""
-    place = folder / str(len(list(folder.iterdir())))
+    """Compiles a program, unless a process did, and loads it."""
+    program = repr((source, define, kernels, architecture, edit))
+    place = folder / hashlib.sha256(program.encode()).hexdigest()
+    with FileLock(f"{place}.lock"):
+        if not (place / "unit.so").exists():
+            _compile_program(place, source, define, kernels, architecture, edit)
+    return ctypes.CDLL(str(place / "unit.so"))
+
+
+def _compile_program(
+    place: Path,
+    source: str,
+    define: str,
+    kernels: tuple[str, ...],
+    architecture: int,
+    edit: Edit | None,
+) -> None:
     place.mkdir()
     for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
         shutil.copy(path, place)
@@ -160,19 +177,20 @@ def _build(
         for name in kernels
     )
     unit, compiled, library = place / "unit.cpp", place / "unit.o", place / "unit.so"
-    unit.write_text(f'#include "{_header(folder)}"\n#include "{place}/{source}"\n{entries}')
+    unit.write_text(f'#include "{_header(place.parent)}"\n#include "{place}/{source}"\n{entries}')
     defines = f"-D{define}", f"-D__CUDA_ARCH__={architecture}0"
     _compile(*COMPILE, *defines, "-c", unit, "-o", compiled)
     # Without the checks' own library: their handlers are in cuda_on_cpu.h.
     _compile("-shared", compiled, "-o", library)
-    return ctypes.CDLL(str(library))
 
 
-@functools.cache
 def _header(folder: Path) -> Path:
     """Compiles the header which is the same in every program, once."""
-    header = Path(shutil.copy(HERE / "cuda_on_cpu.h", folder))
-    _compile(*COMPILE, "-x", "c++-header", header, "-o", f"{header}.gch")
+    header = folder / "cuda_on_cpu.h"
+    with FileLock(f"{header}.lock"):
+        if not header.exists():
+            shutil.copy(HERE / header.name, header)
+            _compile(*COMPILE, "-x", "c++-header", header, "-o", f"{header}.gch")
     return header
 
 
