@@ -9,7 +9,7 @@ numbers agree with mhamilton723/FeatUp @ 6b5a6c0 (MIT).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import cast
 
@@ -26,8 +26,8 @@ from featup_hub.upsamplers.plan import (
     JBUPlan,
     check_arguments,
     check_kernels,
+    halved,
     plan_sizes,
-    shrunk,
 )
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.stage import JBUStage, has_zero_mean, stage_weights
@@ -41,7 +41,7 @@ class JBUStack(Pretrained):
     The last stage is always the last of ``up1..upN``, because weights belong to a guidance
     resolution relative to the output. If fewer stages are needed (see :func:`stage_sizes`), the
     first ones are left out; if more are needed, ``up1`` repeats. An output of at most half the
-    image's size is computed at twice its size, with one more stage, and averaged down (with
+    image's size is that of twice its size, with one more stage, averaged down (with
     ``joint_first`` only; FeatUp's checkpoints keep FeatUp's output).
 
     Under autocast kernels are computed in float32. A module converted with ``.bfloat16()`` or
@@ -181,7 +181,6 @@ class JBUStack(Pretrained):
             source_size=(source_size[0], source_size[1]),
             stages=tuple(predict(pooled) for predict, pooled in plan.stages),
             first=plan.first,
-            shrink=plan.shrink,
         )
 
     def upsample(
@@ -211,7 +210,6 @@ class JBUStack(Pretrained):
             levels += self.first.levels(source, kernels.first, impl=impl)
         for kernel in kernels.stages:
             levels.append(jbu_apply(levels[-1], kernel, impl=impl))
-        levels[-1] = shrunk(levels[-1], kernels.shrink)
         return levels if bias is None else [level + bias[:, None, None] for level in levels]
 
     def fold_head(self, head: nn.Module) -> FoldedHead:
@@ -243,22 +241,27 @@ class JBUStack(Pretrained):
         impl: Implementation = "auto",
     ) -> JBUPlan:
         """Chooses the stages for arguments of :meth:`kernels`, and pools the image for each."""
-        size, sizes, shrink = plan_sizes(source_size, guidance, size, may_shrink=self.joint_first)
+        # A single stage may belong to the joint bilateral stage, which cannot be halved.
+        may_halve = self.joint_first and self.num_stages > 1
+        size, sizes, halve = plan_sizes(source_size, guidance, size, may_halve=may_halve)
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
         with _without_autocast(guidance.device):
             chosen = self.stages(len(sizes))
-            stages = [
+            stages: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
                 (partial(stage.kernel, weights=weights, impl=impl), pool_guidance(guidance, at))
                 for stage, weights, at in zip(chosen, stage_weights(chosen), sizes, strict=True)
             ]
             if self.first is None or not stages:
-                return JBUPlan(size=size, first=None, stages=stages, shrink=shrink)
+                return JBUPlan(size=size, first=None, stages=stages, halved=False)
             joint = 1 + max(len(stages) - self.num_stages, 0)
             learned = [predict(image) for predict, image in stages[:joint]]
             first = self.first.kernels(
                 guidance, source_size, learned, looks_per_side=self.looks_per_side, impl=impl
             )
-        return JBUPlan(size=size, first=first, stages=stages[joint:], shrink=shrink)
+        if halve:
+            predict, image = stages.pop()
+            stages.append((lambda image: halved(predict(image)), image))
+        return JBUPlan(size=size, first=first, stages=stages[joint:], halved=halve)
 
     def before(self, source: Tensor, head: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
         """Applies the closing convolution, x + 0.1·(Wx + b), and a head at low resolution.
@@ -296,4 +299,4 @@ class JBUStack(Pretrained):
             source = jbu_apply(source, kernel, bias if index == count else None, impl=impl)
         if bias is not None and not count:
             source = source + bias[:, None, None]
-        return shrunk(source, plan.shrink)
+        return source

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from featup_hub.ops.jbu import check_floating
+from featup_hub.ops.jbu import _without_autocast, check_floating
+from featup_hub.ops.tables import bicubic, reflect
 from featup_hub.upsamplers.joint import JointKernels
 
 __all__ = [
@@ -18,9 +19,9 @@ __all__ = [
     "JBUPlan",
     "check_arguments",
     "check_kernels",
+    "halved",
     "output_size",
     "plan_sizes",
-    "shrunk",
     "stage_sizes",
 ]
 
@@ -86,11 +87,11 @@ def plan_sizes(
     guidance: Tensor,
     size: int | tuple[int, int] | None,
     *,
-    may_shrink: bool,
-) -> tuple[tuple[int, int], list[tuple[int, int]], int]:
-    """Returns the output's size, one size per stage, and :attr:`JBUPlan.shrink`.
+    may_halve: bool,
+) -> tuple[tuple[int, int], list[tuple[int, int]], bool]:
+    """Returns the output's size, the sizes of the stages' images, and :attr:`JBUPlan.halved`.
 
-    ``may_shrink``: an output of at most half the image's size is computed at twice its size.
+    ``may_halve``: an output of at most half the image's size has one stage more.
     """
     check_floating(guidance, "guidance")
     if not _is_pair(source_size):
@@ -100,8 +101,9 @@ def plan_sizes(
         cells <= side <= whole // 2
         for cells, side, whole in zip(source_size, size, guidance.shape[-2:], strict=True)
     )
-    shrink = 2 if small and may_shrink else 1
-    return size, stage_sizes(source_size, (shrink * size[0], shrink * size[1])), shrink
+    halve = small and may_halve
+    largest = (2 * size[0], 2 * size[1]) if halve else size
+    return size, stage_sizes(source_size, largest), halve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +115,14 @@ class JBUPlan:
         first: Kernels of the joint bilateral stage, which comes first; None if there is none.
         stages: For each learned stage after it, the function that predicts kernels, and the
             stage's guidance, (B, G, H, W).
-        shrink: The stages' result is larger than the output by this factor, and is averaged down.
+        halved: Whether the last stage's image has twice the size of its output, see
+            :func:`halved`.
     """
 
     size: tuple[int, int]
     first: JointKernels | None
     stages: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]]
-    shrink: int
+    halved: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +134,11 @@ class JBUKernels:
         stages: Kernels of each stage, (B, D², H, W), first to last, without the stages that
             ``first`` contains.
         first: Kernels of the joint bilateral stage and its learned stages; None if there is none.
-        shrink: Their result is larger than the output by this factor, and is averaged down.
     """
 
     source_size: tuple[int, int]
     stages: tuple[Tensor, ...]
     first: JointKernels | None = None
-    shrink: int = 1
 
 
 def check_arguments(
@@ -190,6 +191,38 @@ def check_kernels(kernels: JBUKernels, source: Tensor, *, joint_first: bool) -> 
         )
 
 
-def shrunk(features: Tensor, factor: int) -> Tensor:
-    """Averages squares of ``factor`` pixels, see :attr:`JBUPlan.shrink`."""
-    return features if factor == 1 else F.avg_pool2d(features, factor)
+def halved(kernel: Tensor) -> Tensor:
+    """Combines kernels of a stage that doubles with averaging its output down by two.
+
+    Both are linear, so the mean over four pixels of the stage's output is one kernel on its source,
+    (B, D², 2H, 2W) -> (B, E², H, W). Filtering with it costs a quarter.
+    """
+    batch, taps, height, width = kernel.shape
+    height, width, d = height // 2, width // 2, round(taps**0.5)
+    rows, columns = (_halving(size, d, kernel) for size in (height, width))
+    e = rows.shape[3]
+    # One product per column, then one per row, each with all taps of two neighbouring pixels.
+    across = torch.einsum("xjtf,sr->xjstrf", columns, torch.eye(d).to(kernel))
+    down = torch.einsum("yise,gf->yisgef", rows, torch.eye(e).to(kernel))
+    with _without_autocast(kernel.device):
+        pairs = kernel.permute(0, 2, 3, 1).reshape(batch * 2 * height, width, 2 * taps)
+        half = pairs.transpose(0, 1) @ across.reshape(width, 2 * taps, d * e)
+        pairs = half.view(width, batch, height, 2 * d * e).permute(1, 2, 0, 3)
+        return (pairs @ down.reshape(height, 2 * d * e, e * e)).permute(0, 3, 1, 2)
+
+
+def _halving(size: int, diameter: int, like: Tensor) -> Tensor:
+    """Returns the share of each source pixel in half of a tap, (H, 2, D, E), along one axis.
+
+    E source pixels are around an output pixel. A stage resizes to twice the size, mirrors, and
+    filters; see :mod:`featup_hub.ops.tables`.
+    """
+    radius = diameter // 2
+    reach = radius // 2 + 2
+    pixels, weights = bicubic(size, 2 * size, torch.float64)
+    fine = torch.arange(2 * size)[:, None]
+    taps = reflect(fine + torch.arange(-radius, radius + 1), 2 * size)
+    places = pixels[taps] - fine[:, :, None] // 2 + reach  # (2H, D, 4)
+    shares = torch.zeros(2 * size, diameter, 2 * reach + 1, dtype=torch.float64)
+    shares = shares.scatter_add(2, places, weights[taps] / 2)
+    return shares.unflatten(0, (-1, 2)).to(like)

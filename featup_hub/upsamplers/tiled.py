@@ -19,7 +19,6 @@ from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.jbu import check_floating
 from featup_hub.ops.tables import bicubic
 from featup_hub.upsamplers.jbu import JBUStack
-from featup_hub.upsamplers.plan import shrunk
 
 __all__ = ["upsample_tiled"]
 
@@ -35,7 +34,7 @@ class Span:
     """One axis of one stage, for one tile.
 
     Attributes:
-        region: The pixels computed: those wanted and a radius around them.
+        region: The pixels computed: those wanted and a margin around them.
         source: The pixels of the stage's source that are read.
         matrix: Weights, (pixels computed, pixels of the source).
         inner: The pixels wanted, counted within ``region``.
@@ -102,19 +101,14 @@ def upsample_tiled(
             raise ValueError(f"out must have the output's shape, {shape}; got {tuple(out.shape)}")
         elif isinstance(out, Tensor):
             check_floating(out, "out")
-        shrink = plan.shrink
-        side = _side(max_bytes, source.shape[1]) // shrink
+        side = _side(max_bytes, source.shape[1]) // (1 + plan.halved)
+        margin = upsampler.radius + plan.halved  # a small kernel reaches further when halved
         tiles = [(y, x) for y in _slices(height, side) for x in _slices(width, side)]
         for sample, (rows, columns) in product(range(shape[0]), tiles):
             one = slice(sample, sample + 1)
             stages = [(predict, image[one]) for predict, image in plan.stages]
-            wanted = _enlarged(rows, shrink), _enlarged(columns, shrink)
             tile = out[one, :, rows, columns]
-            sides = (shrink * tile.shape[2], shrink * tile.shape[3])
-            larger = tile if shrink == 1 else source.new_empty(1, shape[1], *sides)
-            _fill(larger, source[one], stages, wanted, upsampler.radius, impl)
-            if shrink > 1:
-                tile.copy_(shrunk(larger, shrink))
+            _fill(tile, source[one], stages, (rows, columns), margin, impl, halved=plan.halved)
             if bias is not None:
                 tile += bias[:, None, None].to(tile)
     return out
@@ -125,16 +119,21 @@ def _fill(
     source: Tensor,
     stages: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]],
     wanted: tuple[slice, slice],
-    radius: int,
+    margin: int,
     impl: Implementation,
+    *,
+    halved: bool,
 ) -> None:
     """Computes one tile of one sample, its channels in groups."""
-    sizes = [source.shape[2:], *(image.shape[2:] for _, image in stages)]
-    down = _spans([size[0] for size in sizes], wanted[0], radius, source)
-    across = _spans([size[1] for size in sizes], wanted[1], radius, source)
+    scales = [1] * (len(stages) - halved) + [2] * halved  # of an image to its stage's output
+    sizes = [source.shape[2:]]
+    for (_, image), scale in zip(stages, scales, strict=True):
+        sizes.append(torch.Size(side // scale for side in image.shape[2:]))
+    down = _spans([size[0] for size in sizes], wanted[0], margin, source)
+    across = _spans([size[1] for size in sizes], wanted[1], margin, source)
     kernels = [
-        predict(image[:, :, y.region, x.region])
-        for (predict, image), y, x in zip(stages, down, across, strict=True)
+        predict(image[:, :, _enlarged(y.region, scale), _enlarged(x.region, scale)])
+        for (predict, image), scale, y, x in zip(stages, scales, down, across, strict=True)
     ]
     first = (down[0].source, across[0].source) if stages else wanted
     for channels in _slices(source.shape[1], CHANNELS):
@@ -145,12 +144,12 @@ def _fill(
         tile[:, channels] = features
 
 
-def _spans(sizes: list[int], wanted: slice, radius: int, like: Tensor) -> list[Span]:
+def _spans(sizes: list[int], wanted: slice, margin: int, like: Tensor) -> list[Span]:
     """Traces the wanted pixels from the last size back to the first."""
     spans: list[Span] = []
     dtype = torch.promote_types(like.dtype, torch.float32)
     for size_in, size_out in zip(sizes[-2::-1], sizes[:0:-1], strict=True):
-        region = slice(max(wanted.start - radius, 0), min(wanted.stop + radius, size_out))
+        region = slice(max(wanted.start - margin, 0), min(wanted.stop + margin, size_out))
         inner = slice(wanted.start - region.start, wanted.stop - region.start)
         pixels, weights = (x[region] for x in bicubic(size_in, size_out, torch.float64))
         low, high = int(pixels.min()), int(pixels.max()) + 1

@@ -1,4 +1,4 @@
-"""Outputs of at most half the image's size: one stage more, then averaged."""
+"""Outputs of at most half the image's size: one stage more, averaged down."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from featup_hub.upsamplers import JBUStack
 from featup_hub.upsamplers.tiled import upsample_tiled
 from tests.ops.formulations import randomise
 
-SMALL = [((3, 4), (24, 32)), ((5, 4), (23, 31)), ((5, 4), (5, 31))]
+SMALL = [
+    *(((3, 4), (24, 32), 3), ((5, 4), (23, 31), 3), ((5, 4), (5, 31), 3), ((2, 2), (2, 3), 3)),
+    *(((3, 4), (22, 31), radius) for radius in (1, 2, 4)),
+]
 
 
-@pytest.mark.parametrize(("cells", "size"), SMALL)
+@pytest.mark.parametrize(("cells", "size", "radius"), SMALL)
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @torch.no_grad()
-def test_a_small_output_is_computed_at_twice_its_size_and_averaged(
-    cells: tuple[int, int], size: tuple[int, int], impl: Implementation
+def test_a_small_output_is_that_of_twice_its_size_averaged_down(
+    cells: tuple[int, int], size: tuple[int, int], radius: int, impl: Implementation
 ) -> None:
-    stack = randomise(JBUStack(6, joint_first=True)).eval()
-    source, image = torch.randn(1, 6, *cells), torch.randn(1, 3, 48, 64)
+    stack = randomise(JBUStack(6, joint_first=True, radius=radius)).eval()
+    source = torch.randn(2, 6, *cells)
+    image = torch.randn(2, 3, 2 * size[0] + 1, 2 * size[1])
     double = stack(source, image, size=(2 * size[0], 2 * size[1]), impl="reference")
     expected = F.avg_pool2d(double, 2)
 
