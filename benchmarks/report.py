@@ -132,7 +132,8 @@ def looks() -> str:
     """Differences of :func:`four_looks`, a line per source of features, upsampler and data set."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row, upsampler, versus in four_looks():
-        line = found.setdefault((title(row["backbone"]), upsampler, title(row["data"])), {})
+        key = (title(row["backbone"]), upsampler, title(row["data"]), str(row["images"]))
+        line = found.setdefault(key, {})
         line[f"{row['protocol']}, {row['metric']}"] = difference(versus)
     columns = {
         f"{probe} probe, {score}": f"{score}, {probe}"
@@ -141,7 +142,7 @@ def looks() -> str:
     }
     columns["consistency, view error"] = "view error"
     lines = [[*key, *(line.get(name, "–") for name in columns)] for key, line in found.items()]
-    return markdown(["features", "upsampler", "data", *columns.values()], lines)
+    return markdown(["features", "upsampler", "data", "images", *columns.values()], lines)
 
 
 def difference(versus: dict[str, float] | None) -> str:
@@ -170,7 +171,7 @@ def with_peers() -> str:
 
 def mirrored() -> str:
     """Scores of EfficientNet-Lite0, and of its average with the mirrored image's features."""
-    found = by_line([*evaluations("looks"), *evaluations("mirrored")])
+    found = by_line([*evaluations("with_peers"), *evaluations("mirrored")])
     sources = ("lite16 /16", "mirrored16 /16")
     chosen = {k: found[k] for k in sorted(found) if k[0] == "frozen probe" and k[2] in sources}
     return scores_table(chosen, ("bilinear", "jbu_denoise", "jbu_denoise ×4"), skip=True)

@@ -79,7 +79,7 @@ def test_looks_have_a_line_per_source_upsampler_and_data_set(rows_in):
     scores = {"bilinear": 0.4, "bilinear ×4": 0.5, "jbu_denoise": 0.5, "jbu_denoise ×4": 0.6}
     rows_in("looks", evaluated("frozen probe", "mIoU", scores))
     assert report.looks().splitlines()[2:] == [
-        "| net /16 | jbu_denoise | CamVid | – | – | +10.0 [-1.0, +20.0] | – | – |"
+        "| net /16 | jbu_denoise | CamVid | 20 | – | – | +10.0 [-1.0, +20.0] | – | – |"
     ]
 
 

@@ -51,15 +51,17 @@ def _cubic(x: Tensor) -> Tensor:
     return torch.where(x <= 1, near, far)
 
 
-def bicubic(size_in: int, size_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def bicubic(
+    size_in: int, size_out: int, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the four input pixels of each output pixel and their weights, (size_out, 4).
 
     Positions are rounded as in PyTorch for maps of this dtype.
     """
     scale = torch.tensor(size_in, dtype=dtype) / size_out
-    position = scale * (torch.arange(size_out, dtype=dtype) + 0.5) - 0.5
+    position = scale * (torch.arange(size_out, dtype=dtype, device=device) + 0.5) - 0.5
     first = position.floor()
-    offsets = torch.tensor([-1, 0, 1, 2])
+    offsets = torch.arange(-1, 3, device=device)
     weights = _cubic(((position - first)[:, None].double() - offsets).abs())
     pixels = (first.long()[:, None] + offsets).clamp(0, size_in - 1)
     return pixels, weights

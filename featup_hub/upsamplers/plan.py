@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any, cast
 
@@ -201,10 +202,11 @@ def halved(kernel: Tensor) -> Tensor:
     height, width, d = height // 2, width // 2, round(taps**0.5)
     rows, columns = (_halving(size, d, kernel) for size in (height, width))
     e = rows.shape[3]
+    same = partial(torch.eye, dtype=kernel.dtype, device=kernel.device)
     # One product per column, then one per row, each with all taps of two neighbouring pixels.
-    across = torch.einsum("xjtf,sr->xjstrf", columns, torch.eye(d).to(kernel))
-    down = torch.einsum("yise,gf->yisgef", rows, torch.eye(e).to(kernel))
     with _without_autocast(kernel.device):
+        across = torch.einsum("xjtf,sr->xjstrf", columns, same(d))
+        down = torch.einsum("yise,gf->yisgef", rows, same(e))
         pairs = kernel.permute(0, 2, 3, 1).reshape(batch * 2 * height, width, 2 * taps)
         half = pairs.transpose(0, 1) @ across.reshape(width, 2 * taps, d * e)
         pairs = half.view(width, batch, height, 2 * d * e).permute(1, 2, 0, 3)
@@ -219,10 +221,11 @@ def _halving(size: int, diameter: int, like: Tensor) -> Tensor:
     """
     radius = diameter // 2
     reach = radius // 2 + 2
-    pixels, weights = bicubic(size, 2 * size, torch.float64)
-    fine = torch.arange(2 * size)[:, None]
-    taps = reflect(fine + torch.arange(-radius, radius + 1), 2 * size)
-    places = pixels[taps] - fine[:, :, None] // 2 + reach  # (2H, D, 4)
-    shares = torch.zeros(2 * size, diameter, 2 * reach + 1, dtype=torch.float64)
-    shares = shares.scatter_add(2, places, weights[taps] / 2)
-    return shares.unflatten(0, (-1, 2)).to(like)
+    # On the device: a captured graph must not copy.
+    pixels, weights = bicubic(size, 2 * size, torch.float64, like.device)
+    fine = torch.arange(2 * size, device=like.device)[:, None]
+    taps = reflect(fine + torch.arange(-radius, radius + 1, device=like.device), 2 * size)
+    offsets = pixels[taps] - fine[:, :, None] // 2  # (2H, D, 4)
+    around = torch.arange(-reach, reach + 1, device=like.device)
+    shares = (weights[taps] / 2)[..., None] * (offsets[..., None] == around)
+    return shares.sum(2).unflatten(0, (-1, 2)).to(like)
