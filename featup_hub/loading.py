@@ -136,7 +136,7 @@ def load(
     """
     card = find_card(name)
     place = open_device(device)
-    if looks != 1 and not backbone_kwargs:  # which may change the stride
+    if not backbone_kwargs:  # which may change the stride
         stride_and_size(card, layer=layer, looks=looks)
     with _undisturbed(pretrained):
         # The small file first, so that its errors come before a large download.
@@ -178,8 +178,7 @@ def stride_and_size(card: ModelCard, *, layer: int | None, looks: int) -> tuple[
     if stride is None:
         with torch.device("meta"):
             stride = backbones.TimmBackbone(card.backbone, layer=layer).patch_size
-    if looks != 1:
-        stride //= backbones.root_of_looks(looks, stride)
+    stride //= backbones.root_of_looks(looks, stride)
     return stride, nearest_multiple(card.image_size, stride)
 
 

@@ -51,7 +51,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     state = {f"upsampler.{name}": value for name, value in JBUStack(384).state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "upstream.ckpt")
     monkeypatch.chdir(tmp_path)
-    # Of one size, in a tenth of the time; test_export_default.py traces four stages for every size.
+    # For one size, in a tenth of the time; test_export_default.py traces four stages for any size.
     monkeypatch.setattr(export, "trace", partial(export.trace, dynamic=False))
     return tmp_path
 

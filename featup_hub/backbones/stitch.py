@@ -60,7 +60,11 @@ class ShiftAndStitch(Backbone):
     ) -> None:
         check_backbone(backbone)
         check_numbers(1, looks_per_side=looks_per_side, looks_at_once=looks_at_once)
-        root_of_looks(looks_per_side**2, backbone.patch_size)
+        if backbone.patch_size % looks_per_side:
+            raise ValueError(
+                f"looks_per_side must divide the stride of {backbone.patch_size} pixels; got "
+                f"{looks_per_side}"
+            )
         if backbone.fixed_size is not None:
             raise ValueError(
                 f"shifted looks need a backbone that takes any size of image; this one sees every "

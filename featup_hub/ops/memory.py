@@ -13,7 +13,7 @@ __all__ = ["new_map", "temporary_elements"]
 
 HUGE_PAGE = 1 << 21  # bytes
 CPU_ELEMENTS = 1 << 19  # for each thread; the measured optimum of cache misses and call overhead
-MAX_THREADS = 4  # more threads share these temporaries, because they also share the cache
+MAX_THREADS = 4  # of more threads: they share a cache
 GPU_ELEMENTS = 1 << 26  # a GPU needs few large operations
 
 

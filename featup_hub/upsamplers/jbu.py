@@ -40,9 +40,10 @@ class JBUStack(Pretrained):
 
     The last stage is always the last of ``up1..upN``, because weights belong to a guidance
     resolution relative to the output. If fewer stages are needed (see :func:`stage_sizes`), the
-    first ones are left out; if more are needed, ``up1`` repeats. An output of at most half the
-    image's size is that of twice its size, with one more stage, averaged down (with
-    ``joint_first`` only; FeatUp's checkpoints keep FeatUp's output).
+    first ones are left out; if more are needed, ``up1`` repeats. With ``joint_first``
+    and at least two stages, an output of at most half the image's size has one stage more: it
+    equals the output of twice its size, averaged over squares of 2×2 pixels. FeatUp's
+    checkpoints keep FeatUp's output.
 
     Under autocast kernels are computed in float32. A module converted with ``.bfloat16()`` or
     ``.half()`` has a relative root mean square error of 0.40 % or 0.05 % (``jbu_denoise``, random

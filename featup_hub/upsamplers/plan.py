@@ -23,6 +23,7 @@ __all__ = [
     "halved",
     "output_size",
     "plan_sizes",
+    "reach_of_halved",
     "stage_sizes",
 ]
 
@@ -92,7 +93,7 @@ def plan_sizes(
 ) -> tuple[tuple[int, int], list[tuple[int, int]], bool]:
     """Returns the output's size, the sizes of the stages' images, and :attr:`JBUPlan.halved`.
 
-    ``may_halve``: an output of at most half the image's size has one stage more.
+    ``may_halve``: Whether an output of at most half the image's size gets one stage more.
     """
     check_floating(guidance, "guidance")
     if not _is_pair(source_size):
@@ -133,7 +134,7 @@ class JBUKernels:
     Attributes:
         source_size: Height and width of the features that the kernels are for.
         stages: Kernels of each stage, (B, D², H, W), first to last, without the stages that
-            ``first`` contains.
+            ``first`` contains. The last one of a small output may be larger, see :func:`halved`.
         first: Kernels of the joint bilateral stage and its learned stages; None if there is none.
     """
 
@@ -198,7 +199,7 @@ def halved(kernel: Tensor) -> Tensor:
     Both are linear, so the mean over four pixels of the stage's output is one kernel on its source,
     (B, D², 2H, 2W) -> (B, E², H, W). Filtering with it costs a quarter.
     """
-    batch, taps, height, width = kernel.shape
+    batch, taps, height, width = map(int, kernel.shape)  # tensors while torch.jit traces
     height, width, d = height // 2, width // 2, round(taps**0.5)
     rows, columns = (_halving(size, d, kernel) for size in (height, width))
     e = rows.shape[3]
@@ -213,6 +214,11 @@ def halved(kernel: Tensor) -> Tensor:
         return (pairs @ down.reshape(height, 2 * d * e, e * e)).permute(0, 3, 1, 2)
 
 
+def reach_of_halved(radius: int) -> int:
+    """Returns the radius of :func:`halved` kernels: half the taps', and bicubic interpolation's."""
+    return radius // 2 + 2
+
+
 def _halving(size: int, diameter: int, like: Tensor) -> Tensor:
     """Returns the share of each source pixel in half of a tap, (H, 2, D, E), along one axis.
 
@@ -220,7 +226,7 @@ def _halving(size: int, diameter: int, like: Tensor) -> Tensor:
     filters; see :mod:`featup_hub.ops.tables`.
     """
     radius = diameter // 2
-    reach = radius // 2 + 2
+    reach = reach_of_halved(radius)
     # On the device: a captured graph must not copy.
     pixels, weights = bicubic(size, 2 * size, torch.float64, like.device)
     fine = torch.arange(2 * size, device=like.device)[:, None]

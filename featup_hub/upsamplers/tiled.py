@@ -1,9 +1,9 @@
 """Upsamples big images in tiles: the same result in bounded memory.
 
 A tile of the output needs a slightly larger tile of every stage before it. The overlap is exact:
-per axis, each stage computes the pixels wanted and one radius around them, from only the source
-pixels that bicubic interpolation reads. At the image's border a tile uses the border's rule. At
-other edges the pixels that a cut makes wrong are cropped.
+per axis, each stage computes the pixels wanted and those around them that kernels reach, from only
+the source pixels that bicubic interpolation reads. At the image's border a tile uses the border's
+rule. At other edges the pixels that a cut makes wrong are cropped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.jbu import check_floating
 from featup_hub.ops.tables import bicubic
 from featup_hub.upsamplers.jbu import JBUStack
+from featup_hub.upsamplers.plan import reach_of_halved
 
 __all__ = ["upsample_tiled"]
 
@@ -102,7 +103,7 @@ def upsample_tiled(
         elif isinstance(out, Tensor):
             check_floating(out, "out")
         side = _side(max_bytes, source.shape[1]) // (1 + plan.halved)
-        margin = upsampler.radius + plan.halved  # a small kernel reaches further when halved
+        margin = max(upsampler.radius, reach_of_halved(upsampler.radius) if plan.halved else 0)
         tiles = [(y, x) for y in _slices(height, side) for x in _slices(width, side)]
         for sample, (rows, columns) in product(range(shape[0]), tiles):
             one = slice(sample, sample + 1)

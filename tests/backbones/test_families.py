@@ -41,7 +41,7 @@ def rows() -> list[list[str]]:
 
 
 # Neither changes a size, and without memory both are slow.
-@patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor)
+@patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor, create=True)
 @patch("torch.batch_norm", lambda x, *_: x)
 def described(family: str, name: str) -> list[str]:
     """A row of the table, from what the network does."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from tests.ops.formulations import randomise
 
 SMALL = [
     *(((3, 4), (24, 32), 3), ((5, 4), (23, 31), 3), ((5, 4), (5, 31), 3), ((2, 2), (2, 3), 3)),
-    *(((3, 4), (22, 31), radius) for radius in (1, 2, 4)),
+    *(((3, 4), (22, 31), radius) for radius in (0, 1, 2, 4)),
 ]
 
 
@@ -35,6 +37,15 @@ def test_a_small_output_is_that_of_twice_its_size_averaged_down(
     torch.testing.assert_close(stack.pyramid(source, kernels, impl=impl)[-1], expected)
     tiles = upsample_tiled(stack, source, image, size=size, max_bytes=6_000_000, impl=impl)
     torch.testing.assert_close(tiles, expected)
+
+
+def test_a_small_output_can_be_traced() -> None:
+    stack = randomise(JBUStack(joint_first=True)).eval().requires_grad_(False)
+    inputs = torch.randn(1, 5, 3, 4), torch.randn(1, 3, 48, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about sizes that become constants
+        traced = torch.jit.trace(lambda *maps: stack(*maps, size=(24, 32)), inputs)
+    torch.testing.assert_close(traced(*inputs), stack(*inputs, size=(24, 32)))
 
 
 def test_stages_of_featup_keep_featups_small_outputs() -> None:

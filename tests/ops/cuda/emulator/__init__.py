@@ -162,7 +162,7 @@ def _compile_program(
     architecture: int,
     edit: Edit | None,
 ) -> None:
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
         shutil.copy(path, place)
     if edit is not None:
@@ -188,7 +188,7 @@ def _header(folder: Path) -> Path:
     """Compiles the header which is the same in every program, once."""
     header = folder / "cuda_on_cpu.h"
     with FileLock(f"{header}.lock"):
-        if not header.exists():
+        if not Path(f"{header}.gch").exists():
             shutil.copy(HERE / header.name, header)
             _compile(*COMPILE, "-x", "c++-header", header, "-o", f"{header}.gch")
     return header
