@@ -12,8 +12,7 @@ from torch import Tensor
 __all__ = ["new_map", "temporary_elements"]
 
 HUGE_PAGE = 1 << 21  # bytes
-CPU_ELEMENTS = 1 << 19  # for each thread; the measured optimum of cache misses and call overhead
-MAX_THREADS = 4  # of more threads: they share a cache
+CPU_ELEMENTS = 1 << 19  # the measured optimum of cache misses and call overhead
 GPU_ELEMENTS = 1 << 26  # a GPU needs few large operations
 
 
@@ -34,6 +33,4 @@ def new_map(like: Tensor, *shape: int) -> Tensor:
 
 def temporary_elements(device: torch.device) -> int:
     """Returns the number of elements that one temporary of an operation should have."""
-    if device.type != "cpu":
-        return GPU_ELEMENTS
-    return CPU_ELEMENTS * min(torch.get_num_threads(), MAX_THREADS)
+    return CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS

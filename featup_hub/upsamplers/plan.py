@@ -134,7 +134,7 @@ class JBUKernels:
     Attributes:
         source_size: Height and width of the features that the kernels are for.
         stages: Kernels of each stage, (B, D², H, W), first to last, without the stages that
-            ``first`` contains. The last one of a small output may be larger, see :func:`halved`.
+            ``first`` contains. The last stage of a small output has E² taps, see :func:`halved`.
         first: Kernels of the joint bilateral stage and its learned stages; None if there is none.
     """
 
