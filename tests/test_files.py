@@ -53,15 +53,3 @@ def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_ke
         partial.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
     assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
-
-
-@pytest.mark.parametrize(
-    "name", [f"{'x' * 231}.bin", f"{'é' * 120}.bin", os.fsdecode(b"caf\xe9.bin")]
-)
-def test_a_name_as_long_as_the_file_system_allows_or_in_another_encoding_is_written(
-    tmp_path: Path, name: str
-) -> None:
-    for _ in range(2):
-        with write_atomically(tmp_path / name) as partial:
-            partial.write_bytes(b"whole")
-    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -124,12 +124,6 @@ def test_outputs_that_cannot_be_made_are_refused_before_any_work(
     assert not Path("out").exists()
 
 
-def test_photographs_that_do_not_exist_leave_no_folder(upsample: Command) -> None:
-    done = upsample("photos/z.jpg")
-    assert (done.code, done.err) == (1, "error: no such file: photos/z.jpg\n")
-    assert not Path("out").exists()
-
-
 def test_pictures_of_an_earlier_run_are_not_upsampled(upsample: Command) -> None:
     upsample("photos --out photos/features")
     assert "0 written, 3 kept" in upsample("photos --out photos/features").out

@@ -90,22 +90,33 @@ def test_bad_images_are_reported_and_the_others_go_on(
     assert made == {f"{name}.{suffix}" for name in "abc" for suffix in ("safetensors", "png")}
 
 
-def test_a_single_image_that_fails_needs_no_summary(upsample: Command, loads: list[str]) -> None:
+def test_a_single_image_that_is_missing_needs_no_summary_no_model_and_no_folder(
+    upsample: Command, loads: list[str]
+) -> None:
     assert upsample("photos/nothing.jpg") == (1, "", "error: no such file: photos/nothing.jpg\n")
     assert not loads
+    assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you ..."), "not enough memory"),
+        (MemoryError(), "not enough memory; try a smaller --size"),
+        (ValueError(), "ValueError"),
+    ],
+)
 def test_a_failure_names_its_image_and_what_to_do_about_memory(
-    upsample: Command, monkeypatch: pytest.MonkeyPatch
+    upsample: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    def full(*_: object) -> Tensor:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+    def fail(*_: object) -> Tensor:
+        raise error
 
-    monkeypatch.setattr(Colours, "features", full)
+    monkeypatch.setattr(Colours, "features", fail)
     done = upsample("photos/a.jpg")
     assert done.code == 1
-    assert "photos/a.jpg: not enough memory; try a smaller --size" in done.err
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+    assert f"photos/a.jpg: {message}" in done.err
+    with pytest.raises(type(error)):
         upsample("photos/a.jpg --debug")
 
 
