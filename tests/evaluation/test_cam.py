@@ -69,9 +69,7 @@ def test_the_shipped_classifier_knows_a_cat(root):
     assert best in range(281, 294)  # ImageNet's cats, domestic and wild
 
 
-def test_photographs_are_needed_and_other_files_may_lie_beside_them(tmp_path):
-    with pytest.raises(ValueError, match=r"photos must be given, a folder .* for cam; got None"):
-        open_photos(EvaluationConfig())
+def test_a_folder_needs_photographs_and_other_files_may_lie_beside_them(tmp_path):
     (tmp_path / "README.txt").write_text("none yet", encoding="utf-8")
     config = EvaluationConfig(photos=tmp_path)
     with pytest.raises(ValueError, match=r"photos must hold photographs, .* has none"):

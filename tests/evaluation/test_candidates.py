@@ -120,15 +120,7 @@ def test_a_plug_in_must_return_features_of_the_size_asked_for(plug_in, inputs, r
         found(*inputs, SIZE)
 
 
-def test_features_with_a_head_inside_have_its_channels(plug_in, inputs):
-    def function(source, image, size, head):
-        return F.interpolate(F.conv2d(source, head[:, :, None, None]), size)
-
-    found = plug_in(function, head="inside")
-    assert found.project(*inputs, SIZE, torch.randn(3, 5)).shape == (1, 3, *SIZE)
-
-
-def test_a_head_before_inside_and_after_are_one(file, inputs):
+def test_a_head_before_inside_and_after_are_one(file, inputs, plug_in):
     weight = torch.randn(3, 5)
     before = candidate(str(file))
     after = Candidate(name="after", function=before.function)
@@ -136,7 +128,7 @@ def test_a_head_before_inside_and_after_are_one(file, inputs):
     def function(source, image, size, head):
         return before.function(F.conv2d(source, head[:, :, None, None]), image, size)
 
-    inside = Candidate(name="inside", function=function, head="inside")
+    inside = plug_in(function, head="inside")
     results = [c.project(*inputs, SIZE, weight) for c in (before, inside, after)]
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
     assert torch.equal(results[0], results[1])

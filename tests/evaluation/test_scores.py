@@ -46,13 +46,6 @@ def test_confusion_and_mean_iou_equal_torchmetrics_and_leave_void_out():
     torch.testing.assert_close(mean_iou(counts), theirs)
 
 
-def test_scores_of_a_confusion_matrix_worked_by_hand():
-    counts = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
-    found = {metric.name: metric.value(counts) for metric in METRICS if metric.sums == "confusion"}
-    assert found["accuracy"] == pytest.approx(9 / 12)
-    assert found["mIoU"] == pytest.approx((6 / 9 + 3 / 6) / 2)
-
-
 @pytest.mark.parametrize(
     ("band", "values"), [(boundary_band, halves(0, 1)), (depth_edges, halves(2.0, 3.0))]
 )
