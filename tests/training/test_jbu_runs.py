@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -61,25 +60,6 @@ def test_an_interrupted_run_keeps_whole_steps_and_goes_on_to_the_same_weights(
     assert kept == steps
     torch.manual_seed(99)
     small(tmp_path / "parts", **often)
-    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_rows_written_after_the_checkpoint_are_not_kept_twice(small, tmp_path, monkeypatch):
-    small(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        step = jbu._Run.step
-
-        def killed(run, number):
-            run.config = replace(run.config, checkpoint_minutes=0 if number == 0 else 100)
-            if number == 3:
-                raise SystemExit  # a kill: nothing is saved
-            return step(run, number)
-
-        patch.setattr(jbu._Run, "step", killed)
-        with pytest.raises(SystemExit):
-            small(tmp_path / "parts")
-    assert len(rows(tmp_path / "parts/metrics.csv")) == 3
-    small(tmp_path / "parts")
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 

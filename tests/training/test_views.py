@@ -54,15 +54,6 @@ def test_the_identity_is_exactly_the_identity():
     torch.testing.assert_close(half, torch.stack([x[0], x[1].flip(2)]), atol=1e-5, rtol=0)
 
 
-def test_without_zoom_a_view_is_a_crop_of_the_mirrored_image():
-    image = torch.randn(1, 3, 30, 40)
-    jitter = Jitter(top=-4 / 30, left=5 / 40)
-    rows = torch.cat([torch.arange(3, -1, -1), torch.arange(26)])
-    columns = torch.cat([torch.arange(5, 40), torch.arange(39, 34, -1)])
-    expected = image[:, :, rows][:, :, :, columns]
-    torch.testing.assert_close(apply_jitter(image, [jitter]), expected, atol=1e-5, rtol=0)
-
-
 def test_draws_follow_upstreams_distribution():
     generator = seeded(7)
     drawn = [
