@@ -40,6 +40,12 @@ def unlike(a: Tensor, b: Tensor, bandwidth: float) -> float:
     return gaussian(a, a, bandwidth) + gaussian(b, b, bandwidth) - 2 * gaussian(a, b, bandwidth)
 
 
+def patches(image: Tensor, rows: int, columns: int) -> Tensor:
+    """Cuts an image into cells, (1, 3, H, W) -> (rows, columns, pixels of a cell, 3)."""
+    cells = image[0].unflatten(1, (rows, -1)).unflatten(3, (columns, -1))
+    return cells.permute(1, 3, 2, 4, 0).flatten(2, 3)
+
+
 def check(
     kernel: Tensor, places: list[tuple[int, int]], weight: Callable[[int, int, int, int], float]
 ) -> None:
@@ -65,29 +71,34 @@ def test_smoothing_compares_cells_by_place_and_distribution() -> None:
     )
     image = torch.rand(1, 3, 16, 20)
     kernel = stage.kernels(image, (4, 5), [flat((8, 10), 1)]).smoothing[0]
-    patches = image[0].reshape(3, 4, 4, 5, 4).permute(1, 3, 2, 4, 0).reshape(4, 5, 16, 3)
+    cells = patches(image, 4, 5)
 
     def weight(y: int, x: int, dy: int, dx: int) -> float:
-        apart = unlike(patches[y, x], patches[y + dy, x + dx], 0.5)
+        apart = unlike(cells[y, x], cells[y + dy, x + dx], 0.5)
         return math.exp(-(dy**2 + dx**2) / (2 * 0.9**2) - apart / (2 * 0.4**2))
 
     check(kernel, [(1, 1), (2, 3)], weight)
 
 
-def test_upsampling_compares_a_pixel_with_its_neighbours_cells() -> None:
-    stage = JointBilateralStage(radius=1, embedding_dim=4096, spatial=0.6, range=0.5, bandwidth=0.5)
-    image = torch.rand(1, 3, 16, 24)
-    kernel = stage.kernels(image, (4, 6), [flat((8, 12), 1)]).upsampling[0][0]
-    pixels = image[0].reshape(3, 8, 2, 12, 2).permute(1, 3, 2, 4, 0).reshape(8, 12, 4, 3)
-    cells = image[0].reshape(3, 4, 4, 6, 4).permute(1, 3, 2, 4, 0).reshape(4, 6, 16, 3)
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_pass_compares_with_pixels_of_the_one_before_at_distances_in_cells_of_the_source(
+    earlier: int,
+) -> None:
+    stage = JointBilateralStage(radius=1, embedding_dim=4096, spatial=0.4, range=0.5, bandwidth=0.5)
+    blocks = torch.rand(1, 3, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    image = (blocks + torch.rand(1, 3, 16, 24)) / 2  # both passes' pixels differ
+    learned = [flat((4, 6), 1), flat((8, 12), 1)]
+    kernel = stage.kernels(image, (2, 3), learned).upsampling[earlier][0]
+    rows, columns = kernel.shape[1:]
+    pixels, coarser = patches(image, rows, columns), patches(image, rows // 2, columns // 2)
 
     def weight(y: int, x: int, dy: int, dx: int) -> float:
         row, column = (y + dy) // 2, (x + dx) // 2
         away = ((y + 0.5) / 2 - row - 0.5) ** 2 + ((x + 0.5) / 2 - column - 0.5) ** 2
-        apart = unlike(pixels[y, x], cells[row, column], 0.5)
-        return math.exp(-away / (2 * 0.6**2) - apart / (2 * 0.5**2))
+        apart = unlike(pixels[y, x], coarser[row, column], 0.5)
+        return math.exp(-away / 4**earlier / (2 * 0.4**2) - apart / (2 * 0.5**2))
 
-    check(kernel, [(3, 4), (4, 7)], weight)
+    check(kernel, [(1, 3), (2, 4)], weight)
 
 
 @pytest.mark.parametrize(
@@ -100,28 +111,6 @@ def test_constants_stay_at_any_size(source: tuple[int, int], size: tuple[int, in
     for impl in ("torch", "reference"):
         output = stage(torch.ones(2, 5, *source), kernels, impl=impl)
         torch.testing.assert_close(output, torch.ones(2, 5, *size))
-
-
-def test_noise_is_averaged_within_an_object_and_not_across_its_border() -> None:
-    stage = JointBilateralStage(smoothing_spatial=1.5)
-    kernel = stage.kernels(halves(160, 88), (10, 10), [flat((20, 20))]).smoothing
-    side = (torch.arange(10) > 5).float().expand(1, 1, 10, 10)
-    noisy = side + 0.1 * torch.randn(1, 64, 10, 10)
-    smoothed = jbu_apply(noisy, kernel)
-    columns = [0, 1, 2, 3, 4, 6, 7, 8, 9]  # the sixth holds the border
-    error = [(x - side)[..., columns].square().mean().sqrt().item() for x in (noisy, smoothed)]
-    assert error[1] < 0.5 * error[0]
-    assert smoothed[..., 4].mean().abs() < 0.02
-    assert (smoothed[..., 6].mean() - 1).abs() < 0.02
-
-
-def test_a_cell_that_an_edge_crosses_keeps_to_itself() -> None:
-    image = torch.full((1, 3, 48, 48), 0.5)
-    image[..., 16:32, 16:24], image[..., 16:32, 24:32] = 0, 1  # the same mean as its neighbours
-    stage = JointBilateralStage(radius=1)
-    kernel = stage.kernels(image, (3, 3), [flat((6, 6), 1)]).smoothing
-    assert kernel[0, 4, 1, 1] > 0.99
-    assert kernel[0, 4, 0, 0] < 0.5  # the plain cells around it are averaged
 
 
 def test_pixels_take_the_features_of_cells_that_look_like_them() -> None:
@@ -173,23 +162,6 @@ def test_a_stack_goes_on_with_the_stages_that_are_left(
 def test_nothing_is_done_where_nothing_is_to_do() -> None:
     alike, image = torch.randn(1, 5, 6, 7), torch.randn(1, 3, 6, 7)
     assert torch.equal(randomise(JBUStack(joint_first=True))(alike, image), alike)
-
-
-def test_a_second_pass_compares_with_pixels_of_the_first_in_cells_of_the_source() -> None:
-    stage = JointBilateralStage(radius=1, embedding_dim=4096, spatial=0.4, range=0.5, bandwidth=0.5)
-    image = torch.rand(1, 3, 16, 16)
-    learned = [flat((4, 4), 1), flat((8, 8), 1)]
-    kernel = stage.kernels(image, (2, 2), learned).upsampling[1][0]
-    pixels = image[0].reshape(3, 8, 2, 8, 2).permute(1, 3, 2, 4, 0).reshape(8, 8, 4, 3)
-    between = image[0].reshape(3, 4, 4, 4, 4).permute(1, 3, 2, 4, 0).reshape(4, 4, 16, 3)
-
-    def weight(y: int, x: int, dy: int, dx: int) -> float:
-        row, column = (y + dy) // 2, (x + dx) // 2
-        away = (((y + 0.5) / 2 - row - 0.5) ** 2 + ((x + 0.5) / 2 - column - 0.5) ** 2) / 2**2
-        apart = unlike(pixels[y, x], between[row, column], 0.5)
-        return math.exp(-away / (2 * 0.4**2) - apart / (2 * 0.5**2))
-
-    check(kernel, [(3, 4), (4, 5)], weight)
 
 
 def test_a_stage_without_a_pass_is_refused() -> None:
