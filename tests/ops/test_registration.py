@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from featup_hub import load_upsampler
 from featup_hub.ops import StageWeights, jbu_apply, jbu_kernel, joint_kernel
 from featup_hub.upsamplers import JBUStack, JBUStage
+from tests.operations import Recorder
 from tests.ops.formulations import randomise
 
 OPS = torch.ops.featup_hub
@@ -135,29 +135,15 @@ def test_modules_of_the_operations_can_be_reloaded() -> None:
     assert (done.stdout, done.stderr) == ("True True\n", "")
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operators that compute; views and questions about types cost nothing."""
-
-    FREE = ("promote_types", "view", "unsqueeze", "unbind", "t", "expand", "slice", "select")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.split("::")[1]
-        if name not in self.FREE:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 def test_a_forward_pass_of_the_default_upsampler_is_few_operators() -> None:
     upsampler, inputs = load_upsampler(), (torch.randn(1, 8, 4, 4), torch.randn(1, 3, 64, 64))
     with torch.no_grad():
         upsampler(*inputs)  # the first call also looks at the image's values
-        with Launches() as launches:
+        with Recorder() as recorder:
             upsampler(*inputs)
-    assert len(launches.names) <= 40
+    # Views and questions about types cost nothing.
+    free = ("promote_types", "view", "unsqueeze", "unbind", "t", "expand", "slice", "select")
+    assert sum(count for name, count in recorder.names.items() if name not in free) <= 40
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.jvp itself

@@ -23,6 +23,7 @@ from featup_hub.ops import (
 from featup_hub.ops.memory import new_map
 from featup_hub.ops.reference import StageWeights
 from featup_hub.upsamplers import JBUStage
+from tests.operations import Recorder
 from tests.ops.formulations import UPSTREAM_TAPS, randomise, stage_apply
 
 
@@ -203,34 +204,22 @@ def test_upstreams_gradient_would_fail_that_test() -> None:
     assert taps_that_learn(UpstreamApply.apply) == list(UPSTREAM_TAPS)
 
 
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the largest tensor that any operator makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and not function._schema.name.endswith("strided"):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
-        return result
-
-
 def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> None:
     stage, channels = randomise(JBUStage()), 64
     source = torch.randn(1, channels, 48, 48, requires_grad=True)
     guidance = torch.randn(1, 3, 96, 96)
-    with Largest() as seen:
+    with Recorder() as recorder:
         weights = StageWeights(*(w.detach() for w in stage.weights()))
         kernel = torch_backend.kernel(guidance, weights)
         output = torch_backend.apply(source.detach(), kernel, None)
         torch_backend.apply_backward(output, source.detach(), kernel, True, True)
         torch_backend.kernel_backward(kernel, guidance, weights)
     unfolded_keys = 32 * 49 * 96 * 96
-    assert seen.elements <= 1.2 * max(
+    elements = recorder.largest // 4
+    assert elements <= 1.2 * max(
         output.numel(), kernel.numel(), memory.temporary_elements(source.device)
     )
-    assert seen.elements < unfolded_keys / 10
+    assert elements < unfolded_keys / 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from featup_hub.upsamplers import JBUStack, tiled
 from featup_hub.upsamplers.tiled import upsample_tiled
+from tests.operations import Recorder
 from tests.ops.formulations import randomise
 
 
@@ -69,31 +68,14 @@ def test_tiles_are_written_to_a_memory_mapped_file(stack: JBUStack, tmp_path: Pa
     assert (read - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-class Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operation makes besides ``out``."""
-
-    def __init__(self, out: torch.Tensor) -> None:
-        super().__init__()
-        self.out = out.untyped_storage().data_ptr()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor):
-            storage = made.untyped_storage()
-            if storage.data_ptr() != self.out:
-                self.bytes = max(self.bytes, storage.nbytes())
-        return made
-
-
 @pytest.mark.parametrize("joint_first", [False, True])
 def test_no_tensor_outgrows_the_memory_granted(joint_first: bool) -> None:
     stack = JBUStack(joint_first=joint_first).eval()
     features, image = torch.randn(1, 256, 8, 8), torch.randn(1, 3, 128, 128)
     out = torch.empty(1, 256, 128, 128)
-    with Largest(out) as largest:
+    with Recorder(out) as recorder:
         upsample_tiled(stack, features, image, out=out, max_bytes=16_000_000)
-    assert 0 < largest.bytes <= 16_000_000 // 2 < out.numel() * 4
+    assert 0 < recorder.largest <= 16_000_000 // 2 < out.numel() * 4
 
 
 def test_what_cannot_be_tiled_is_refused(stack: JBUStack) -> None:

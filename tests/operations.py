@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the names of all operations."""
+    """Counts all operations by name; notes the bytes of the largest tensor besides ``out``."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Tensor | None = None) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.out = None if out is None else out.untyped_storage().data_ptr()
+        self.names: Counter[str] = Counter()
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        self.names[func.overloadpacket.__name__] += 1
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.out:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return made
 
 
 # What use_deterministic_algorithms lists as raising an error on a GPU, as far as it could come up.
