@@ -7,23 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from featup_hub import Backbone, UpsampledBackbone, load_upsampler
+from featup_hub import UpsampledBackbone, load_upsampler
 from featup_hub.cli import main
 from featup_hub.registry import ModelCard
-
-
-class Colours(Backbone):
-    """The image's mean colours, as features of 16-pixel patches."""
-
-    def __init__(self) -> None:
-        super().__init__(feat_dim=3, patch_size=16)
-
-    def features(self, image: Tensor) -> Tensor:
-        return F.avg_pool2d(image, 16)
+from tests.evaluation.conftest import MeanColour
 
 
 class Result(NamedTuple):
@@ -55,7 +44,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def load_tiny(card: ModelCard, *, upsampler: Path, **_: object) -> UpsampledBackbone:
         names.append(card.name)
-        return UpsampledBackbone(Colours(), load_upsampler(upsampler)).eval()
+        return UpsampledBackbone(MeanColour(), load_upsampler(upsampler)).eval()
 
     monkeypatch.setattr("featup_hub.loading.load", load_tiny)
     return names

@@ -17,8 +17,9 @@ from torch import Tensor
 from featup_hub import JBUStack, __version__, load
 from featup_hub.image import preprocess, read_image
 from featup_hub.weights import metadata, read, write
-from tests.cli.conftest import Colours, Command
+from tests.cli.conftest import Command
 from tests.conftest import full_disk
+from tests.evaluation.conftest import MeanColour
 
 FEATURES = Path("out/a.safetensors")
 
@@ -112,7 +113,7 @@ def test_a_failure_names_its_image_and_what_to_do_about_memory(
     def fail(*_: object) -> Tensor:
         raise error
 
-    monkeypatch.setattr(Colours, "features", fail)
+    monkeypatch.setattr(MeanColour, "features", fail)
     done = upsample("photos/a.jpg")
     assert done.code == 1
     assert f"photos/a.jpg: {message}" in done.err
@@ -176,7 +177,7 @@ def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(
     other = upsample("photos/a.jpg --no-picture")
     assert other.code == 1
     assert "made with dtype float16, not float32" in other.err
-    monkeypatch.setattr(Colours, "features", lambda _, image: 1e6 * F.avg_pool2d(image, 16))
+    monkeypatch.setattr(MeanColour, "features", lambda _, image: 1e6 * F.avg_pool2d(image, 16))
     large = upsample("photos/a.jpg --no-picture --dtype float16 --overwrite")
     assert large.code == 1
     assert "float16 holds values up to 65504; features reach" in large.err
