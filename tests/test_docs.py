@@ -22,10 +22,12 @@ from PIL import Image
 import featup_hub
 from featup_hub import JBUStack, export
 from featup_hub.cli import _parser
+from featup_hub.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
-PAGES = [*DOCS, *(ROOT / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING"))]
+PAGES = [*DOCS, README, ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md"]
 CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -59,7 +61,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [page for page in (*DOCS, ROOT / "README.md") if blocks(page, "python")],
+    [page for page in (*DOCS, README) if blocks(page, "python")],
     ids=lambda page: page.stem,
 )
 def test_a_pages_python_runs_from_top_to_bottom(page: Path, checkout: Path) -> None:
@@ -160,6 +162,24 @@ def test_the_citation_names_the_paper() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     (paper,) = citation["references"]
-    readme = (ROOT / "README.md").read_text()
+    readme = README.read_text()
     assert paper["url"] in readme
     assert all(author["family-names"] in readme for author in paper["authors"])
+
+
+def test_the_continuous_integration_runs_the_readmes_two_commands() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    first, second = (block.strip() for block in blocks(README, "bash"))
+    install, upsample = first.split(" && ")
+    assert f"{install.replace('pip install', 'pip install --quiet')}\n" in script
+    shown = upsample.replace("tests/data", "$OLDPWD/tests/data").partition(" --out")[0]
+    assert shown in script.replace('"', "")
+    install, tests = second.split(" && ")
+    assert install.replace("pip install", "pip install --quiet") in script
+    assert f"\n{tests}" in script
+
+
+def test_the_readme_names_every_model_of_the_registry() -> None:
+    text = README.read_text()
+    table = text[text.index("## Which model") : text.index("## How good")]
+    assert set(MODELS) <= set(re.findall(r"`([a-z0-9_]+)`", table))
