@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from featup_hub.image import list_images, preprocess, read_image, resize
+from tests.test_pixels import chunk
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -117,10 +118,6 @@ def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
         read_image("https://a.b/cat.jpg")
     with pytest.raises(FileNotFoundError, match=r"cat\.jpg"):
         read_image(tmp_path / "cat.jpg")
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:

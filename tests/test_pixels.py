@@ -17,13 +17,13 @@ RAMP = np.linspace(0, 4095, 512).round().astype(np.uint16).reshape(16, 32)
 LEVELS = np.round(RAMP / 4095 * 255).astype(np.uint8)
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Returns a part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def deep_png(path: Path, values: np.ndarray, clear: tuple[int, ...] = ()) -> Path:
     """Writes a PNG of 16 bits a channel, which Pillow cannot for colours."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
     height, width = values.shape[:2]
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[1 if values.ndim == 2 else values.shape[2]]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -39,12 +39,13 @@ def colours(ramp: np.ndarray, opacity: int | None = None) -> np.ndarray:
     return np.stack(bands if opacity is None else [*bands, np.full_like(ramp, opacity)], 2)
 
 
-@pytest.mark.parametrize("kind", ["grey", "colour", "transparent"])
+@pytest.mark.parametrize("kind", ["grey", "colour", "transparent", "a transparent value"])
 def test_12_bits_in_16_are_warned_of_and_keep_all_levels_with_a_range(
     tmp_path: Path, kind: str
 ) -> None:
     deep = colours(RAMP, 65535) if kind == "transparent" else colours(RAMP)
-    path = deep_png(tmp_path / "x.png", RAMP if kind == "grey" else deep)
+    clear = (9, 9, 9) if kind == "a transparent value" else ()
+    path = deep_png(tmp_path / "x.png", RAMP if kind == "grey" else deep, clear)
     with pytest.warns(UserWarning, match=r"none above 4095.*17 of 256.*--value-range LOW HIGH"):
         read_image(path)
     found = np.asarray(read_image(path, value_range=(0, 4095)))
@@ -74,12 +75,6 @@ def test_12_bit_colours_of_a_tiff_keep_all_levels_in_planes_and_beside_infrared(
         read_image(path)
     found = np.asarray(read_image(path, value_range=(0, 4095)))
     assert np.array_equal(found, colours(LEVELS))
-
-
-def test_12_bits_keep_all_levels_beside_a_transparent_value(tmp_path: Path) -> None:
-    path = deep_png(tmp_path / "x.png", colours(RAMP), clear=(9, 9, 9))
-    found = read_image(path, value_range=(0, 4095))
-    assert np.array_equal(np.asarray(found), colours(LEVELS))
 
 
 def test_16_bit_grey_with_white_as_zero_is_shown_as_its_8_bit_form(tmp_path: Path) -> None:
