@@ -206,13 +206,6 @@ def test_an_image_size_is_a_multiple_of_the_stride() -> None:
     assert model.preprocess(Image.new("RGB", (200, 160))).shape == (1, 3, 154, 196)
 
 
-@torch.no_grad()
-def test_any_model_of_timm_loads_by_its_name(stages: Path) -> None:
-    for name in ("test_resnet", "timm/test_resnet.r160_in1k"):
-        loaded = load(name, pretrained=False, upsampler=stages)
-        assert loaded(torch.randn(1, 3, 40, 72)).shape == (1, loaded.feat_dim, 40, 72)
-
-
 def test_where_the_table_and_timm_share_a_name_the_table_wins_unless_told() -> None:
     assert find_card("resnet50").backbone == "resnet50.tv_in1k"
     assert find_card("timm/resnet50").backbone == "resnet50"

@@ -125,14 +125,3 @@ def test_several_processes_are_refused_by_a_torch_that_cannot_join_them(monkeypa
         process_group("cpu"),
     ):
         pass
-
-
-def test_without_torchrun_a_process_is_alone(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with process_group("cpu") as group:
-        assert (group, group.is_main) == (ProcessGroup(rank=0, size=1), True)
-        kept = torch.ones(3)
-        group.all_reduce([kept])
-        group.barrier()
-        assert kept.tolist() == [1, 1, 1]
-    assert not torch.distributed.is_initialized()
