@@ -42,6 +42,14 @@ static __device__ __forceinline__ Feature narrow(float value)
 #endif
 }
 
+// The maps of one image.
+struct Maps {
+    const Feature* source;
+    const float* bias;
+    Feature* output;
+    int h, w, H, W, C;
+};
+
 struct __align__(4 * sizeof(Feature)) Features {
     Feature channel[4];
 };
@@ -54,18 +62,25 @@ static __device__ __forceinline__ bool in_fours(const void* features, int channe
 
 // The next `count` channels; those beyond four wait, those beyond `count` are zero.
 template <bool FOURS>
+static __device__ __forceinline__ Features load_four(const Feature* from, int count)
+{
+    Features four;
+    if constexpr (FOURS)
+        four = *reinterpret_cast<const Features*>(from);
+    else
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            four.channel[k] = k < count ? from[k] : Feature(0);
+    return four;
+}
+
+template <bool FOURS>
 static __device__ __forceinline__ void load_features(float (&to)[4], const Feature* from, int count)
 {
-    if (FOURS) {
-        const Features four = *reinterpret_cast<const Features*>(from);
+    const Features four = load_four<FOURS>(from, count);
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            to[k] = widen(four.channel[k]);
-    } else {
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            to[k] = k < count ? widen(from[k]) : 0.f;
-    }
+    for (int k = 0; k < 4; k++)
+        to[k] = widen(four.channel[k]);
 }
 
 template <bool FOURS>

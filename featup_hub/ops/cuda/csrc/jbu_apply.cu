@@ -6,7 +6,7 @@
 //
 // A block loads the kernels of a tile of 8x4 cells, folds them in shared memory and uses them for
 // all its channels. The source is not staged in shared memory: the L1 cache holds it.
-// Half-precision features are doubled on tensor cores if there are any (mma.cuh).
+// Features are doubled on tensor cores where these are faster (mma.cuh).
 //
 // ABI (this file and jbu_apply_backward.cu)
 //
@@ -31,19 +31,11 @@
 
 // Whether to double on tensor cores.
 #ifndef JBU_TENSOR_CORES
-#define JBU_TENSOR_CORES (JBU_TYPE != 0 && __CUDA_ARCH__ >= 800)
+#define JBU_TENSOR_CORES (JBU_TYPE == 0 ? FAST_TF32 : __CUDA_ARCH__ >= 800)
 #endif
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 128, WARPS = THREADS / 32;
 static_assert(sizeof(Folded<7>) == 29840 && sizeof(Folded<8>) == 38704, "the launcher's numbers");
-
-// The maps of one image.
-struct Maps {
-    const Feature* source;
-    const float* bias;
-    Feature* output;
-    int h, w, H, W, C;
-};
 
 // Filters 2x2 cells, the upper left being (cell_y, cell_x) of the image and (tile_y, tile_x) of the
 // tile, in a lane's channels c, c + 1, ...
@@ -111,47 +103,55 @@ static __device__ __forceinline__ void filter(
     }
 }
 
-// Filters the quads of the tile except those with their bit set in `done`.
-template <int WINDOW, bool FOURS>
-static __device__ __forceinline__ void filter_tile(
-    const Folded<WINDOW>& folded, const Maps& maps, Corner cell, int begin, int end, unsigned done)
+// The bit of a warp's quad and of 128 channels: all but maps of many channels have one each.
+static __device__ __forceinline__ unsigned bit_of(int quad, int c)
 {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int c = begin + lane * CHANNELS; c < end; c += 32 * CHANNELS)
-#pragma unroll 1
-        for (int quad = warp; quad < QUADS; quad += THREADS / 32) {
-            const int y = quad / QUADS_X * QUAD, x = quad % QUADS_X * QUAD;
-            if (done >> quad & 1 || 2 * (cell.y + y) >= maps.H || 2 * (cell.x + x) >= maps.W)
-                continue;
-            filter<WINDOW, FOURS>(folded, maps, cell.y + y, cell.x + x, y, x, c);
-        }
+    return 1u << (quad / WARPS * 16 + c / (32 * CHANNELS) % 16);
 }
 
 #if JBU_TENSOR_CORES
-// The same on tensor cores; weights stay in registers while channels pass. Returns a bit for every
-// quad of the warp whose results are finite.
+// Doubles the tile on tensor cores; weights stay in registers while channels pass. Returns the bits
+// of what is not finite.
+template <bool FOURS>
 static __device__ __forceinline__ unsigned double_tile(
     const Folded<7>& folded, const Maps& maps, Corner cell, int begin, int end)
 {
-    unsigned done = 0;
+    unsigned failed = 0;
 #pragma unroll 1
-    for (int quad = threadIdx.x / 32; quad < QUADS; quad += THREADS / 32) {
+    for (int quad = threadIdx.x / 32; quad < QUADS; quad += WARPS) {
         const int tile_y = quad / QUADS_X * QUAD, tile_x = quad % QUADS_X * QUAD;
         const int y = cell.y + tile_y, x = cell.x + tile_x;
         if (y >= maps.h || x >= maps.w)
             continue;
-        const Fragments weights(folded, tile_y, tile_x);
-        bool finite = true;
+        const Weights weights(folded, tile_y, tile_x);
 #pragma unroll 1
         for (int c = begin; c < end; c += MMA_CHANNELS)
-            finite &= filter_channels(
-                weights, maps.source, maps.bias, maps.output, y, x, maps.h, maps.w, maps.C, c);
-        if (__all_sync(0xffffffff, finite))
-            done |= 1u << quad;
+            if (!__all_sync(0xffffffff, filter_channels<FOURS>(weights, maps, y, x, c)))
+                failed |= bit_of(quad, c);
     }
-    return done;
+    return failed;
 }
 #endif
+
+// Filters the quads of the tile in the block's channels.
+template <int WINDOW, bool FOURS>
+static __device__ __forceinline__ void filter_tile(
+    const Folded<WINDOW>& folded, const Maps& maps, Corner cell, int begin, int end)
+{
+    unsigned open = ~0u;
+#if JBU_TENSOR_CORES
+    if constexpr (WINDOW == 7)
+        open = double_tile<FOURS>(folded, maps, cell, begin, end);
+#endif
+    for (int c = begin + threadIdx.x % 32 * CHANNELS; c < end; c += 32 * CHANNELS)
+#pragma unroll 1
+        for (int quad = threadIdx.x / 32; quad < QUADS; quad += WARPS) {
+            const int tile_y = quad / QUADS_X * QUAD, tile_x = quad % QUADS_X * QUAD;
+            const int y = cell.y + tile_y, x = cell.x + tile_x;
+            if (open & bit_of(quad, c) && 2 * y < maps.H && 2 * x < maps.W)
+                filter<WINDOW, FOURS>(folded, maps, y, x, tile_y, tile_x, c);
+        }
+}
 
 template <int WINDOW>
 static __device__ __forceinline__ void apply(
@@ -164,16 +164,10 @@ static __device__ __forceinline__ void apply(
     load_weights<WINDOW>(folded, kernel, {maps.h, maps.H}, {maps.w, maps.W}, cell.y, cell.x);
 
     const int begin = blockIdx.y * span, end = min(begin + span, maps.C);
-    unsigned done = 0;
-#if JBU_TENSOR_CORES
-    if constexpr (WINDOW == 7)
-        if (in_eights(maps.source, maps.C) && in_eights(maps.output, maps.C))
-            done = double_tile(folded, maps, cell, begin, end);
-#endif
     if (in_fours(maps.source, maps.C) && in_fours(maps.output, maps.C))
-        filter_tile<WINDOW, true>(folded, maps, cell, begin, end, done);
+        filter_tile<WINDOW, true>(folded, maps, cell, begin, end);
     else
-        filter_tile<WINDOW, false>(folded, maps, cell, begin, end, done);
+        filter_tile<WINDOW, false>(folded, maps, cell, begin, end);
 }
 
 #define APPLY_FORWARD(WINDOW)                                                                  \

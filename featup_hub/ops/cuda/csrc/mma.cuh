@@ -1,145 +1,167 @@
-// Doubling of half-precision features on tensor cores, from sm_80 on.
+// Doubling on tensor cores: features of half precision from sm_80 on, float32 where TF32 is fast.
 //
-// The four cells of a quad are one matrix product: 16 outputs (M) times the 8x8 source positions
-// that their windows span (K) times 32 channels (N). 49 of 64 products are useful; the others have
-// weight zero. Sums are float32. A weight is split into two numbers of the features' type, w = high
-// + low. These keep 16 bits with bfloat16 and 22 with float16, so the error is below the rounding
-// of the result. If a sum is not finite (a feature is not, or a weight exceeds float16), the quad
-// is filtered again without tensor cores. Infinity then reaches only pixels with taps that read it.
+// The four cells of a quad are one matrix product: 32 channels (M, in two halves) times the 8x8
+// source positions that their windows span (K) times 16 outputs (N, those of the left and of the
+// right cells). 49 of 64 products are useful; the others have weight zero. Sums are float32.
 //
-// Only the weights pass through shared memory. Columns of a product may be any channels; they are
-// assigned so that a lane loads four consecutive channels and stores eight.
+// A weight is split into two numbers of the operands' type, w = high + low. These keep 16 bits with
+// bfloat16 and 22 with float16, so the error is below the rounding of the result. Float32 features
+// are split, too: low high + high low + high high in TF32 keeps 21 bits. If a sum is not finite (a
+// feature is not, or a weight exceeds float16), the quad is filtered again without tensor cores.
+// Infinity then reaches only pixels with taps that read it.
+//
+// Only the weights pass through shared memory. A lane loads four consecutive channels of two source
+// rows, and stores the same four channels of four neighbouring pixels.
 #pragma once
 
 #include "cell.cuh"
+#include "tf32.cuh"
 
-static __device__ __forceinline__ unsigned narrow_pair(float low, float high)
+constexpr int MMA_COLUMNS = JBU_TYPE == 0 ? 1 : 2;    // of the 8x8 source positions, in a step
+constexpr int MMA_STEPS = 8 / MMA_COLUMNS;
+constexpr int MMA_CHANNELS = 32;
+
+#if JBU_TYPE == 0
+// A lane's part of a right operand: weights of two source rows, split.
+static __device__ __forceinline__ Pair split_weights(const float (&weight)[2][1])
 {
-#if JBU_TYPE == 2
-    return floats_to_bfloats(low, high);
+    return split(weight[0][0], weight[1][0]);
+}
+
+// Adds a step's products, for channels 2 m and 2 m + 1 of the lane's four.
+static __device__ __forceinline__ void add_products(
+    float (&sum)[QUAD][4], const Features (&value)[2][1], const Pair (&weight)[QUAD], int m,
+    int step)
+{
+    const float* row[2] = {value[0][0].channel + 2 * m, value[1][0].channel + 2 * m};
+    const float x[4] = {row[0][0], row[1][0], row[0][1], row[1][1]};
+    unsigned high[4], low[4];
+    // The compiler cannot know that blockDim.y is 1. It knows that products ignore what is cut, and
+    // would, to save the cutting, move operands into place once per product.
+    split(high, low, x, blockDim.y * TF32);
+#pragma unroll
+    for (int kx = 0; kx < QUAD; kx++)
+        if (kx <= step && step < kx + DIAMETER) {
+            multiply_tf32(sum[kx], low, weight[kx].high);
+            multiply_tf32(sum[kx], high, weight[kx].low);
+            multiply_tf32(sum[kx], high, weight[kx].high);
+        }
+}
 #else
-    return floats_to_halfs(low, high);
-#endif
-}
-
-static __device__ __forceinline__ void multiply(
-    float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
+static __device__ __forceinline__ Pair split_weights(const float (&weight)[2][2])
 {
-#if JBU_TYPE == 2
-    multiply_bfloats(sum, a, b);
-#else
-    multiply_halfs(sum, a, b);
-#endif
+    constexpr auto narrow_pair = JBU_TYPE == 2 ? floats_to_bfloats : floats_to_halfs;
+    Pair pair;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float a = weight[j][0], b = weight[j][1];
+        const unsigned high = pair.high[j] = narrow_pair(a, b);
+        pair.low[j] = narrow_pair(a - widen((Feature)high), b - widen((Feature)(high >> 16)));
+    }
+    return pair;
 }
 
-// Whether eight channels of every pixel can be moved at once; no other maps are taken.
-static __device__ __forceinline__ bool in_eights(const void* features, int channels)
+static __device__ __forceinline__ void add_products(
+    float (&sum)[QUAD][4], const Features (&value)[2][2], const Pair (&weight)[QUAD], int m, int)
 {
-    return channels % 8 == 0 && (unsigned long long)features % (8 * sizeof(Feature)) == 0;
+    constexpr auto multiply = JBU_TYPE == 2 ? multiply_bfloats : multiply_halfs;
+    unsigned x[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        const Features* row = value[r / 2];
+        x[r] = row[0].channel[2 * m + r % 2] | (unsigned)row[1].channel[2 * m + r % 2] << 16;
+    }
+#pragma unroll
+    for (int kx = 0; kx < QUAD; kx++) {
+        multiply(sum[kx], x, weight[kx].low);
+        multiply(sum[kx], x, weight[kx].high);
+    }
 }
+#endif
 
-constexpr int MMA_STEPS = 4;      // of 16 source positions: two rows of the quad's 8x8
-constexpr int MMA_COLUMNS = 4;    // products side by side, of 8 channels each
-constexpr int MMA_CHANNELS = 8 * MMA_COLUMNS;
+// A lane's weights of a quad: outputs of the left and of the right cells (kx).
+struct Weights {
+    Pair pair[MMA_STEPS][QUAD];
 
-// A lane's share of a quad's weights. Register r of a step: outputs of the quad's row of cells
-// r % 2, source row 2 step + r / 2 of the 8x8.
-struct Fragments {
-    unsigned high[MMA_STEPS][4], low[MMA_STEPS][4];
-
-    __device__ __forceinline__ Fragments(const Folded<7>& folded, int tile_y, int tile_x)
+    __device__ __forceinline__ Weights(const Folded<7>& folded, int tile_y, int tile_x)
     {
-        const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
-        const int kx = group / 4, output = group % 4;
+        const int row = threadIdx.x % 4, ky = threadIdx.x % 32 / 16, output = threadIdx.x / 4 % 4;
 #pragma unroll
         for (int step = 0; step < MMA_STEPS; step++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int ky = r % 2, u = 2 * step + r / 2 - ky;
-                float weight[2] = {};
+            for (int kx = 0; kx < QUAD; kx++) {
+                float weight[2][MMA_COLUMNS] = {};
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int v = pair + i - kx;
+                for (int j = 0; j < 2 * MMA_COLUMNS; j++) {
+                    const int u = row + j % 2 * 4 - ky, v = MMA_COLUMNS * step + j / 2 - kx;
                     if (0 <= u && u < DIAMETER && 0 <= v && v < DIAMETER)
-                        weight[i] =
+                        weight[j % 2][j / 2] =
                             folded.of((tile_y + ky) * TILE_X + tile_x + kx, u, v)[output];
                 }
-                const unsigned rounded = narrow_pair(weight[0], weight[1]);
-                high[step][r] = rounded;
-                low[step][r] = narrow_pair(
-                    weight[0] - widen((Feature)rounded), weight[1] - widen((Feature)(rounded >> 16)));
+                pair[step][kx] = split_weights(weight);
             }
     }
 };
 
-// Two words of four channels, four of eight.
-template <int WORDS>
-struct __align__(4 * WORDS) Pairs {
-    unsigned pair[WORDS];
-};
+// The address some pixels further. One instruction, because the product has 64 bits.
+template <class T>
+static __device__ __forceinline__ T* further(T* from, unsigned pixels, unsigned bytes)
+{
+    return (T*)((char*)from + (unsigned long long)pixels * bytes);
+}
 
 // Filters a quad, the upper left cell being (cell_y, cell_x), in channels base, ... base + 31.
-// Column `col` of product n is channel base + 4 col + n: a lane loads one column of all products
-// and stores two that follow one another. Returns whether all of the lane's sums are finite.
+// Returns whether all of the lane's sums are finite.
+template <bool FOURS>
 static __device__ __forceinline__ bool filter_channels(
-    const Fragments& weights, const Feature* source, const float* bias, Feature* output, int cell_y,
-    int cell_x, int h, int w, int C, int base)
+    const Weights& weights, const Maps& maps, int cell_y, unsigned cell_x, int base)
 {
-    const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
-    const int stored = base + 4 * pair;
-    float sum[MMA_COLUMNS][4];  // of outputs group and group + 8 (r), columns pair and pair + 1 (i)
-#pragma unroll
-    for (int n = 0; n < MMA_COLUMNS; n++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            sum[n][i] = sum[n][2 + i] = bias && stored < C ? bias[stored + 4 * i + n] : 0.f;
-
+    const int h = maps.h, w = maps.w, C = maps.C;
+    unsigned bytes = C * sizeof(Feature);    // of a pixel; its upper 32 bits shall not be kept
+    opaque(bytes);
+    const int row = threadIdx.x % 4, c = base + threadIdx.x % 32 / 4 * 4;
     // Rows and columns are clamped: weights are zero beyond the border. So are channels: what is
-    // computed beyond C is not stored.
-    const Feature* line = source + (long long)clamp(cell_y - RADIUS, h) * w * C +
-                          min(base + 4 * group, C - 4);
-    const int left = clamp(cell_x - RADIUS + pair, w) * C;
-    const int right = clamp(cell_x - RADIUS + pair + 1, w) * C;
+    // computed beyond C is not stored. Columns are clamped anew each time, to save registers.
+    const int loaded = FOURS ? min(c, C - 4) : c;
+    float sum[2][QUAD][4];  // of channels 2 m + i, [m][kx][2 i + dx]
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const float start = maps.bias ? maps.bias[FOURS ? loaded + k : min(c + k, C - 1)] : 0.f;
+#pragma unroll
+        for (int kx = 0; kx < QUAD; kx++)
+            sum[k / 2][kx][k % 2 * 2] = sum[k / 2][kx][k % 2 * 2 + 1] = start;
+    }
+    const Feature* line[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+        line[j] = maps.source + (long long)clamp(cell_y - RADIUS + row + 4 * j, h) * w * C + loaded;
+    opaque(cell_x);
 #pragma unroll
     for (int step = 0; step < MMA_STEPS; step++) {
-        Pairs<2> value[2][2];
+        Features value[2][MMA_COLUMNS];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int y = cell_y - RADIUS + 2 * step + r;
-            value[r][0] = *reinterpret_cast<const Pairs<2>*>(line + left);
-            value[r][1] = *reinterpret_cast<const Pairs<2>*>(line + right);
-            line += 0 <= y && y + 1 < h ? w * C : 0;
+        for (int j = 0; j < 2 * MMA_COLUMNS; j++) {
+            const int x = clamp(cell_x - RADIUS + MMA_COLUMNS * step + j / 2, w);
+            value[j % 2][j / 2] = load_four<FOURS>(further(line[j % 2], x, bytes), C - c);
         }
 #pragma unroll
-        for (int n = 0; n < MMA_COLUMNS; n++) {
-            unsigned operand[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const unsigned a = value[r][0].pair[n / 2], b = value[r][1].pair[n / 2];
-                operand[r] = n % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
-            }
-            multiply(sum[n], weights.low[step], operand);
-            multiply(sum[n], weights.high[step], operand);
-        }
+        for (int m = 0; m < 2; m++)
+            add_products(sum[m], value, weights.pair[step], m, step);
     }
     float check = 0.f;
 #pragma unroll
-    for (int n = 0; n < MMA_COLUMNS; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            check += 0.f * sum[n][i];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int y = 2 * (cell_y + r) + group % 4 / 2, x = 2 * (cell_x + group / 4) + group % 2;
-        Pairs<4> eight;
+    for (int k = 0; k < 16; k++)
+        check += 0.f * sum[k / 8][k / 4 % 2][k % 4];
+    const int y = 2 * cell_y + row;
+    Feature* to = maps.output + ((long long)y * w + cell_x) * 2 * C + c;
+    if (y < 2 * h && c < C)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const int n = k % 2 * 2, i = 2 * r + k / 2;
-            eight.pair[k] = narrow_pair(sum[n][i], sum[n + 1][i]);
+            const int kx = k / 2, dx = k % 2;
+            const float four[4] = {
+                sum[0][kx][dx], sum[0][kx][2 + dx], sum[1][kx][dx], sum[1][kx][2 + dx]};
+            if (cell_x + kx < w)
+                store_features<FOURS>(further(to, k, bytes), four, C - c);
         }
-        if (y < 2 * h && x < 2 * w && stored < C)
-            *reinterpret_cast<Pairs<4>*>(
-                output + ((long long)y * 2 * w + x) * C + stored) = eight;
-    }
     return check == 0.f;
 }

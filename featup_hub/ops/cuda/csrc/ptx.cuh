@@ -35,9 +35,9 @@ static __device__ __forceinline__ unsigned floats_to_bfloats(float low, float hi
 
 // No instruction, but the compiler cannot know: what depends on the value is computed after this, and
 // not kept in registers from earlier on.
-static __device__ __forceinline__ void opaque(float& value)
+static __device__ __forceinline__ void opaque(unsigned& value)
 {
-    asm volatile("" : "+f"(value));
+    asm volatile("" : "+r"(value));
 }
 
 // A warp's sum (16x8) += a * b, of 16x16 and 16x8 or of 16x8 and 8x8 numbers; which lane holds what:

@@ -4,9 +4,11 @@
 
 #include "ptx.cuh"
 
+constexpr unsigned TF32 = 0xffffe000u;
+
 static __device__ __forceinline__ unsigned cut(float x)
 {
-    return __float_as_uint(x) & 0xffffe000u;
+    return __float_as_uint(x) & TF32;
 }
 
 // Two rows of one column of a product's right operand, as a lane holds them.
@@ -26,13 +28,13 @@ static __device__ __forceinline__ Pair split(float a, float b)
 
 // A left operand, from [row][column] as a product's sums have it to [column][row].
 static __device__ __forceinline__ void split(
-    unsigned (&high)[4], unsigned (&low)[4], const float (&x)[4])
+    unsigned (&high)[4], unsigned (&low)[4], const float (&x)[4], unsigned mask = TF32)
 {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-        float value = x[r % 2 * 2 + r / 2];
+        unsigned value = __float_as_uint(x[r % 2 * 2 + r / 2]);
         opaque(value);
-        high[r] = cut(value);
-        low[r] = cut(value - __uint_as_float(high[r]));
+        high[r] = value & mask;
+        low[r] = cut(__uint_as_float(value) - __uint_as_float(high[r]));
     }
 }

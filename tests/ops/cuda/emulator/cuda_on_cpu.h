@@ -67,7 +67,7 @@ inline unsigned floats_to_bfloats(float low, float high)
     return float_to_bfloat(low) | (unsigned)float_to_bfloat(high) << 16;
 }
 
-inline void opaque(float&) {}
+inline void opaque(unsigned&) {}
 
 namespace emulator {
 
