@@ -78,7 +78,7 @@ def draw(session: Session, index: int) -> tuple[Row, Tensor, Tensor, Tensor | No
         return int(torch.randint(low, high + 1, ()))
 
     batch, channels = integer(1, 3), integer(1, 9 if session.dry else 300)
-    if index % 2 == 0:  # tensor cores take channels in eights
+    if index % 2 == 0:  # vectors take channels in fours
         channels = -(-channels // 8) * 8
     h, w = (integer(1, 4 if session.dry else 40) for _ in range(2))
     height, width = (max(round(n * r), 1) for n, r in zip((h, w), RATIOS[index % 5], strict=True))

@@ -98,6 +98,9 @@ def everything() -> Iterator[Tensor]:
     yield kernel_pair(guidance[:1, :, :4], weights)[0].nan_to_num(7.0)
     for maps in (draw_maps(5, 9, 20), draw_maps(9, 17, 20, size=(9, 17))):
         yield from output_and_gradients(*maps)[0].values()
+    source, kernel, bias = (x.float() for x in draw_maps(3, 5, 132))
+    source[0, 130, 1, 2] = float("inf")
+    yield backend.apply(source, kernel, bias).nan_to_num(7.0)
 
 
 def halves() -> Iterator[Tensor]:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from featup_hub.ops import reference
 from featup_hub.ops.cuda import backend
 from tests.ops.cuda.emulator import COMPILER, SOURCES, Barrier, Edit, EmulationError
 from tests.ops.cuda.fused_results import (
     ARCHITECTURES,
     Emulate,
+    draw_maps,
     draw_weights,
     error,
     everything,
@@ -46,10 +48,7 @@ def right(architecture: int) -> dict[Results, list[Tensor]]:
 
 def spoiled(emulate: Emulate, **options: Any) -> bool:
     """Whether somebody notices what is wrong with this device; the first to notice is enough."""
-    # Only half precision multiplies by mma.cuh: the other programs need not be compiled first.
     parts = everything, halves
-    if options.get("edit", ("",))[0] == "mma.cuh":
-        parts = halves, everything
     for order, architecture in product(range(4), ARCHITECTURES):
         emulate(architecture=architecture)
         expected = right(architecture)
@@ -82,13 +81,28 @@ FAULTS: dict[str, Edit] = {
         "to[clamp(below - 1 + i, source) - start]",
         "to[min(max(below - 1 + i - start, 0), WINDOW - 1)]",
     ),
-    "a lane's column": ("mma.cuh", "- RADIUS + pair + 1, w)", "- RADIUS + pair, w)"),
-    "a row of a product": ("mma.cuh", "u = 2 * step + r / 2 - ky", "u = 2 * step + r % 2 - ky"),
+    "a lane's column": ("mma.cuh", "* step + j / 2, w)", "* step + 1 - j / 2, w)"),
+    "a row of a product": ("mma.cuh", "u = row + j % 2 * 4 - ky", "u = row + j % 2 * 3 - ky"),
+    "an operand's rows in the wrong order": (
+        "mma.cuh",
+        "{row[0][0], row[1][0], row[0][1], row[1][1]}",
+        "{row[0][0], row[0][1], row[1][0], row[1][1]}",
+    ),
+    "a half of a feature twice": (
+        "mma.cuh",
+        "multiply_tf32(sum[kx], low, weight[kx].high)",
+        "multiply_tf32(sum[kx], high, weight[kx].high)",
+    ),
+    "a column of a window too few": ("mma.cuh", "step < kx + DIAMETER", "step < DIAMETER"),
     "half of a weight": (
         "mma.cuh",
-        "multiply(sum[n], weights.low[step]",
-        "multiply(sum[n], weights.high[step]",
+        "multiply(sum[kx], x, weight[kx].low)",
+        "multiply(sum[kx], x, weight[kx].high)",
     ),
+    "a channel's bias": ("mma.cuh", "FOURS ? loaded + k :", "FOURS ? loaded + (k ^ 1) :"),
+    "the pixel beside": ("mma.cuh", "further(to, k, bytes)", "further(to, k ^ 1, bytes)"),
+    "a sum that is not checked": ("mma.cuh", "0.f * sum[k / 8]", "0.f * sum[0]"),
+    "channels that are not filtered again": ("jbu_apply.cu", "open & bit_of(quad, c)", "open & 1"),
     "a column of a layer": ("tf32.cuh", "x[r % 2 * 2 + r / 2]", "x[r]"),
     "half of a layer's weight": ("predict_mma.cuh", "high, w.low)", "low, w.low)"),
     "weights beyond a unit's": (
@@ -156,18 +170,20 @@ UNFORGIVABLE: list[tuple[Edit, str]] = [
     (
         (
             "mma.cuh",
-            "multiply(sum[n], weights.low",
-            "if (threadIdx.x % 32) multiply(sum[n], weights.low",
+            "multiply(sum[kx], x, weight[kx].low",
+            "if (threadIdx.x % 32) multiply(sum[kx], x, weight[kx].low",
         ),
         "lanes do not all take part",
     ),
+    (("mma.cuh", "blockDim.y * TF32", "0xffffffffu"), "no TF32 number"),
 ]
 
 
 def small_maps() -> None:
     """Runs the kernels that predict and filter; what one writes beyond its ends is found there."""
     backend.kernel(torch.randn(1, 3, 5, 9), single(draw_weights()))
-    backend.apply(torch.randn(1, 8, 2, 3).half(), torch.randn(1, 49, 4, 6), None)
+    for dtype in (torch.float16, torch.float32):
+        backend.apply(torch.randn(1, 8, 2, 3).to(dtype), torch.randn(1, 49, 4, 6), None)
 
 
 @pytest.mark.parametrize(("edit", "words"), UNFORGIVABLE)
@@ -182,13 +198,24 @@ def test_the_emulator_finds_what_a_device_would_not_forgive(
 @pytest.mark.parametrize(
     "edit",
     [
-        ("tf32.cuh", "low[r] = cut(value - __uint_as_float(high[r]))", "low[r] = 0"),
+        (
+            "tf32.cuh",
+            "low[r] = cut(__uint_as_float(value) - __uint_as_float(high[r]))",
+            "low[r] = 0",
+        ),
         ("predict_mma.cuh", "multiply_tf32(sum[n], high, w.low);", ""),
+        ("mma.cuh", "multiply_tf32(sum[kx], low, weight[kx].high);", ""),
+        ("mma.cuh", "multiply_tf32(sum[kx], high, weight[kx].low);", ""),
     ],
 )
 def test_a_product_of_tf32_numbers_alone_is_not_precise_enough(
     emulate: Emulate, edit: Edit
 ) -> None:
     emulate(edit=edit)
-    guidance = torch.randn(1, 3, 6, 33, dtype=torch.float64)
-    assert error(*kernel_pair(guidance, draw_weights())) > 1e-5
+    if edit[0] == "mma.cuh":
+        source, kernel, _ = draw_maps(3, 5, 8)
+        found = backend.apply(source.float(), kernel.float(), None)
+        assert error(found, reference.jbu_apply(source, kernel)) > 1e-5
+    else:
+        guidance = torch.randn(1, 3, 6, 33, dtype=torch.float64)
+        assert error(*kernel_pair(guidance, draw_weights())) > 1e-5

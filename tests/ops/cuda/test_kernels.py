@@ -99,10 +99,12 @@ def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate:
     assert error(*kernel_pair(guidance, weights)) <= 1e-4
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("h", "w", "channels", "batch"), SOURCE_SIZES)
 def test_doubling_and_its_gradients_match_the_definition(
-    emulate: Emulate, h: int, w: int, channels: int, batch: int
+    emulate: Emulate, h: int, w: int, channels: int, batch: int, architecture: int
 ) -> None:
+    emulate(architecture=architecture)
     actual, expected = output_and_gradients(*draw_maps(h, w, channels, batch))
     errors = {name: error(actual[name], expected[name]) for name in expected}
     assert max(errors.values()) <= TOLERANCE, errors
@@ -133,7 +135,7 @@ def test_every_tap_gets_its_gradient(emulate: Emulate) -> None:
     assert (taps > 0).all()
 
 
-# Channels in eights go to tensor cores where the device, sm_80 or newer, has any.
+# On tensor cores where the device, sm_80 or newer, has any.
 HALF_SIZES = [
     (1, 1, 8, 2), (2, 3, 16, 1), (5, 9, 34, 1), (3, 4, 132, 1), (4, 8, 64, 1), (3, 17, 136, 1),
     (9, 5, 24, 2), (7, 7, 40, 1),
@@ -155,16 +157,7 @@ def test_half_precision_features_cost_one_rounding(
     assert error(actual["kernel"], expected["kernel"]) <= TOLERANCE
 
 
-def test_unaligned_features_are_doubled_without_tensor_cores(emulate: Emulate) -> None:
-    maps = draw_maps(5, 9, 40)
-    emulate(offset=1)
-    actual, _ = output_and_gradients(*maps, torch.bfloat16)
-    emulate(architecture=75)
-    expected, _ = output_and_gradients(*maps, torch.bfloat16)
-    assert torch.equal(actual["output"], expected["output"])
-
-
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", [torch.float32, *ROUNDING])
 def test_what_is_not_finite_reaches_the_pixels_that_read_it_and_no_others(
     emulate: Emulate, dtype: torch.dtype
 ) -> None:
@@ -176,6 +169,18 @@ def test_what_is_not_finite_reaches_the_pixels_that_read_it_and_no_others(
     expected = reference.jbu_apply(source.to(dtype).double(), kernel, bias)
     assert torch.equal(output.isfinite(), expected.isfinite())
     assert output[0, 5].isinf().any(), "infinity has become something else"
+
+
+def test_what_is_not_finite_changes_nothing_in_other_channels(emulate: Emulate) -> None:
+    source, kernel, _ = (x.float() for x in draw_maps(5, 9, 260))
+    first = backend.apply(source, kernel, None)
+    source[0, 130, 2, 3] = float("inf")
+    for multiprocessors in (2, 1000):  # one block for all channels, or three
+        emulate(multiprocessors=multiprocessors)
+        second = backend.apply(source, kernel, None)
+        assert not second[:, 130].isfinite().all()
+        assert torch.equal(second[:, :128], first[:, :128])
+        assert torch.equal(second[:, 256:], first[:, 256:])
 
 
 def test_weights_beyond_the_range_of_float16_are_taken(emulate: Emulate) -> None:
@@ -208,9 +213,9 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(emulate: Emula
 def test_results_depend_neither_on_alignment_nor_on_how_channels_are_shared_out(
     emulate: Emulate,
 ) -> None:
-    first = list(everything())
+    first = [*everything(), *halves()]
     emulate(offset=1, multiprocessors=1000)
-    assert all(map(torch.equal, first, everything()))
+    assert all(map(torch.equal, first, [*everything(), *halves()]))
 
 
 def test_any_memory_format_is_taken(emulate: Emulate) -> None:

@@ -95,6 +95,7 @@ def test_the_packages_own_kernels_compile_without_spilling_a_register(
     [
         # Everything from sm_80 on, be it slow in TF32.
         (backend.apply_program(torch.bfloat16), (75, 80, 120), {75}),
+        (backend.apply_program(torch.float32), (75, 80, 86, 90, 120), {75, 86, 120}),
         (backend.kernel_program(3), (75, 80, 86, 90, 120), {75, 86, 120}),
     ],
     ids=str,
