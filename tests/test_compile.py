@@ -59,9 +59,7 @@ def test_the_shipped_upsampler_is_compiled_once_if_the_first_image_is_no_square(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_compiles_the_shipped_upsampler_as_one_graph_in_a_time_people_wait(
-    dynamic: bool,
-) -> None:
+def test_inductor_compiles_the_shipped_upsampler_as_one_graph(dynamic: bool) -> None:
     torch._dynamo.reset()
     upsampler = load_upsampler()
     run = torch.compile(upsampler, fullgraph=True, dynamic=dynamic)
