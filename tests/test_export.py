@@ -156,30 +156,22 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> UpsampledBackbone:
     return tiny
 
 
-@pytest.mark.slow
-def test_the_command_writes_a_program_for_every_size(
-    complete: UpsampledBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "model.pt2"
-    assert main(["export", str(path)]) == 0
-    assert "sides in multiples of 2 in, 4 channels out" in capsys.readouterr().out
-    assert_same(torch.export.load(path).module(), complete, torch.randn(3, 3, 20, 32))
-
-
-def test_four_looks_are_traced_and_announced_in_whole_strides_of_one_look(
+def test_the_command_traces_four_looks_for_every_size_in_whole_strides_of_one_look(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A graph of an odd number of cells, or of an even one, does not take the other.
     looks = UpsampledBackbone(ShiftAndStitch(model().backbone, 2), stack())
-    shapes: list[tuple[int, ...]] = []
+    traced: list[tuple[tuple[int, ...], bool]] = []
     monkeypatch.setattr("featup_hub.loading.load", lambda *_, **__: looks)
-    monkeypatch.setattr(
-        "featup_hub.export.trace", lambda _, image, **__: shapes.append(tuple(image.shape))
-    )
+
+    def note(_: nn.Module, image: torch.Tensor, *, dynamic: bool, for_onnx: bool) -> None:
+        traced.append((tuple(image.shape), dynamic))
+
+    monkeypatch.setattr("featup_hub.export.trace", note)
     monkeypatch.setattr("featup_hub.export.write_pt2", lambda *_: None)
     assert main(["export", str(tmp_path / "model.pt2"), "--looks", "4"]) == 0
-    assert shapes == [(1, 3, 4, 6)]
-    assert "sides in multiples of 2 in" in capsys.readouterr().out
+    assert traced == [((1, 3, 4, 6), True)]
+    assert "sides in multiples of 2 in, 4 channels out" in capsys.readouterr().out
 
 
 def test_the_command_shows_its_progress_and_writes_a_program_for_one_size(
