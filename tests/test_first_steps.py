@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +83,11 @@ def test_an_image_that_was_not_normalised_brings_one_warning(small: UpsampledBac
 
 
 def test_bright_and_constant_images_bring_no_warning(small: UpsampledBackbone) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for image in (torch.rand(1, 3, 16, 16) + 1.5, torch.zeros(1, 3, 16, 16)):
-            copy.deepcopy(small)(image)
-        torch.func.vmap(copy.deepcopy(small))(torch.rand(2, 1, 3, 16, 16))
-        copy.deepcopy(small).to("meta")(torch.rand(1, 3, 16, 16, device="meta"))
+    # Warnings are errors here.
+    for image in (torch.rand(1, 3, 16, 16) + 1.5, torch.zeros(1, 3, 16, 16)):
+        copy.deepcopy(small)(image)
+    torch.func.vmap(copy.deepcopy(small))(torch.rand(2, 1, 3, 16, 16))
+    copy.deepcopy(small).to("meta")(torch.rand(1, 3, 16, 16, device="meta"))
 
 
 def test_a_backbone_of_other_bands_is_guided_by_rgb() -> None:
