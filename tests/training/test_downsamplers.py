@@ -18,7 +18,7 @@ def attention(channels, stride):
 
 
 @pytest.mark.parametrize(("stride", "size"), [(4, (3, 5)), (3, (2, 2)), (1, (4, 4))])
-def test_it_equals_a_loop_over_cells(stride, size):
+def test_attention_equals_a_loop_over_cells(stride, size):
     module = attention(5, stride)
     x = torch.randn(2, 5, size[0] * stride, size[1] * stride).double()
     expected = torch.zeros(2, 5, *size, dtype=x.dtype)
@@ -40,7 +40,7 @@ def test_the_simple_one_averages_every_cell_with_one_kernel_that_sums_to_one():
     torch.testing.assert_close(module(x, (3, 5)), expected.unflatten(0, (2, 2))[:, :, 0])
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_of_the_attention_pass_gradcheck():
     module = attention(2, 3)
     names = [name for name, _ in module.named_parameters()]
 

@@ -63,8 +63,7 @@ def test_kernels_may_have_any_sum_if_that_is_wanted(small, tmp_path):
     assert read(path)["up4.fixup_proj.3.bias"].mean().abs() > 1e-3
 
 
-def test_it_learns(small, tmp_path):
-    """Over a few dozen steps the error falls below that of the first ones."""
+def test_the_error_falls_within_a_few_dozen_steps(small, tmp_path):
     path = small(tmp_path / "run", steps=24, lr=5e-3, warmup=2)
     losses = [float(row["loss"]) for row in rows(path.with_name("metrics.csv"))]
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])

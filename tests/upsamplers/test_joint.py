@@ -159,7 +159,7 @@ def test_a_stack_goes_on_with_the_stages_that_are_left(
     torch.testing.assert_close(levels[-1], expected)
 
 
-def test_nothing_is_done_where_nothing_is_to_do() -> None:
+def test_a_source_of_the_images_size_stays_as_it_is() -> None:
     alike, image = torch.randn(1, 5, 6, 7), torch.randn(1, 3, 6, 7)
     assert torch.equal(randomise(JBUStack(joint_first=True))(alike, image), alike)
 
@@ -193,7 +193,7 @@ class Applied(nn.Module):
         return output
 
 
-def test_gradients_are_right() -> None:
+def test_gradients_of_the_stage_pass_gradcheck() -> None:
     applied = Applied(
         JointBilateralStage(radius=1, embedding_dim=3).double(), torch.randn(1, 3, 6, 7).double()
     )
