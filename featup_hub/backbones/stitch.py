@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ class ShiftAndStitch(Backbone):
     image, the first centre at half of the finer stride p/k. Beyond its borders the image is
     mirrored. No training is needed; the cost is k² passes of the backbone.
 
+    Every second look sees its image mirrored left to right, and its features are mirrored back.
+    Neighbouring cells then have different errors, which average out where the map is smoothed.
+
     Shifts are whole or half pixels (3.5 for a stride of 14 and k = 2); half shifts are bicubic.
 
     Args:
@@ -37,8 +41,9 @@ class ShiftAndStitch(Backbone):
         looks_per_side: k. Its stride must be a multiple of k.
         looks_at_once: Number of looks in one batch. More need more memory; on a GPU they are
             faster.
-        mirrored: Whether to average every look with the look at the mirrored image, at twice the
-            cost.
+        mirrored: Which looks see a mirrored image: ``"alternate"``, every second one, where i + j
+            is odd; False, none; True, each look is averaged with its mirrored one, at twice the
+            cost. Use False if left and right differ for the backbone, as in text.
 
     Example:
         >>> import torch
@@ -56,10 +61,12 @@ class ShiftAndStitch(Backbone):
         looks_per_side: int = 2,
         *,
         looks_at_once: int = 1,
-        mirrored: bool = False,
+        mirrored: bool | Literal["alternate"] = "alternate",
     ) -> None:
         check_backbone(backbone)
         check_numbers(1, looks_per_side=looks_per_side, looks_at_once=looks_at_once)
+        if mirrored not in (False, True, "alternate"):
+            raise ValueError(f"mirrored must be False, True or 'alternate'; got {mirrored!r}")
         if backbone.patch_size % looks_per_side:
             raise ValueError(
                 f"looks_per_side must divide the stride of {backbone.patch_size} pixels; got "
@@ -93,17 +100,25 @@ class ShiftAndStitch(Backbone):
             for down in shifts
             for across in shifts
         ]
+        alternate = self.mirrored == "alternate"
+        turned = [alternate and (n // count + n % count) % 2 == 1 for n in range(len(looks))]
+        looks = [look.flip(3) if turn else look for look, turn in zip(looks, turned, strict=True)]
         groups = [
             self._look(torch.cat(looks[first : first + self.looks_at_once]))
             for first in range(0, len(looks), self.looks_at_once)
         ]
         maps = torch.cat(groups).unflatten(0, (len(looks), -1))  # (k², B, C, h, w)
+        if alternate:
+            back = (m.flip(3) if turn else m for m, turn in zip(maps, turned, strict=True))
+            maps = torch.stack(list(back))
         stitched = F.pixel_shuffle(maps.movedim(0, 2).flatten(1, 2), count)
         return stitched[:, :, :height, :width]
 
     def _look(self, image: Tensor) -> Tensor:
         features: Tensor = self.backbone(image)
-        return (features + self.backbone(image.flip(3)).flip(3)) / 2 if self.mirrored else features
+        if self.mirrored is not True:
+            return features
+        return (features + self.backbone(image.flip(3)).flip(3)) / 2
 
 
 def root_of_looks(looks: int, stride: int) -> int:

@@ -83,7 +83,7 @@ class Candidate:
         function, identity = self.function, self.identity
         if self.takes_looks:
             function = partial(function, looks_per_side=isqrt(looks))
-        identity = identity and f"{identity} ×{looks}"
+        identity = identity and f"{identity} ×{looks} alternate"  # as looks are mirrored
         name = f"{self.name} ×{looks}"
         return replace(self, name=name, looks=looks, function=function, identity=identity)
 

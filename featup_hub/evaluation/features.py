@@ -83,7 +83,8 @@ class Bench:
         cache = self.config.cache
         if cache is None or self.source.identity is None:
             return self.source.encode(sample.normalised(), looks)
-        whole = hashlib.sha256(f"{self.source.identity} {looks} {key}".encode()).hexdigest()[:24]
+        how = "1" if looks == 1 else f"{looks} alternate"  # as looks are mirrored
+        whole = hashlib.sha256(f"{self.source.identity} {how} {key}".encode()).hexdigest()[:24]
         place = cache / "features" / f"{whole}.safetensors"
         if not place.is_file():
             place.parent.mkdir(parents=True, exist_ok=True)

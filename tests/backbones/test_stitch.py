@@ -49,13 +49,34 @@ def test_an_odd_finer_stride_loses_no_half_pixel() -> None:
     torch.testing.assert_close(places, (torch.arange(1, 7) + 0.5) * 7)
 
 
+def test_an_image_moved_by_a_finer_stride_moves_the_source_by_a_cell() -> None:
+    image = torch.randn(1, 3, 64, 96)
+    # By cells down and right; by an odd number together, looks that are mirrored would change.
+    for mirrored, down, right in ((False, 1, 2), ("alternate", 1, 1), ("alternate", 0, 2)):
+        backbone = ShiftAndStitch(convolution(16), 4, mirrored=mirrored)
+        moved = backbone(image.roll((4 * down, 4 * right), (2, 3)))
+        still = backbone(image)[:, :, 3 : -3 - down, 3 : -3 - right]
+        # Cells near the borders see what is mirrored or rolled in there.
+        inside = moved[:, :, 3 + down : -3, 3 + right : -3]
+        torch.testing.assert_close(inside[..., 1:-1, 1:-1], still[..., 1:-1, 1:-1])
+
+
 def test_mirrored_looks_turn_with_the_image() -> None:
     backbone, image = convolution(16), torch.randn(1, 3, 64, 96)
-    mirrored, plain = ShiftAndStitch(backbone, 2, mirrored=True), ShiftAndStitch(backbone, 2)
+    mirrored, plain = (ShiftAndStitch(backbone, 2, mirrored=each) for each in (True, False))
     torch.testing.assert_close(mirrored(image.flip(3)), mirrored(image).flip(3))
     expected = (plain(image) + plain(image.flip(3)).flip(3)) / 2
     torch.testing.assert_close(mirrored(image), expected)
     assert not torch.allclose(plain(image), expected, atol=1e-2)
+
+
+def test_every_second_look_sees_a_mirrored_image() -> None:
+    backbone, image = convolution(16), torch.randn(1, 3, 64, 96)
+    plain = ShiftAndStitch(backbone, 2, mirrored=False)
+    one, turned = plain(image), plain(image.flip(3)).flip(3)
+    found = ShiftAndStitch(backbone, 2)(image)
+    rows, columns = torch.arange(8)[:, None], torch.arange(12)
+    torch.testing.assert_close(found, torch.where((rows + columns) % 2 == 1, turned, one))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (56, 72), (50, 33), (16, 16), (3, 5)])
@@ -103,3 +124,5 @@ def test_a_model_with_looks_compiles_and_exports_with_any_size() -> None:
 def test_looks_that_cannot_be_are_refused(per_side: int, at_once: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShiftAndStitch(averages(8), per_side, looks_at_once=at_once)
+    with pytest.raises(ValueError, match="mirrored must be False, True or 'alternate'; got 'every"):
+        ShiftAndStitch(averages(8), 2, mirrored="every second")
