@@ -48,8 +48,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="run the backbone on N shifted copies of the image, 4 or 9, every second one mirrored, "
-        "and combine the maps, at N times the cost (default: %(default)s)",
+        help="run the backbone on N shifted copies of the image, 4 or 9, every second one "
+        "mirrored, and combine the maps, at N times the cost (default: %(default)s)",
     )
 
 
