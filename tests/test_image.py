@@ -30,11 +30,6 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_a_photograph_is_read_as_pillow_reads_it(root: Path) -> None:
-    path = root / "tests/data/chelsea.jpg"
-    assert np.array_equal(pixels(path), np.asarray(Image.open(path)))
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     upright = np.zeros((20, 30, 3), np.uint8)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from featup_hub import weights
@@ -57,12 +57,6 @@ def test_what_is_written_is_read(tmp_path):
     assert weights.metadata(path) == {"a": "1", "b": "é", "c": "3"}
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["format"] == "pt"  # transformers refuses files without it
-
-
-def test_what_other_programs_write_is_read(tmp_path):
-    save_file(some(), tmp_path / "plain.safetensors")
-    assert equal(weights.read(tmp_path / "plain.safetensors"), some())
-    assert weights.metadata(tmp_path / "plain.safetensors") == {}
 
 
 def test_the_same_tensors_make_the_same_bytes(tmp_path):
@@ -213,14 +207,6 @@ def test_a_damaged_shipped_file_is_not_loaded(tmp_path, monkeypatch):
     path.write_bytes(LFS)
     with pytest.raises(ValueError, match="Git LFS pointer"):
         weights.load(pinned)
-
-
-def test_a_file_of_the_users_is_not_held_to_the_registry(tmp_path):
-    own = written(tmp_path)
-    assert weights.resolve(own) == own
-    assert equal(weights.load(own), some())
-    with pytest.raises(FileNotFoundError, match=r"no weights file .*mine.safetensors; check"):
-        weights.resolve(tmp_path / "mine.safetensors")
 
 
 def test_a_shipped_file_that_is_missing_says_where_it_was_looked_for():

@@ -47,18 +47,6 @@ def scored():
     )
 
 
-def test_rows_hold_scores_and_paired_differences(scored):
-    assert [(row.upsampler, row.metric) for row in scored] == [
-        ("bilinear", "boundary accuracy"),
-        ("ours", "boundary accuracy"),
-        ("bilinear", "edge RMSE"),
-        ("ours", "edge RMSE"),
-    ]
-    assert (scored[1].images, scored[0].versus) == (5, {})
-    assert scored[1].score.value == pytest.approx(0.82)
-    assert scored[1].versus["bilinear"].value == pytest.approx(0.2)
-
-
 def test_the_table_marks_improvements_in_either_direction_and_losses(scored):
     lines = table(scored).splitlines()
     assert lines[0] == "frozen probe · rooms/val · net /16 · 5 images"

@@ -12,7 +12,6 @@ from featup_hub.evaluation.scores import (
     depth_edges,
     depth_sums,
     mean_iou,
-    segmentation_sums,
 )
 
 
@@ -60,16 +59,6 @@ def test_a_border_with_void_is_no_boundary_and_void_is_never_in_the_band():
     assert not boundary_band(labels).any()
     labels[:, 17:] = 1  # two void columns between: the band reaches across them
     assert boundary_band(labels)[0].nonzero().flatten().tolist() == [13, 14, 17, 18]
-
-
-def test_band_counts_only_the_band():
-    labels = halves(0, 1)
-    prediction = labels.clone()
-    prediction[:, 0] = 1  # wrong, but far from the boundary
-    prediction[:, 10] = 0
-    sums = segmentation_sums(prediction, labels, boundary_band(labels), 2)
-    assert sums["band"].tolist() == [20 * 7, 20 * 8]
-    assert sums["confusion"].tolist() == [[180, 20], [20, 180]]
 
 
 def test_a_gentle_slope_and_a_hole_are_no_depth_edges():
