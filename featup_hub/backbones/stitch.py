@@ -32,7 +32,8 @@ class ShiftAndStitch(Backbone):
     mirrored. No training is needed; the cost is k² passes of the backbone.
 
     Every second look sees its image mirrored left to right, and its features are mirrored back.
-    Neighbouring cells then have different errors, which average out where the map is smoothed.
+    Neighbouring cells then have different errors, which an upsampler averages. In the source itself
+    they can show as a checkerboard.
 
     Shifts are whole or half pixels (3.5 for a stride of 14 and k = 2); half shifts are bicubic.
 
@@ -41,9 +42,10 @@ class ShiftAndStitch(Backbone):
         looks_per_side: k. Its stride must be a multiple of k.
         looks_at_once: Number of looks in one batch. More need more memory; on a GPU they are
             faster.
-        mirrored: Which looks see a mirrored image: ``"alternate"``, every second one, where i + j
-            is odd; False, none; True, each look is averaged with its mirrored one, at twice the
-            cost. Use False if left and right differ for the backbone, as in text.
+        mirrored: Which looks see a mirrored image: ``"alternate"``, those with odd i + j; False,
+            none; True, each look is averaged with its mirrored one, at twice the cost. Use False
+            if left and right differ for the backbone, as in text, or for a source without the
+            checkerboard.
 
     Example:
         >>> import torch
@@ -107,16 +109,14 @@ class ShiftAndStitch(Backbone):
             self._look(torch.cat(looks[first : first + self.looks_at_once]))
             for first in range(0, len(looks), self.looks_at_once)
         ]
-        maps = torch.cat(groups).unflatten(0, (len(looks), -1))  # (k², B, C, h, w)
-        if alternate:
-            back = (m.flip(3) if turn else m for m, turn in zip(maps, turned, strict=True))
-            maps = torch.stack(list(back))
-        stitched = F.pixel_shuffle(maps.movedim(0, 2).flatten(1, 2), count)
+        maps = torch.cat(groups).unflatten(0, (len(looks), -1)).unbind()  # k² of (B, C, h, w)
+        maps = [each.flip(3) if turn else each for each, turn in zip(maps, turned, strict=True)]
+        stitched = F.pixel_shuffle(torch.stack(maps, 2).flatten(1, 2), count)
         return stitched[:, :, :height, :width]
 
     def _look(self, image: Tensor) -> Tensor:
         features: Tensor = self.backbone(image)
-        if self.mirrored is not True:
+        if self.mirrored in (False, "alternate"):
             return features
         return (features + self.backbone(image.flip(3)).flip(3)) / 2
 

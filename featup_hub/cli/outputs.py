@@ -91,7 +91,7 @@ def settings_of(args: argparse.Namespace, chosen: Choice) -> dict[str, str]:
         "upsampler": upsampler[:16],
         "backbone": sha256_of_file(own)[:16] if own else "its own",
         "layer": "default" if args.layer is None else str(args.layer),
-        "looks": str(args.looks),
+        "looks": f"{args.looks} (every second one mirrored)" if args.looks > 1 else "1",
         "size": "x".join(map(str, size)) if isinstance(size, tuple) else str(size),
         "dtype": args.dtype,
         "bands": ",".join(map(str, args.bands or ["all"])),

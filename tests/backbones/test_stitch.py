@@ -67,6 +67,7 @@ def test_mirrored_looks_turn_with_the_image() -> None:
     torch.testing.assert_close(mirrored(image.flip(3)), mirrored(image).flip(3))
     expected = (plain(image) + plain(image.flip(3)).flip(3)) / 2
     torch.testing.assert_close(mirrored(image), expected)
+    torch.testing.assert_close(ShiftAndStitch(backbone, 2, mirrored=1)(image), expected)
     assert not torch.allclose(plain(image), expected, atol=1e-2)
 
 

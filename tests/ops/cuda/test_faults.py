@@ -32,6 +32,7 @@ Results = Callable[[], Iterator[Tensor]]
 
 
 def barriers() -> list[Barrier]:
+    """All but one with a mask after a vote: the emulator's lanes meet at the vote, too."""
     return [
         (path.name, line)
         for path in sorted(SOURCES.glob("*.cu*"))

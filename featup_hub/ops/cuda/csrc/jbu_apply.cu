@@ -110,8 +110,7 @@ static __device__ __forceinline__ unsigned bit_of(int quad, int c)
 }
 
 #if JBU_TENSOR_CORES
-// Doubles the tile on tensor cores; weights stay in registers while channels pass. Returns the bits
-// of what is not finite.
+// Doubles the tile on tensor cores, weights in registers. Returns the bits of what is not finite.
 template <bool FOURS>
 static __device__ __forceinline__ unsigned double_tile(
     const Folded<7>& folded, const Maps& maps, Corner cell, int begin, int end)
@@ -129,6 +128,7 @@ static __device__ __forceinline__ unsigned double_tile(
             if (!__all_sync(0xffffffff, filter_channels<FOURS>(weights, maps, y, x, c)))
                 failed |= bit_of(quad, c);
     }
+    __syncwarp(~0u);  // a vote orders no memory, and other lanes may store the same again
     return failed;
 }
 #endif

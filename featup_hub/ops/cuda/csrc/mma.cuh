@@ -5,11 +5,10 @@
 // right cells). 49 of 64 products are useful; the others have weight zero. Sums are float32.
 //
 // A weight is split into two numbers of the operands' type, w = high + low. These keep 16 bits with
-// bfloat16 and 22 with float16, so the error is below the rounding of the result. Float32 features
-// are split, too: low high + high low + high high in TF32 keeps 21 bits. If a sum is not finite (a
-// feature is not, or a weight exceeds float16), the quad is filtered again without tensor cores.
-// Infinity then reaches only pixels with taps that read it.
-//
+// bfloat16 and 22 with float16 (fewer of weights below 1e-4), less error than rounding the result.
+// Float32 features are split, too: low high + high low + high high in TF32 keeps 21 bits. If a sum
+// is not finite (a feature is not, or a weight exceeds float16), the quad is filtered again without
+// tensor cores. Infinity then reaches only pixels with taps that read it.
 // Only the weights pass through shared memory. A lane loads four consecutive channels of two source
 // rows, and stores the same four channels of four neighbouring pixels.
 #pragma once

@@ -30,7 +30,7 @@
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __syncthreads() emulator::barrier(__FILE__, __LINE__)
-#define __syncwarp() emulator::meet(__FILE__, __LINE__)
+#define __syncwarp(...) emulator::meet(__FILE__, __LINE__)
 
 using std::max;
 using std::min;
