@@ -31,7 +31,7 @@ __all__ = ["JointBilateralStage", "JointKernels"]
 _FINER = 2  # times the output size, to embed colours; finer is no better
 # Of a source of several looks. Chosen on training images of CamVid, NYUv2 and CCP, see
 # benchmarks/LOG.md: a cell keeps part of its own features, which the other looks confirm.
-_WIDER, _SMOOTHED = 2.0, 0.8
+_WIDER, _SMOOTHED = 2.0, 0.7
 
 
 class JointKernels(NamedTuple):
@@ -143,8 +143,8 @@ class JointBilateralStage(nn.Module):
             learned: Kernels of the learned stage for each pass, (B, D², H, W), first to last, at
                 the size of the pass's output.
             looks_per_side: k, if the source is stitched from k² looks. Each look is smoothed
-                separately, with twice the σ, and the result is 0.8 of the smoothed features and
-                0.2 of the cell's own.
+                separately, with twice the σ, and the result is 0.7 of the smoothed features and
+                0.3 of the cell's own.
             impl: Implementation, see :mod:`featup_hub.ops.jbu`.
 
         Raises:

@@ -42,7 +42,7 @@ def test_a_look_is_smoothed_twice_as_wide_as_a_source_of_one_look_and_keeps_a_pa
     stitched = smoothed(source, image, 2)
     for index in range(4):
         look = looks[:, index]
-        expected = 0.2 * look + 0.8 * smoothed(look, image, 1, sigma=3.0)
+        expected = 0.3 * look + 0.7 * smoothed(look, image, 1, sigma=3.0)
         torch.testing.assert_close(stitched[:, :, index // 2 :: 2, index % 2 :: 2], expected)
 
 
