@@ -29,8 +29,9 @@ from featup_hub.ops.reference import mirror, repeat
 __all__ = ["JointBilateralStage", "JointKernels"]
 
 _FINER = 2  # times the output size, to embed colours; finer is no better
-# Of a source of several looks. Chosen on training images of CamVid, NYUv2 and CCP, see
-# benchmarks/LOG.md: a cell keeps part of its own features, which the other looks confirm.
+# Of a source of several looks: a cell keeps part of its own features, which the other looks
+# confirm. Tuned on training images; the share was lowered after results on validation images, see
+# benchmarks/LOG.md.
 _WIDER, _SMOOTHED = 2.0, 0.7
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from featup_hub import ModuleBackbone, ShiftAndStitch, TimmBackbone
+from featup_hub import JBUStack, ModuleBackbone, ShiftAndStitch, TimmBackbone, UpsampledBackbone
 from featup_hub.export import trace
 
 
@@ -107,6 +107,14 @@ def test_a_backbone_with_looks_compiles_and_exports_with_any_size() -> None:
     torch.testing.assert_close(program.module()(other), backbone(other))
     compiled = torch.compile(backbone, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(other), backbone(other))
+
+
+def test_a_model_with_looks_and_a_joint_stage_is_traced_for_any_size() -> None:
+    stack = JBUStack(num_stages=2, radius=1, key_dim=2, joint_first=True)
+    model = UpsampledBackbone(ShiftAndStitch(convolution(4), 2), stack).eval()
+    program = trace(model, torch.randn(1, 3, 16, 24), for_onnx=True)
+    other = torch.randn(3, 3, 24, 16)
+    torch.testing.assert_close(program.module()(other), model(other))
 
 
 @pytest.mark.parametrize(
