@@ -131,6 +131,8 @@ class FittedFeatures(nn.Module):
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged, has another version, or is not a fit.
         """
+        from featup_hub.upsamplers import implicit  # noqa: F401  (its class is one of the kinds)
+
         tensors, notes = read(path), metadata(path)
         kinds = {kind.FORMAT: kind for kind in (cls, *cls.__subclasses__()) if kind.FORMAT}
         found = notes.get("upsampler", "a file of other weights")

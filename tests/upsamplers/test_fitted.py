@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,13 @@ def test_a_saved_file_gives_the_same_features_and_kind(make, tmp_path: Path) -> 
     found.save(tmp_path / "two.safetensors")
     first, second = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("one", "two"))
     assert first == second
+
+
+@KINDS
+def test_a_new_process_loads_a_file(make, tmp_path: Path) -> None:
+    make().save(tmp_path / "x.safetensors")
+    code = "from featup_hub import FittedFeatures; FittedFeatures.load('x.safetensors')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
