@@ -18,6 +18,7 @@ from featup_hub.weights.files import listed_problems
 
 __all__ = ["build", "cached_file", "create", "find_config", "is_timm_model", "timm_card"]
 
+_AS_GIVEN = {"source": "", "custom_load": False}  # timm then loads the state_dict beside it
 _HUB = ("hf-hub:", "hf_hub:")  # timm's prefix of Hub repositories
 
 
@@ -42,12 +43,22 @@ def create(
             raise RuntimeError(
                 f"timm has no weights for {name!r}; give a file of your own, or pretrained=False"
             )
+        from featup_hub.weights.checkpoints import read_state
         from featup_hub.weights.hub import explained
 
         if cached := _cached(config):
-            kwargs["pretrained_cfg_overlay"] = {"file": cached}
+            try:  # to read it here, because timm before 1.0.26 runs code in pickles
+                tensors = read_state(cached)
+            except ValueError as error:
+                raise RuntimeError(
+                    f"needed the weights of timm's {name}; {error}; delete the file to download it "
+                    "again"
+                ) from None
+            kwargs["pretrained_cfg_overlay"] = {"state_dict": tensors, **_AS_GIVEN}
         with explained(f"the weights of timm's {name}"):
-            return build(name, {**kwargs, "pretrained": True})
+            model = build(name, {**kwargs, "pretrained": True})
+        model.pretrained_cfg.pop("state_dict", None)  # else it stays in memory with the model
+        return model
     if isinstance(weights, Mapping):
         tensors = dict(weights)
     else:
@@ -62,7 +73,7 @@ def create(
                 f"weights must be floating-point; got {key} of {tensor.dtype}, perhaps quantised; "
                 "give the original ones"
             )
-    overlay = {"state_dict": tensors, "source": "", "custom_load": False, "label_offset": 0}
+    overlay = {"state_dict": tensors, **_AS_GIVEN, "label_offset": 0}
     classes = _classes(tensors, config.classifier)
     # A file without a known classifier is for a network without one, or timm makes one.
     attempts = [classes] if classes is not None else [0, config.num_classes]
@@ -74,7 +85,7 @@ def create(
         except (RuntimeError, KeyError) as error:
             problems.append(error)
         else:
-            model.pretrained_cfg.pop("state_dict", None)  # else it stays in memory with the model
+            model.pretrained_cfg.pop("state_dict", None)
             _check_biases(name, model, tensors)
             return model
     raise ValueError(
