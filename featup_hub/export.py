@@ -6,7 +6,8 @@ number of stages in a graph is fixed by the example. The graph takes any batch s
 with a ratio of output to source that needs the same number of stages, ceil(log2 ratio). With a
 backbone of stride p, or looks of that stride, these are all images with sides that are multiples of
 p, if the example's are. An example of ratio 1 on one axis serves only inputs of ratio 1 on that
-axis. A PyTorch program checks this; an ONNX graph cannot.
+axis. A PyTorch program checks this; an ONNX graph cannot. A backbone with a fixed size is exported
+for one size of image.
 
 Symbolic sizes are slow to trace: in a PyTorch program the taps of a filter are a loop, and an ONNX
 graph is traced with this package's operators whole.
@@ -61,6 +62,11 @@ def trace(
         raise ValueError("a model to export must be in evaluation mode; call model.eval()")
     shapes = None
     if dynamic:
+        if fixed := [x.fixed_size for x in model.modules() if getattr(x, "fixed_size", None)]:
+            raise ValueError(
+                "dynamic sizes need a backbone whose source grows with the image; this one sees "
+                f"every image at {fixed[0]}; give dynamic=False (--static HxW on the command line)"
+            )
         if any(1 in x.shape[2:] for x in inputs):
             raise ValueError(
                 "sides to be dynamic must be at least 2 in the example, 1 is taken as a constant; "

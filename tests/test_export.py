@@ -139,6 +139,16 @@ def test_a_side_of_one_is_no_example_of_a_dynamic_one(upsampler: JBUStack) -> No
         trace(upsampler, *pair(1, (1, 5), (4, 20)))
 
 
+def test_a_network_of_one_size_is_exported_for_images_of_one_size_only() -> None:
+    # Its source keeps its size, so other images need another number of stages.
+    backbone = ModuleBackbone(nn.AvgPool2d(2), feat_dim=3, patch_size=2, fixed_size=(8, 8))
+    fixed = UpsampledBackbone(backbone, JBUStack(num_stages=1, radius=1, key_dim=2)).eval()
+    image = torch.randn(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"every image at \(8, 8\); give dynamic=False .*--static"):
+        trace(fixed, image)
+    assert_same(trace(fixed, image, dynamic=False).module(), fixed, image)
+
+
 def test_what_onnx_lacks_is_said_before_a_model_is_traced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,8 @@
 """Write a model as ONNX or as a PyTorch program.
 
 It computes features at image resolution, for any batch size and any sides that are multiples of the
-backbone's stride. Images must be normalised with ImageNet's mean and deviation, (B, 3, H, W).
+backbone's stride; a network of a fixed size needs --static. Images must be normalised with
+ImageNet's mean and deviation, (B, 3, H, W).
 """
 
 from __future__ import annotations
