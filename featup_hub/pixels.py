@@ -290,22 +290,19 @@ def _read_tiff(path: Path) -> NDArray[Any]:
 
 @contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
-    """Converts Pillow's exceptions on damaged bytes to one error, and ignores its warnings."""
+    """Converts Pillow's exceptions on damaged bytes to one error."""
     from PIL import Image, UnidentifiedImageError
 
-    with warnings.catch_warnings():
-        # Unusual metadata and big pictures (up to twice Pillow's limit) are harmless.
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except UnidentifiedImageError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise ValueError(
-                f"{name} has too many pixels: {error}; if you trust it, make it smaller, or raise "
-                "PIL.Image.MAX_IMAGE_PIXELS"
-            ) from error
-        except Exception as error:  # a decoder's exceptions are not documented
-            raise ValueError(
-                f"{name} is damaged or cut short ({error}); fetch or export it again"
-            ) from error
+    try:
+        yield
+    except (UnidentifiedImageError, Warning):  # warnings, where Python makes errors of them
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} has too many pixels: {error}; if you trust it, make it smaller, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except Exception as error:  # a decoder's exceptions are not documented
+        raise ValueError(
+            f"{name} is damaged or cut short ({error}); fetch or export it again"
+        ) from error
