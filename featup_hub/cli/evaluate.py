@@ -1,7 +1,7 @@
 """Score upsamplers side by side on labelled data.
 
-All see the same images and features. Scores have 95 % intervals over images, and paired
-differences. Example: featup-hub evaluate --data camvid:DATA/camvid nyu:DATA/nyu --upsamplers
+All see the same images and features. Paired differences have 95 % intervals over images.
+Example: featup-hub evaluate --data camvid:DATA/camvid nyu:DATA/nyu --upsamplers
 bilinear bicubic mine.safetensors --protocols oracle --val-images 12
 """
 

@@ -51,13 +51,15 @@ def rows(
     *,
     versus: Sequence[str] = ("bilinear", "bicubic"),
     resamples: int = 1000,
+    seed: int = 0,
 ) -> list[Row]:
     """Scores measurements: one row per measurement, score and upsampler.
 
     ``versus`` names the references of the paired differences; those not measured are left out.
+    ``resamples`` and ``seed`` are those of the bootstrap.
     """
     return [
-        _row(measurement, metric, upsampler, versus, resamples)
+        _row(measurement, metric, upsampler, versus, resamples=resamples, seed=seed)
         for measurement in measurements
         for metric in METRICS
         for upsampler, sums in measurement.sums.items()
@@ -66,13 +68,13 @@ def rows(
 
 
 def _row(
-    found: Measurement, metric: Metric, upsampler: str, versus: Sequence[str], resamples: int
+    found: Measurement, metric: Metric, upsampler: str, versus: Sequence[str], **bootstrap: int
 ) -> Row:
     own = found.sums[upsampler][metric.sums]
 
     def against(reference: str | None = None) -> Estimate:
         theirs = found.sums[reference][metric.sums] if reference else None
-        return estimate(metric, own, theirs, resamples=resamples, block=found.block)
+        return estimate(metric, own, theirs, block=found.block, **bootstrap)
 
     return Row(
         protocol=found.protocol,
@@ -120,7 +122,8 @@ def _cells(row: Row, references: Sequence[str]) -> Iterator[str]:
             value, low, high = (f"{x * scale:+.{digits}f}" for x in vars(difference).values())
             better = (difference.value > 0) == row.higher_is_better
             mark = ("+" if better else "-") if difference.significant else "·"
-            cell = f"{mark} {value} [{low}, {high}]"
+            known = math.isfinite(difference.low)
+            cell = f"{mark} {value} " + (f"[{low}, {high}]" if known else "[unknown]")
         yield f"{cell:<27}"
 
 
@@ -152,7 +155,7 @@ def write_results(scored: Sequence[Row], config: DataclassInstance, folder: Path
     head += [f"{part} against {name}" for name in references for part in ("value", "low", "high")]
     with (
         write_atomically(folder / "results.csv") as temporary,
-        temporary.open("w", newline="") as file,
+        temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
         writer.writerow(head)
@@ -166,8 +169,8 @@ def write_results(scored: Sequence[Row], config: DataclassInstance, folder: Path
 def draw(scored: Sequence[Row], path: Path) -> None:
     """Draws every upsampler's difference from the first reference, with its interval, as a PNG.
 
-    One panel per score; right is better. Rows without a paired difference are not drawn; there must
-    be one that has it.
+    One panel per score; right is better; "?" stands beside a difference of unknown interval. Rows
+    without a paired difference are not drawn; there must be one that has it.
     """
     try:
         from matplotlib.figure import Figure
@@ -201,6 +204,9 @@ def draw(scored: Sequence[Row], path: Path) -> None:
             style = {"linewidth": 1, "color": f"C{number}"}
             panel.hlines(places, low, high, **style)
             panel.plot(values, places, "o", markersize=3, label=upsampler, **style)
+            for value, place, end in zip(values, places, low, strict=True):
+                if math.isnan(end):
+                    panel.text(value, place, " ?", fontsize=7, verticalalignment="center")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_title(f"{metric}: better than {reference} →", fontsize=9)
         panel.tick_params(labelsize=8)

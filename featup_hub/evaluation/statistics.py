@@ -41,7 +41,10 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A score of all images together, or a difference of two, and its 95 % interval."""
+    """A score of all images together, or a difference of two, and its 95 % interval.
+
+    The ends of an unknown interval are NaN.
+    """
 
     value: float
     low: float
@@ -66,7 +69,8 @@ def estimate(
 
     ``sums`` are those of every image, (N, *S), in order of neighbours; ``baseline`` has the
     reference's of the same images, resampled together with them. ``resamples`` counts bootstrap
-    replicates; ``block`` neighbouring images are drawn together, 1 if images are independent.
+    replicates; ``block`` neighbouring images are drawn together, 1 if images are independent. The
+    interval is unknown if all images are one block: every replicate would then be the same.
     """
     if baseline is not None and sums.shape != baseline.shape:
         raise ValueError(
@@ -82,7 +86,7 @@ def estimate(
     found = scores(sums) if baseline is None else scores(sums) - scores(baseline)
     replicates = found[1:][found[1:].isfinite()]
     low = high = float("nan")
-    if len(replicates):
+    if len(replicates) and len(sums) > block:
         low, high = replicates.quantile(replicates.new_tensor([0.025, 0.975])).tolist()
     return Estimate(value=float(found[0]), low=low, high=high)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import locale
 import sys
 from dataclasses import dataclass, replace
 
@@ -59,6 +60,18 @@ def test_the_table_marks_improvements_in_either_direction_and_losses(scored):
     assert "90.00  · +0.00" in shown
 
 
+def test_an_unknown_interval_is_shown_as_unknown_and_never_as_significant(tmp_path, monkeypatch):
+    found = rows(measured(bilinear=[{"band": [3, 10]}], ours=[{"band": [5, 10]}]))
+    assert "50.00  · +20.00 [unknown]" in table(found)
+    write_results(found, Config(), tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert content["rows"][1]["versus"]["bilinear"]["low"] is None
+    axes, texts = pytest.importorskip("matplotlib.axes").Axes, []
+    monkeypatch.setattr(axes, "text", lambda _, x, y, text, **kw: texts.append((x, text)))
+    draw(found, tmp_path / "f.png")
+    assert texts == [(pytest.approx(20), " ?")]
+
+
 def test_json_holds_rows_configuration_versions_and_null_where_there_is_no_score(scored, tmp_path):
     nothing = {name: [{"band": [0, 0]}] for name in ("bilinear", "ours")}
     write_results([*scored, *rows(measured(**nothing), resamples=5)], Config(), tmp_path)
@@ -72,11 +85,18 @@ def test_json_holds_rows_configuration_versions_and_null_where_there_is_no_score
     assert "NaN" not in text
 
 
-def test_csv_has_one_line_per_score(scored, tmp_path):
-    write_results(scored, Config(), tmp_path)
-    with (tmp_path / "results.csv").open(newline="") as file:
+def test_csv_has_one_line_per_score_and_is_utf_8_in_any_locale(scored, tmp_path):
+    scored[0] = replace(scored[0], metric="δ<1.25")
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")  # whose encoding is ASCII
+        write_results(scored, Config(), tmp_path)
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 4
+    assert lines[0]["metric"] == "δ<1.25"
     assert lines[1]["upsampler"] == "ours"
     assert float(lines[1]["value against bilinear"]) == pytest.approx(0.2)
     assert lines[0]["value against bilinear"] == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -39,6 +41,13 @@ def test_blocks_of_frames_that_are_alike_count_once():
 def test_blocks_that_do_not_divide_the_images_still_draw_as_many():
     ones = sums(torch.ones(7))
     assert estimate(Metric("n", "x", lambda s: s[..., 1]), ones, block=3).low == 7
+
+
+@pytest.mark.parametrize(("count", "block"), [(1, 1), (5, 6), (6, 6)])
+def test_images_of_one_block_give_no_interval(count, block):
+    found = estimate(MEAN, sums(torch.ones(count)), sums(torch.zeros(count)), block=block)
+    assert (found.value, found.significant) == (1, False)
+    assert [found.low, found.high] == [pytest.approx(math.nan, nan_ok=True)] * 2
 
 
 def test_a_small_difference_is_significant_because_images_are_paired():
