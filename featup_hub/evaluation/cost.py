@@ -26,10 +26,10 @@ MIB = 2**20
 
 
 def measure_cost(bench: Bench, candidates: Sequence[Candidate]) -> Results:
-    """Measures upsamplers in turn on a few images, after one warm-up image."""
-    dataset = bench.val.spread(bench.config.cost_images + 1)
-    for turn, index in enumerate([0, 0] if len(dataset) == 1 else range(len(dataset))):
-        image = dataset[index].crop(bench.stride).normalised()
+    """Measures upsamplers in turn on the images after the first, which warms up."""
+    count = len(bench.val)
+    for turn, index in enumerate([0, 0] if count == 1 else range(count)):
+        image = bench.val[index].crop(bench.stride).normalised()
         for each in candidates:
             start = time.process_time()
             source = bench.source.encode(image, each.looks)

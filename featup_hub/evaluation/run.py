@@ -77,20 +77,18 @@ def evaluate(
         )
         for spec in config.data
     ]
+    _check_names("data", [val.name for _, val in data], "measure them in separate runs")
     specs = config.backbones if ON_FEATURES.keys() & set(config.protocols) else ()
     with _about("backbones", ValueError, FileNotFoundError):
         found = [find_source(spec) for spec in specs]  # before the first is loaded
-        names = [name for name, _ in found]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"must each have a name of its own; got {', '.join(names)}; rename a file or a "
-                "callable"
-            )
+    _check_names("backbones", [name for name, _ in found], "rename a file or a callable")
+    with _about("backbones", ValueError, FileNotFoundError):
         sources = [load() for _, load in found]
     for source, looks in product(sources, config.looks):
         with_looks(source.backbone, looks)  # refuses looks that do not fit, before any work
     measured = measure(data, sources, candidates, config, progress=progress)
-    return (rows([found], versus=config.versus, resamples=config.resamples) for found in measured)
+    options = {"resamples": config.resamples, "seed": config.seed}
+    return (rows([each], versus=config.versus, **options) for each in measured)
 
 
 def measure(
@@ -143,7 +141,8 @@ def _stages(
             yield Stage(title, val, f"stride {stride}", run, settings)
         for source in sources:
             for protocol in (name for name in ON_FEATURES if name in wanted):
-                scored = every if protocol == "propagation" else val
+                warm = val.spread(config.cost_images + 1)
+                scored = {"propagation": every, "cost": warm}.get(protocol, val)
                 bench = Bench(source=source, train=train, val=scored, config=config)
                 kept = source.identity is not None and protocol != "cost"
                 yield Stage(
@@ -185,14 +184,19 @@ def _check(config: EvaluationConfig, names: Sequence[str]) -> None:
         open_photos(config)
         with _about("classifier", ValueError):  # its weights are loaded later
             find_card(config.classifier)
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"upsamplers must each have a name of its own; got {', '.join(names)}; write NAME=FILE"
-        )
+    _check_names("upsamplers", names, "write NAME=FILE")
     if config.versus != EvaluationConfig.versus and not set(config.versus) <= set(names):
         raise ValueError(
             f"versus must name upsamplers that take part, {', '.join(names)}; "
             f"got {', '.join(config.versus)}"
+        )
+
+
+def _check_names(field: str, names: Sequence[str], hint: str) -> None:
+    """Raises ValueError if two have the same name in tables."""
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{field} must each have a name of its own; got {', '.join(names)}; {hint}"
         )
 
 

@@ -55,6 +55,10 @@ DATA = "--data folder:SCENES "
         ("--upsamplers lanczos", "--upsamplers: an upsampler is one of nearest, "),
         ("--upsamplers no_module:x", "--upsamplers: a plug-in module:callable must be importable"),
         (DATA + "--upsamplers nearest nearest", "--upsamplers must each have a name of its own; "),
+        (
+            DATA + "folder:SCENES",
+            "--data must each have a name of its own; got scenes",
+        ),
         (DATA + "--backbone nope", "--backbone: a model must be one of "),
         (DATA + "--looks 1 9", "--looks must be one of 1, 4, 16, 64, 256, the squares of the "),
         (DATA + "--backbone dinov2=no.file", "--backbone: no weights file no.file; check"),

@@ -88,6 +88,8 @@ def test_a_frozen_probe_reads_labels_and_depth_off_upsampled_features(splits, tm
     found = measured(
         splits, "nearest", "joint_bilateral", protocols=("preservation",), cache=tmp_path
     )
+    one, two = (rows(found, resamples=50, seed=seed) for seed in (1, 2))
+    assert one == rows(found, resamples=50, seed=1) != two
     found = rows(found, resamples=50)
     labels = score(found, "nearest", "accuracy", "frozen probe")
     assert labels.score.value == 44 / 48  # the mixed cell is mostly bright
@@ -121,15 +123,11 @@ def test_a_run_tells_every_step_and_leaves_the_global_generator_alone(splits):
 
 def test_frames_of_a_clip_are_drawn_in_blocks_from_the_cache_too(splits, tmp_path):
     train, val = splits
-    options = {"reductions": ("point",), "probe_steps": 5, "cache": tmp_path}
+    options = {"reductions": ("point",), "probe_steps": 5, "cost_images": 1, "cache": tmp_path}
+    protocols = ("oracle", "preservation", "cost")  # which takes two images of the three
     for _ in range(2):
-        found = measured(
-            (train, replace(val, block=3)), protocols=("oracle", "preservation"), **options
-        )
-        assert [each.block for each in found] == [3, 3]
-    for row in rows(found, versus=()):
-        # A block of all three images on a circle is the set itself, in any order.
-        assert row.score.low == row.score.high == pytest.approx(row.score.value)
+        found = measured((train, replace(val, block=3)), protocols=protocols, **options)
+        assert [each.block for each in found] == [3, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +159,7 @@ def test_every_backbone_s_name_and_file_are_checked_before_one_is_loaded(
         "featup_hub.evaluation.features.load_backbone", lambda *_, **__: pytest.fail("loaded")
     )
     config = EvaluationConfig(data=(f"folder:{scenes}",), backbones=("efficientnet_lite0", later))
-    with pytest.raises(ValueError, match=f"^backbones: .*{message}"):
+    with pytest.raises(ValueError, match=f"^backbones:? .*{message}"):
         evaluate(config)
 
 
