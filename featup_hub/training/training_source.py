@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -123,7 +124,7 @@ def random_projection(channels: int, dim: int, generator: torch.Generator) -> Te
 def open_backbones(
     names: Sequence[str], given: Mapping[str, Backbone] | None = None
 ) -> dict[str, Backbone]:
-    """Loads backbones, each ``NAME`` or ``NAME=FILE``, or takes them from ``given``."""
+    """Loads backbones, each ``NAME`` or ``NAME=FILE``, or copies them from ``given``."""
     if not names:
         raise ValueError("training needs the features of at least one backbone; name one")
     if given is None:
@@ -135,4 +136,5 @@ def open_backbones(
             f"a backbone is needed for every name; there is none for {', '.join(missing)}; "
             "add it, or leave the name out"
         )
-    return {name: given[name] for name in names}
+    # Copies: training freezes them; the caller's stay on their device and in their mode.
+    return {name: copy.deepcopy(given[name]) for name in names}

@@ -134,6 +134,12 @@ def test_sizes_vary_within_their_range_and_fit_the_patch(run):
     assert run()._sizes(8, seeded(1)) == ((32, 32), (32, 32))
 
 
+def test_the_callers_backbone_keeps_its_mode_and_its_gradients(small, stem, tmp_path):
+    small(tmp_path, steps=1)
+    assert all(module.training for module in stem.modules())
+    assert all(parameter.requires_grad for parameter in stem.parameters())
+
+
 def test_odd_strides_and_shapes_and_several_backbones_train(photos, stem, tmp_path):
     other = Stem(patch_size=7, feat_dim=10, seed=3)
     config = replace(
