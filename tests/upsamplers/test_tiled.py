@@ -47,11 +47,12 @@ def test_tiles_are_the_whole_up_to_rounding(
     assert (tiles - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-def test_tiles_reach_another_size_than_the_images(stack: JBUStack) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tiles_reach_another_size_than_the_images(stack: JBUStack, autocast: bool) -> None:
     features, image = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 40, 50)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         whole = stack(features, image, size=(48, 64))
-    tiles = upsample_tiled(stack, features, image, size=(48, 64), max_bytes=10_000_000)
+        tiles = upsample_tiled(stack, features, image, size=(48, 64), max_bytes=10_000_000)
     assert (tiles - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
