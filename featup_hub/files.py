@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,9 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # names may be 255 bytes long
     own = f".{short}.{socket.gethostname()}."
-    partial = path.with_name(f"{own}{os.getpid()}.partial")
+    partial = path.with_name(f"{own}{os.getpid()}.{threading.get_ident()}.partial")
     for left in path.parent.glob(f"{own}*.partial"):
-        if not _is_running(left.name.removeprefix(own).removesuffix(".partial")):
+        if not _is_running(left.name.removeprefix(own).partition(".")[0]):
             left.unlink(missing_ok=True)
     try:
         yield partial
