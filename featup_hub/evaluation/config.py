@@ -38,7 +38,7 @@ class EvaluationConfig:
             upsampler's own features (transfer), multi-view consistency, propagation of a first
             frame's mask through videos, time and memory (cost), class activation maps (cam).
         looks: Numbers of looks of the backbone at an image, 1, 4, 9 …; every upsampler is measured
-            with each number.
+            with each number, but oracle and cam take one look only.
         strides: Cell sizes of the label oracle, in pixels. It reduces labels to cells and upsamples
             them.
         reductions: Ways in which the label oracle downsamples.

@@ -40,12 +40,13 @@ SETTINGS = (
 
 
 class Stage(NamedTuple):
-    """Protocols on a data set and a backbone; ``run`` and ``settings`` as in measure_new."""
+    """Protocols on a data set and a backbone; the last three fields as in measure_new."""
 
     title: str
     data: Dataset
     backbone: str
     run: Callable[[Sequence[Candidate]], Results]
+    candidates: Sequence[Candidate]
     settings: dict[str, object] | None
 
 
@@ -107,27 +108,44 @@ def measure(
     Raises:
         ValueError: If data that a protocol needs is missing, before anything is measured.
     """
-    stages = list(_stages(data, sources, config))
+    stages = list(_stages(data, sources, candidates, config))
 
     def measured() -> Iterator[Measurement]:
-        for title, data, backbone, run, settings in stages:
+        for title, data, backbone, run, chosen, settings in stages:
             progress(title)
-            for protocol, sums in measure_new(run, candidates, settings, config.cache).items():
+            for protocol, sums in measure_new(run, chosen, settings, config.cache).items():
                 yield Measurement(protocol, data.name, backbone, data.block, sums)
 
     return measured()
 
 
 def _stages(
-    data: Sequence[tuple[Dataset, Dataset]], sources: Sequence[Source], config: EvaluationConfig
+    data: Sequence[tuple[Dataset, Dataset]],
+    sources: Sequence[Source],
+    candidates: Sequence[Candidate],
+    config: EvaluationConfig,
 ) -> Iterator[Stage]:
     """Plans a run: the oracle, then the protocols on features, data set by data set."""
     wanted = set(config.protocols)
+    one_look = [each for each in candidates if each.looks == 1]
+    for name in ("oracle", "cam"):
+        if name in wanted and not one_look:
+            got = ", ".join(map(str, {each.looks for each in candidates}))
+            raise ValueError(
+                f"looks must include 1 for {name}, which takes features of one look; got {got}"
+            )
     for train, every in data:
         if wanted & {"oracle", "preservation", "transfer", "propagation"}:
             every.check_truth()
         if "propagation" in wanted:
             every.videos()
+        fitted = sorted(wanted & {"preservation", "transfer", "consistency"})
+        if fitted and set(train.images) & set(every.images):
+            raise ValueError(
+                f"data must have images to fit on that are not scored, for {', '.join(fitted)}; "
+                f"{train.name} and {every.name} share files; measure only oracle, propagation or "
+                "cost"
+            )
         if wanted & {"preservation", "transfer"}:
             train.check_truth()
         val = every.spread(config.val_images)
@@ -138,7 +156,7 @@ def _stages(
             run = partial(measure_oracle, val, stride=stride, reductions=config.reductions)
             settings = {**common, "oracle": stride, "reductions": config.reductions}
             title = f"oracle {where}, stride {stride}"
-            yield Stage(title, val, f"stride {stride}", run, settings)
+            yield Stage(title, val, f"stride {stride}", run, one_look, settings)
         for source in sources:
             for protocol in (name for name in ON_FEATURES if name in wanted):
                 warm = val.spread(config.cost_images + 1)
@@ -150,6 +168,7 @@ def _stages(
                     scored,
                     f"{source.name} /{bench.stride}",
                     partial(ON_FEATURES[protocol], bench),
+                    candidates,
                     {**common, protocol: source.name, "source": source.identity} if kept else None,
                 )
     if "cam" in wanted:
@@ -159,7 +178,7 @@ def _stages(
         run = partial(measure_cam, photos, classifier)
         settings = {"cam": config.classifier, "photos": _stamp(photos)}
         title = f"class activation maps of {config.classifier}"
-        yield Stage(title, photos, config.classifier, run, settings)
+        yield Stage(title, photos, config.classifier, run, one_look, settings)
 
 
 def _stamp(dataset: Dataset) -> dict[str, object]:

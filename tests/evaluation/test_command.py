@@ -68,6 +68,10 @@ DATA = "--data folder:SCENES "
         ),
         ("--strides 16 0", "--strides must be at least 1 pixel each; got 16, 0"),
         ("--looks 2", "--looks must be square numbers, 1, 4, 9 …; got 2"),
+        (
+            DATA + "--protocols cost oracle --looks 4",
+            "--looks must include 1 for oracle, which takes features of one look; got 4",
+        ),
         ("--probe-steps 0", "--probe-steps must be at least 1; got 0"),
         ("--max-side -5", "--max-side must be at least 0; got -5"),
         ("--protocols cam", "--photos must be given, a folder of photographs, for cam; got None"),

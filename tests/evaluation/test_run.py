@@ -143,6 +143,17 @@ def test_missing_truth_is_an_error_before_anything_is_measured(splits, protocol,
     assert lines == []
 
 
+@pytest.mark.parametrize("protocol", ["preservation", "transfer", "consistency"])
+def test_fitting_on_images_that_are_scored_is_refused_before_anything_is_measured(splits, protocol):
+    lines, (_, val) = [], splits
+    same = (replace(val, name="scenes/train"), val)  # as of a layout without splits
+    message = rf"^data must .* for {protocol}; scenes/train and scenes\d+/val share files"
+    with pytest.raises(ValueError, match=message):
+        measured(same, protocols=("oracle", protocol), progress=lines.append)
+    assert lines == []
+    measured(same, protocols=("oracle", "cost"))
+
+
 @pytest.mark.parametrize(
     ("later", "message"),
     [
@@ -193,7 +204,7 @@ def test_an_image_that_is_all_void_counts_for_nothing(splits, tmp_path, depth):
         assert torch.equal(found[0]["depth"][-1], found[1]["depth"][-1])
 
 
-def test_every_number_of_looks_is_a_row_of_its_own_and_an_upsampler_is_opened_once(
+def test_every_number_of_looks_is_a_row_where_a_backbone_looks_and_an_upsampler_is_opened_once(
     scenes, monkeypatch, tmp_path
 ):
     opened = []
@@ -202,13 +213,16 @@ def test_every_number_of_looks_is_a_row_of_its_own_and_an_upsampler_is_opened_on
     config = EvaluationConfig(
         data=(f"folder:{scenes}",),
         upsamplers=("nearest",),
-        protocols=("preservation",),
+        protocols=("oracle", "preservation"),
+        strides=(16,),
+        reductions=("point",),
         looks=(1, 16),
         versus=("nearest",),
         cache=tmp_path,
         resamples=20,
     )
-    for found in (*evaluate(config), *evaluate(config)):  # the second time from the cache
+    for labels, found in (evaluate(config), evaluate(config)):  # the second time from the cache
+        assert {row.upsampler for row in labels} == {"nearest"}
         assert score(found, "nearest", "accuracy", "frozen probe").score.value == 44 / 48
         # Sixteen looks tell the place of the edge to 4 px, where it lies.
         assert score(found, "nearest ×16", "accuracy", "frozen probe").score.value > 46 / 48
