@@ -225,12 +225,17 @@ class JBUFit(FittedFeatures):
     def _at(self, position: Tensor) -> Tensor:
         return sample(self.features(), position)
 
+    def _notes(self) -> dict[str, str]:
+        count = self.upsampler.looks_per_side
+        return {} if count == 1 else {"looks_per_side": str(count)}
+
     @classmethod
     def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
         prefix = "upsampler."
         stages = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         image, source = (tensors[name].to("meta", torch.float32) for name in ("image", "source"))
-        return cls(image, source, JBUStack.fitting(stages))
+        looks_per_side = int(notes.get("looks_per_side", "1"))
+        return cls(image, source, JBUStack.fitting(stages, looks_per_side=looks_per_side))
 
 
 def _finite(scores: Mapping[str, float]) -> dict[str, float]:

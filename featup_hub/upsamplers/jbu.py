@@ -64,8 +64,6 @@ class JBUStack(Pretrained):
             :class:`JointBilateralStage`, which compares pixels with cells.
         unit_sum: Whether kernels sum to one, also in training, so that constant features stay
             constant. Upstream's do not.
-
-    Attributes:
         looks_per_side: k, for sources of k² looks, see
             :class:`~featup_hub.backbones.ShiftAndStitch`, which the joint bilateral stage smooths
             separately. :class:`~featup_hub.UpsampledBackbone` copies its backbone's.
@@ -90,15 +88,17 @@ class JBUStack(Pretrained):
         dropout: float = 0.1,
         joint_first: bool = False,
         unit_sum: bool = False,
+        looks_per_side: int = 1,
     ) -> None:
         super().__init__()
         check_numbers(1, num_stages=num_stages, guidance_dim=guidance_dim, key_dim=key_dim)
         check_numbers(1, feat_dim=1 if feat_dim is None else feat_dim)
+        check_numbers(1, looks_per_side=looks_per_side)
         check_numbers(0, radius=radius)
         self.feat_dim, self.num_stages = feat_dim, num_stages
         self.guidance_dim, self.key_dim, self.radius = guidance_dim, key_dim, radius
         self.dropout, self.joint_first, self.unit_sum = dropout, joint_first, unit_sum
-        self.looks_per_side = 1
+        self.looks_per_side = looks_per_side
         self.first = JointBilateralStage(guidance_dim, radius) if joint_first else None
         for index in range(num_stages):
             stage = JBUStage(guidance_dim, key_dim, radius, dropout=dropout, unit_sum=unit_sum)
@@ -109,7 +109,7 @@ class JBUStack(Pretrained):
             self.fixup_proj = nn.Sequential(nn.Dropout2d(2 * dropout), conv)
 
     @classmethod
-    def fitting(cls, tensors: Mapping[str, Tensor]) -> JBUStack:
+    def fitting(cls, tensors: Mapping[str, Tensor], *, looks_per_side: int = 1) -> JBUStack:
         """Makes a stack, on the meta device, for tensors by ``state_dict`` names.
 
         It has their stages and closing convolution (four stages if there are none), and keeps the
@@ -124,6 +124,7 @@ class JBUStack(Pretrained):
                 num_stages=sum(part.startswith("up") for part in parts) or 4,
                 joint_first="first" in parts,
                 unit_sum=bool(corrections) and all(map(has_zero_mean, corrections)),
+                looks_per_side=looks_per_side,
             )
 
     def stages(self, count: int) -> list[JBUStage]:

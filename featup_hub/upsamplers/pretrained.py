@@ -110,6 +110,8 @@ class Pretrained(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write(self.state_dict(), folder / WEIGHTS)
         config = {name: getattr(self, name) for name in signature(type(self)).parameters}
+        if config.get("looks_per_side") == 1:
+            del config["looks_per_side"]  # which early versions refuse
         _write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         if not (folder / CARD).exists():
             _write_text(folder / CARD, self._card("OWNER/NAME", licence))

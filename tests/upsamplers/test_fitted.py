@@ -104,6 +104,18 @@ def test_a_saved_file_gives_the_same_features_and_kind(make, tmp_path: Path) -> 
     assert first == second
 
 
+def test_a_fit_of_several_looks_loads_as_one(tmp_path: Path) -> None:
+    fitted = jbu_fit()
+    fitted.upsampler.looks_per_side = 2
+    fitted.save(tmp_path / "x.safetensors")
+    loaded = FittedFeatures.load(tmp_path / "x.safetensors")
+    assert torch.equal(loaded.features(), fitted.features())
+    fitted.upsampler.looks_per_side = 0
+    fitted.save(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"looks_per_side must be at least 1, .*got 0; save it"):
+        FittedFeatures.load(tmp_path / "x.safetensors")
+
+
 @KINDS
 def test_a_new_process_loads_a_file(make, tmp_path: Path) -> None:
     make().save(tmp_path / "x.safetensors")

@@ -40,6 +40,16 @@ def test_a_saved_upsampler_comes_back(tmp_path):
     assert torch.isfinite(loaded(source, image)).all()
 
 
+def test_the_number_of_looks_comes_back_and_is_in_no_file_of_one_look(tmp_path):
+    saved = JBUStack(joint_first=True, looks_per_side=2).eval()
+    saved.save_pretrained(tmp_path)
+    source, image = torch.randn(1, 5, 4, 6), torch.randn(1, 3, 8, 12)
+    assert torch.equal(JBUStack.from_pretrained(tmp_path)(source, image), saved(source, image))
+    JBUStack().save_pretrained(tmp_path)
+    assert "looks_per_side" not in json.loads((tmp_path / "config.json").read_text())
+    assert JBUStack.from_pretrained(tmp_path).looks_per_side == 1
+
+
 def test_a_card_is_written_once_and_kept(tmp_path):
     stack().save_pretrained(tmp_path, licence="mit")
     card = (tmp_path / "README.md").read_text()
