@@ -30,7 +30,7 @@ from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.evaluation.sums import Results
-from featup_hub.image import list_images, preprocess
+from featup_hub.image import list_images, normalise_values, preprocess
 from featup_hub.loading import find_card
 from featup_hub.pixels import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
@@ -65,7 +65,7 @@ def open_photos(config: EvaluationConfig) -> Dataset:
 class Classifier(NamedTuple):
     """A classifier whose last two steps are an average over positions and a linear layer."""
 
-    features: Callable[[Tensor], Tensor]  # normalised image (B, 3, H, W) -> (B, C, h, w)
+    features: Callable[[Tensor], Tensor]  # image in ImageNet's normalisation -> (B, C, h, w)
     weight: Tensor  # (classes, C)
     bias: Tensor  # (classes,)
 
@@ -86,16 +86,24 @@ def open_classifier(name: str) -> Classifier:
     shipped = None if row.file is None else load(row.file)
     network = create(row.backbone, pretrained=True, weights=shipped)
     network.eval().requires_grad_(False)
-    layer = network.get_classifier()
+    config, layer = network.pretrained_cfg, network.get_classifier()
     if not isinstance(layer, nn.Linear):
         raise refusal
-    classifier = Classifier(network.forward_features, layer.weight, layer.bias)
+
+    def native(image: Tensor) -> Tensor:
+        """Converts ImageNet's normalisation to the network's own."""
+        mean, std = (image.new_tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+        return normalise_values(image * std + mean, config["mean"], config["std"])
+
+    classifier = Classifier(
+        lambda image: network.forward_features(native(image)), layer.weight, layer.bias
+    )
     with torch.inference_mode():
         image = torch.linspace(-2, 2, 3 * 224 * 224).view(1, 3, 224, 224)
-        features = network.forward_features(image)
+        features = classifier.features(image)
         averaged = features.dim() == 4 and features.shape[1] == layer.in_features
         if not averaged or not torch.allclose(
-            classifier.confidence(features), network(image).softmax(1), atol=1e-4
+            classifier.confidence(features), network(native(image)).softmax(1), atol=1e-4
         ):
             raise refusal
     return classifier

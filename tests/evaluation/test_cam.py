@@ -23,6 +23,7 @@ from featup_hub.evaluation.config import EvaluationConfig
 from featup_hub.evaluation.scores import METRICS
 from featup_hub.image import preprocess, read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
+from featup_hub.weights import load, shipped_folder
 
 RED = Classifier(  # two classes, for and against red, averaged over 2×2 cells of 2×2 pixels
     features=lambda image: F.avg_pool2d(image[:, :1], 2),
@@ -61,12 +62,16 @@ def test_the_drop_is_relative_to_the_confidence_before():
     assert found["Complexity"] == pytest.approx((1 + 0.5) / 4)
 
 
-def test_the_shipped_classifier_knows_a_cat(root):
+def test_the_shipped_classifier_knows_a_cat_normalised_as_it_was_trained(root):
     classifier = open_classifier("efficientnet_lite0")
     photo = read_image(root / "tests" / "data" / "chelsea.jpg")
     image = preprocess(photo, (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    best = classifier.confidence(classifier.features(image))[0].argmax().item()
-    assert best in range(281, 294)  # ImageNet's cats, domestic and wild
+    found = classifier.confidence(classifier.features(image))
+    assert found[0].argmax().item() in range(281, 294)  # ImageNet's cats, domestic and wild
+    weights = load(shipped_folder() / "efficientnet_lite0.safetensors")
+    network = create("tf_efficientnet_lite0.in1k", weights=weights).eval()
+    own = preprocess(photo, (224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
+    torch.testing.assert_close(found, network(own).softmax(1), rtol=1e-3, atol=1e-5)
 
 
 def test_a_folder_needs_photographs_and_other_files_may_lie_beside_them(tmp_path):
