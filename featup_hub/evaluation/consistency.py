@@ -25,7 +25,6 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench, with_looks
 from featup_hub.evaluation.sums import Results
-from featup_hub.loading import nearest_multiple
 
 __all__ = ["measure_consistency"]
 
@@ -40,14 +39,16 @@ RIDGE = 1e-4
 
 @torch.inference_mode()
 def measure_consistency(bench: Bench, candidates: Sequence[Candidate]) -> Results:
-    """Fits downsamplers on training images and scores the others, all cropped to about 224².
+    """Fits downsamplers on training images and scores the others, all cropped to squares.
+
+    They have about 224² pixels, or the size that a backbone of fixed size sees.
 
     The sums of a photograph are ``consistency`` (2,): squared error and squared variation.
     """
     backbone, stride = bench.source.backbone, bench.stride
-    side = nearest_multiple(SIDE, stride)
+    height, width = (-(-n // stride) * stride for n in backbone.fixed_size or (SIDE, SIDE))
     fit, test = (
-        [images[index].square(side) for index in range(len(images))]
+        [images[index].square((height, width)) for index in range(len(images))]
         for images in (bench.train.spread(FIT_IMAGES), bench.val)
     )
     generator = torch.Generator().manual_seed(bench.config.seed)

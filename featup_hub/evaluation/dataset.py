@@ -60,10 +60,10 @@ class Sample:
         """Mirrors image and truth left to right."""
         return self._each(lambda x: x.flip(-1))
 
-    def square(self, side: int) -> Tensor:
-        """Crops the centre square and resizes it, normalised, (1, 3, side, side)."""
+    def square(self, size: tuple[int, int]) -> Tensor:
+        """Crops the centre square and resizes it, normalised, (1, 3, *size)."""
         edge = min(self.size)
-        return self._centre(edge, edge)._resized((side, side)).normalised()
+        return self._centre(edge, edge)._resized(size).normalised()
 
     def shrink(self, max_side: int) -> Sample:
         """Resizes the image so that no side exceeds ``max_side``; 0 keeps every image as it is."""

@@ -60,6 +60,14 @@ def test_features_that_explain_every_view_have_no_error_whatever_their_scale(str
     assert errors["blank"] > 0.3
 
 
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+def test_photographs_have_the_size_that_a_backbone_of_fixed_size_sees(size, tmp_path):
+    photos, backbone = photographs(tmp_path / "photos", count=3), MeanColour(16)
+    backbone.fixed_size = size
+    (error, variation) = measured(photos, photos, backbone, TRUTH)["truth"]
+    assert error < 1e-3 * variation
+
+
 def test_a_channel_that_is_silent_in_the_first_photographs_does_not_decide(tmp_path):
     class Silent(MeanColour):
         def features(self, image):
