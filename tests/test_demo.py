@@ -74,11 +74,14 @@ def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(
         assert float(patches.max()) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("model", ["dinov22", "dinov2=missing.pth", "jbu"])
-def test_a_model_that_there_is_not_is_told_before_the_page_opens(
-    model: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "flags", [*(f"--model {m}" for m in ("dinov22", "dinov2=no.pth", "jbu")), "--upsampler nothing"]
+)
+def test_what_there_is_not_is_told_before_the_page_opens(
+    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["demo", "--model", model, "--no-browser"]) == 2
+    monkeypatch.setattr(demo.gr.Blocks, "launch", lambda *_, **__: None)
+    assert main(["demo", *flags.split(), "--no-browser"]) == 2
     assert "error: " in capsys.readouterr().err
 
 

@@ -53,6 +53,14 @@ def choose_backbone(spec: str) -> tuple[ModelCard, Path | None]:
         return find_backbone(spec)
 
 
+def check_upsampler(name: str) -> None:
+    """Raises UsageError unless there is a shipped upsampler, or a file, of this name."""
+    from featup_hub.weights import resolve
+
+    with usage_errors():
+        resolve(name)
+
+
 class Choice(NamedTuple):
     """A model that exists but is not loaded: its stride, the images' size, options of ``load``."""
 
@@ -71,15 +79,14 @@ def choose_model(
     """Finds the model that the flags name, and checks the size of images and the device."""
     from featup_hub.image import check_size
     from featup_hub.loading import find_backbone, open_device, stride_and_size
-    from featup_hub.weights.files import resolve
 
     with usage_errors():
         place = open_device(device)
         card, file = find_backbone(args.model)
         stride, usual = stride_and_size(card, layer=args.layer, looks=args.looks)
-        resolve(args.upsampler)
         size = usual if size is None else size
         check_size(size, multiple_of=stride)
+    check_upsampler(args.upsampler)
     options = {
         "backbone_weights": file,
         "upsampler": args.upsampler,

@@ -10,8 +10,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import UsageError, check_output, choose_backbone, open_device
-from featup_hub.cli.flags import add_backbone, add_flags, from_flags
+from featup_hub.cli.arguments import (
+    UsageError,
+    check_output,
+    check_upsampler,
+    choose_backbone,
+    open_device,
+)
+from featup_hub.cli.flags import add_backbone, add_flags, from_flags, in_terms_of_flags
 from featup_hub.training.config import BASIS, PRESETS, FitConfig
 
 
@@ -54,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     # Checked before the slow fit.
     if args.size < 1:
         raise UsageError(f"--size must be positive; got {args.size}")
+    with in_terms_of_flags(FitConfig):
+        config = from_flags(FitConfig, args, PRESETS[args.preset])
+    check_upsampler(args.upsampler)
     card, file = choose_backbone(args.model)
     out, picture = _outputs(args, file)
     device = open_device(args.device)
@@ -63,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
     patch = backbone.patch_size
     shown = resize(photo, nearest_multiple(args.size, patch), multiple_of=patch)
     image = normalise(shown, mean=backbone.mean, std=backbone.std).to(device)
-    config = from_flags(FitConfig, args, PRESETS[args.preset])
     fitted = fit(image, backbone, config, upsampler=upsampler, progress=True)
     fitted.save(out)
     if picture is not None:

@@ -43,6 +43,8 @@ from tests.cli.conftest import Command
         ("upsample", "required: IMAGE; see featup-hub upsample --help"),
         ("upsampel", "invalid choice: 'upsampel' (choose from"),
         ("fit x --size -4", "--size must be positive; got -4"),
+        ("fit x --views 0", "--views must be at least 1; got 0"),
+        ("fit x --upsampler nothing", "no weights file nothing; check the name"),
         ("fit x --out .", "a file to write is needed; . is a folder; name a file in it"),
         (
             "fit x --out no/x",
