@@ -42,6 +42,10 @@ __all__ = [
 Head = Literal["before", "inside", "after"]
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral")
 MIN_SUM = 0.05
+STACK_CODE = [
+    Path(baselines.__file__).with_name(f"{name}.py") for name in ("jbu", "joint", "plan", "stage")
+]
+"""What stages compute with their weights."""
 
 
 class UnknownUpsamplerError(ValueError):
@@ -64,7 +68,8 @@ class Candidate:
             that are linear in the source and treat channels alike. ``"inside"`` is for plug-ins
             that apply it themselves, ``function(source, image, size, head=W)``, such as attention.
             A plug-in sets it as its attribute ``head``.
-        identity: Digest of what it computes, the key of its sums on disk; None if unknown.
+        identity: Digest of what it computes, the key of its sums on disk; None if unknown. A
+            plug-in is known by its own file, not by the files that it loads.
         looks: Number of looks of the backbone at each image.
         takes_looks: Whether the function takes ``looks_per_side``.
     """
@@ -120,7 +125,8 @@ def candidate(spec: str) -> Candidate:
         source = resolve(file)
         function, is_stack = _stack(source, unit_sum=option == "unit"), True
         stem = file if file in UPSAMPLERS else source.stem
-        default, part = stem + (f"@{option}" if option else ""), option
+        default = stem + (f"@{option}" if option else "")
+        part = " ".join([option, *map(digest, STACK_CODE)])
     elif is_plug_in(rest):
         own = plug_in(rest, "source", "image", "size")
         function = partial(_call, own, rest)

@@ -53,7 +53,8 @@ class EvaluationConfig:
         photos: Folder of photographs for class activation maps.
         photo_images: Photographs to measure, evenly spread; 0 for all.
         classifier: Model with a classifier, for class activation maps.
-        cache: Folder that keeps features and sums, so that a stopped run can resume.
+        cache: Folder that keeps features and sums, so that a stopped run can resume. Empty it if a
+            file changes that a plug-in loads besides its own.
         resamples: Bootstrap replicates over images.
         seed: Seed of all random numbers.
 

@@ -21,6 +21,9 @@ from featup_hub.weights import digest, read, write
 
 __all__ = ["Bench", "Source", "file_stamp", "find_source"]
 
+VERSION = 1
+"""Raise this if backbones of the same weights give other features."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -28,7 +31,7 @@ class Source:
 
     name: str
     backbone: Backbone
-    identity: str | None = None  # of the backbone and its weights, the key of features on disk
+    identity: str | None = None  # the key of features on disk; of a plug-in, its own file's
 
     def encode(self, image: Tensor, looks: int = 1) -> Tensor:
         """Returns the features of an image, stitched if ``looks`` is above one."""
@@ -108,17 +111,19 @@ def find_source(spec: str) -> tuple[str, Callable[[], Source]]:
     if is_plug_in(spec):
         module, _, name = spec.partition(":")
         make = partial(_make, plug_in(spec), spec)
-        code = getattr(sys.modules[module], "__file__", None)
-        file = Path(code) if code else None
+        code = Path(getattr(sys.modules[module], "__file__", None) or "")
+        file, shipped = code if code.is_file() else None, None
         key = spec
     else:
         card, file = find_backbone(spec)
         make = partial(load_backbone, card, weights=file)
+        shipped = card.file.sha256 if card.file else "pretrained"
         key = spec.partition("=")[0]
         name = f"{key}={file.stem}" if file else key
 
     def load() -> Source:
-        identity = f"{key} {digest(file) if file else 'pretrained'}"
+        content = digest(file) if file else shipped
+        identity = content and f"{VERSION} {key} {content}"
         return Source(name=name, backbone=make().requires_grad_(False), identity=identity)
 
     return name, load

@@ -176,7 +176,7 @@ def _stages(
         with _about("classifier", ValueError):
             classifier = open_classifier(config.classifier)
         run = partial(measure_cam, photos, classifier)
-        settings = {"cam": config.classifier, "photos": _stamp(photos)}
+        settings = {"cam": str(find_card(config.classifier)), "photos": _stamp(photos)}
         title = f"class activation maps of {config.classifier}"
         yield Stage(title, photos, config.classifier, run, one_look, settings)
 

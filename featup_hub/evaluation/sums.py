@@ -16,7 +16,7 @@ from featup_hub.files import write_atomically
 
 __all__ = ["Measurement", "Results", "Sums", "measure_new"]
 
-VERSION = 7
+VERSION = 8
 """Raise this if the meaning of a measurement changes."""
 
 Results = Iterator[tuple[str, str, dict[str, Tensor]]]

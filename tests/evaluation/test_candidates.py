@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from featup_hub import load_upsampler
+from featup_hub.evaluation import candidates
 from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
-from featup_hub.upsamplers import JBUStack
+from featup_hub.upsamplers import JBUStack, JointBilateralStage
 from featup_hub.weights import write
 
 SIZE = (16, 24)
@@ -142,6 +145,17 @@ def test_shipped_upsamplers_are_found_by_their_names(name, inputs):
     own = load_upsampler(name.removesuffix("@unit")).requires_grad_(False)
     # Shipped kernels sum to one as they are.
     torch.testing.assert_close(found(*inputs, SIZE), own(*inputs, size=SIZE), rtol=1e-4, atol=1e-4)
+
+
+def test_a_change_of_a_stack_s_code_changes_its_identity(tmp_path, monkeypatch):
+    assert Path(inspect.getfile(JointBilateralStage)) in candidates.STACK_CODE
+    code = tmp_path / "joint.py"
+    monkeypatch.setattr(candidates, "STACK_CODE", [code])
+    identities = set()
+    for text in ("share = 0.6", "share = 0.7"):
+        code.write_text(text)
+        identities |= {candidate(name).identity for name in ("jbu_denoise", "jbu_denoise@unit")}
+    assert len(identities) == 4
 
 
 @pytest.mark.shared

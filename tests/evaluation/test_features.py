@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
 from featup_hub.evaluation.candidates import is_plug_in
-from featup_hub.evaluation.features import Source, find_source
+from featup_hub.evaluation.features import VERSION, Source, find_source
 from featup_hub.weights import digest, shipped_folder
 from tests.evaluation.conftest import MeanColour
 
@@ -56,4 +59,14 @@ def test_tables_call_a_backbone_s_own_weights_by_their_file_and_the_cache_by_the
     file = shipped_folder() / "efficientnet_lite0.safetensors"
     own = find_source(f"efficientnet_lite0={file}")[1]()
     assert own.name == "efficientnet_lite0=efficientnet_lite0"
-    assert own.identity == f"efficientnet_lite0 {digest(file)}"
+    assert own.identity == find_source("efficientnet_lite0")[1]().identity  # the file it ships
+    assert own.identity == f"{VERSION} efficientnet_lite0 {digest(file)}"
+
+
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_a_plug_in_typed_into_an_interpreter_has_no_file_to_be_known_by(file, monkeypatch):
+    typed = types.ModuleType("typed")
+    typed.mine, typed.__file__ = MeanColour, file
+    monkeypatch.setitem(sys.modules, "typed", typed)
+    assert find_source("typed:mine")[1]().identity is None
+    assert find_source("tests.evaluation.conftest:MeanColour")[1]().identity
