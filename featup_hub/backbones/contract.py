@@ -13,6 +13,9 @@ all backbones, so that a source always covers its image edge to edge:
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -137,10 +140,11 @@ class Backbone(nn.Module):
         """Converts ImageNet's normalisation to the network's own."""
         if self.in_chans != 3 or self._native == (self.mean, self.std):
             return image
-        (mean, std), like = self._native, image.new_tensor
-        scale = like([s / n for s, n in zip(self.std, std, strict=True)])
-        shift = like([(m - n) / d for m, n, d in zip(self.mean, mean, std, strict=True)])
-        return image * scale[:, None, None] + shift[:, None, None]
+        (mean, std), filled = self._native, partial(image.new_full, (1, 1))
+        # Filled on the device: a captured graph must not copy.
+        scale = [filled(s / n) for s, n in zip(self.std, std, strict=True)]
+        shift = [filled((m - n) / d) for m, n, d in zip(self.mean, mean, std, strict=True)]
+        return image * torch.stack(scale) + torch.stack(shift)
 
 
 def check_backbone(backbone: object) -> None:
