@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(TorchDispatchMode):
-    """Counts all operations by name; notes the bytes of the largest tensor besides ``out``."""
+    """Counts all operations by name; notes dtypes, and the largest tensor's bytes besides ``out``."""
 
     def __init__(self, out: Tensor | None = None) -> None:
         super().__init__()
         self.out = None if out is None else out.untyped_storage().data_ptr()
         self.names: Counter[str] = Counter()
+        self.dtypes: set[torch.dtype] = set()
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -23,6 +25,7 @@ class Recorder(TorchDispatchMode):
         self.names[func.overloadpacket.__name__] += 1
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.out:
+                self.dtypes.add(tensor.dtype)
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return made
 

@@ -56,13 +56,15 @@ def bicubic(
 ) -> tuple[Tensor, Tensor]:
     """Returns the four input pixels of each output pixel and their weights, (size_out, 4).
 
-    Positions are rounded as in PyTorch for maps of this dtype.
+    Positions are rounded as in PyTorch for maps of this dtype. Weights are float64; on a ``device``,
+    which may not have it, they are of this dtype.
     """
     scale = torch.tensor(size_in, dtype=dtype) / size_out
     position = scale * (torch.arange(size_out, dtype=dtype, device=device) + 0.5) - 0.5
     first = position.floor()
     offsets = torch.arange(-1, 3, device=device)
-    weights = _cubic(((position - first)[:, None].double() - offsets).abs())
+    between = (position - first).to(torch.float64 if device is None else dtype)
+    weights = _cubic((between[:, None] - offsets).abs())
     pixels = (first.long()[:, None] + offsets).clamp(0, size_in - 1)
     return pixels, weights
 

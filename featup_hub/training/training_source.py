@@ -97,7 +97,8 @@ class Standardiser(nn.Module):
 
     def fit(self, features: Tensor) -> None:
         """Measures mean and deviation on features, (B, C, h, w)."""
-        deviation, mean = torch.std_mean(features.transpose(0, 1).flatten(1).double(), dim=1)
+        values = features.transpose(0, 1).flatten(1).cpu().double()  # not every device has float64
+        deviation, mean = torch.std_mean(values, dim=1)
         # An almost constant channel is noise; dividing it by its deviation would amplify it.
         self.deviation.copy_(deviation.clamp(min=1e-2 * float(deviation.mean()) + 1e-12))
         self.mean.copy_(mean)

@@ -227,8 +227,8 @@ def _halving(size: int, diameter: int, like: Tensor) -> Tensor:
     """
     radius = diameter // 2
     reach = reach_of_halved(radius)
-    # On the device: a captured graph must not copy.
-    pixels, weights = bicubic(size, 2 * size, torch.float64, like.device)
+    # On the device: a captured graph must not copy. For a ratio of two float32 is exact.
+    pixels, weights = bicubic(size, 2 * size, torch.float32, like.device)
     fine = torch.arange(2 * size, device=like.device)[:, None]
     taps = reflect(fine + torch.arange(-radius, radius + 1, device=like.device), 2 * size)
     offsets = pixels[taps] - fine[:, :, None] // 2  # (2H, D, 4)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from featup_hub.ops import Implementation
 from featup_hub.upsamplers import JBUStack
+from featup_hub.upsamplers.plan import halved
 from featup_hub.upsamplers.tiled import upsample_tiled
+from tests.operations import Recorder
 from tests.ops.formulations import randomise
 
 SMALL = [
@@ -53,3 +55,9 @@ def test_stages_of_featup_keep_featups_small_outputs() -> None:
     image = torch.randn(1, 3, 48, 64)
     small = F.adaptive_avg_pool2d(image, (24, 32))
     torch.testing.assert_close(stack(source, image, size=(24, 32)), stack(source, small))
+
+
+def test_kernels_are_halved_without_float64_which_not_every_device_has() -> None:
+    with Recorder() as recorder:
+        halved(torch.rand(1, 49, 6, 8))
+    assert torch.float64 not in recorder.dtypes
