@@ -15,8 +15,8 @@ of which all but the first two are handed to ``featup_hub.load``:
         which keeps every cell's features; or a file of your own.
     backbone_weights: Path of your own weights for the backbone, laid out as timm's.
     layer: Which features of the backbone; default: the deepest of the model's stride.
-    looks: Passes of the backbone over shifted images, every second one mirrored, 1, 4, 9 and so
-        on: more of them make features sharper.
+    looks: Passes of the backbone over shifted images, every second one mirrored: 1, 4 or the
+        square of another divisor of its stride. More of them make features sharper.
 
 Licences and training data of the weights: ``featup-hub models`` and featup_hub/registry.py.
 """

@@ -118,8 +118,8 @@ def load(
         backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
         layer: Layer of the backbone's features, see :class:`~featup_hub.TimmBackbone`; default: the
             card's.
-        looks: Passes of the backbone over shifted images, every second one mirrored, 1, 4, 9 and so
-            on; see :class:`~featup_hub.ShiftAndStitch`.
+        looks: Passes of the backbone over shifted images, every second one mirrored: 1, 4 or the
+            square of another divisor of its stride; see :class:`~featup_hub.ShiftAndStitch`.
         device: Where to put the model; default: the CPU.
 
     Raises:

@@ -48,8 +48,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="run the backbone on N shifted copies of the image, 4 or 9, every second one "
-        "mirrored, and combine the maps, at N times the cost (default: %(default)s)",
+        help="run the backbone on N shifted copies of the image, every second one mirrored, and "
+        "combine the maps, at N times the cost; 4, or the square of another divisor of its stride "
+        "(default: %(default)s)",
     )
 
 

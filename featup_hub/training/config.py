@@ -67,7 +67,8 @@ class JBUTrainingConfig:
             upstream).
         max_stride: Crops are enlarged or reduced by up to this factor for the backbone, so that the
             stages also learn other strides (ours; 1: never, as upstream).
-        min_scale: Smallest share of a photograph's area in a crop (not in FeatUp).
+        min_scale: Smallest area of a crop, as a share of the largest crop that fits into the
+            photograph (not in FeatUp).
         views: Jittered views per photograph.
         max_pad: Pixels by which a view may reach beyond the crop.
         max_zoom: Largest magnification of a view.

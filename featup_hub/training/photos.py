@@ -27,8 +27,8 @@ __all__ = ["PhotoStream"]
 class PhotoStream:
     """An endless stream of random crops of the photographs in a folder and its subfolders.
 
-    ``seed`` is that of order and crops; ``min_scale`` is the smallest share of a photograph's area
-    in a crop.
+    ``seed`` is that of order and crops; ``min_scale`` is the smallest area of a crop, as a share of
+    the largest crop that fits into the photograph.
     """
 
     def __init__(self, folder: str | Path, *, seed: int = 0, min_scale: float = 0.4) -> None:
