@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(TorchDispatchMode):
-    """Counts all operations by name; notes dtypes, and the largest tensor's bytes besides ``out``."""
+    """Counts all operations by name; notes types and most bytes of tensors besides ``out``."""
 
     def __init__(self, out: Tensor | None = None) -> None:
         super().__init__()

@@ -56,8 +56,8 @@ def bicubic(
 ) -> tuple[Tensor, Tensor]:
     """Returns the four input pixels of each output pixel and their weights, (size_out, 4).
 
-    Positions are rounded as in PyTorch for maps of this dtype. Weights are float64; on a ``device``,
-    which may not have it, they are of this dtype.
+    Positions are rounded as in PyTorch for maps of this dtype. Weights are float64, or of this
+    dtype on a ``device``, which may lack float64.
     """
     scale = torch.tensor(size_in, dtype=dtype) / size_out
     position = scale * (torch.arange(size_out, dtype=dtype, device=device) + 0.5) - 0.5
