@@ -61,6 +61,15 @@ def test_onnxruntime_agrees_at_other_sizes(
         assert_same(run, upsampler, *pair(*sizes))
 
 
+def test_a_graph_of_four_looks_and_odd_sides_serves_other_odd_sides(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    looks = stack()
+    looks.looks_per_side = 2
+    write_onnx(trace(looks, *pair(1, (5, 7), (20, 28)), for_onnx=True), tmp_path / "graph.onnx")
+    run = in_onnxruntime(tmp_path / "graph.onnx")
+    assert_same(run, looks, *pair(2, (7, 9), (28, 36)))
+
+
 def test_an_onnx_graph_of_one_size_has_the_precision_of_its_model(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     upsampler = stack().half()

@@ -213,10 +213,11 @@ def _split(cells: Tensor, count: int) -> Tensor:
     """Splits a stitched source into its looks, (B, C, h, w) -> (B·k², C, h/k, w/k)."""
     if count == 1:
         return cells
-    for axis in (2, 3):  # if a look has one cell less, its last cell is repeated
+    for axis in (2, 3):  # if a look has one cell less, its own last cell is repeated
         length = cells.shape[axis]
-        place = torch.arange(-(-length // count) * count, device=cells.device)
-        cells = cells.index_select(axis, place.clamp(max=length - 1))
+        place = torch.arange((length + count - 1) // count * count, device=cells.device)
+        own_last = (place - count).clamp(min=0)
+        cells = cells.index_select(axis, torch.where(place < length, place, own_last))
     looks = F.pixel_unshuffle(cells, count).unflatten(1, (-1, count * count))
     return looks.movedim(2, 1).flatten(0, 1)
 

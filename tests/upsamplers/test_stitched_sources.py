@@ -23,15 +23,21 @@ def smoothed(
     return stage(cells, stage.kernels(image, size, [unit], looks_per_side=count))
 
 
-@pytest.mark.parametrize(("count", "size"), [(2, (8, 10)), (3, (9, 12)), (2, (7, 9))])
+@pytest.mark.parametrize(
+    ("count", "size", "cell"),
+    [
+        *((2, (8, 10), (3, 4)), (3, (9, 12), (3, 4)), (2, (7, 9), (3, 4))),
+        *((2, (7, 9), (6, 8)), (3, (7, 8), (6, 7))),  # the last cell, where looks differ in size
+    ],
+)
 def test_a_cell_is_averaged_with_cells_of_its_own_look_alone(
-    count: int, size: tuple[int, int]
+    count: int, size: tuple[int, int], cell: tuple[int, int]
 ) -> None:
     cells = torch.zeros(1, 1, *size)
-    cells[..., 3, 4] = 1
+    cells[0, 0, cell[0], cell[1]] = 1
     reached = smoothed(cells, torch.zeros(1, 3, 48, 48), count)[0, 0] > 0
     rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
-    own = (rows % count == 3 % count) & (columns % count == 4 % count)
+    own = (rows % count == cell[0] % count) & (columns % count == cell[1] % count)
     assert not (reached & ~own).any()
     assert (reached & own).sum() > 4
 
