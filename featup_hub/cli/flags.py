@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -70,22 +70,21 @@ def add_flags(
     *,
     flags: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Adds a flag ``--name`` for every field of a dataclass.
+    """Adds a flag ``--name`` for every field of a dataclass; every field has a default.
 
     Fields may be int, float, str, bool (which makes ``--name`` and ``--no-name``), Path, Literal,
-    tuples of these, and any of these or None. The help is the field's entry in the docstring's
-    ``Attributes:``. A field without a default is a required flag. ``flags`` has other names of
-    flags by field, such as ``{"backbones": "--model"}``.
+    tuples of any length of these, and any of these or None. The help is the field's entry in the
+    docstring's ``Attributes:``. ``flags`` has other names of flags by field, such as
+    ``{"backbones": "--model"}``.
     """
     hints, helps = get_type_hints(config), _attributes(config)
     group = parser.add_argument_group("options of the run")
     for field in fields(config):
-        text = helps.get(field.name, "") + _default_text(field, hints[field.name])
+        text = helps.get(field.name, "") + _default_text(field.default, hints[field.name])
         group.add_argument(
             flags.get(field.name, f"--{field.name.replace('_', '-')}"),
             dest=field.name,
             default=argparse.SUPPRESS,  # the dataclass knows its defaults
-            required=field.default is MISSING and field.default_factory is MISSING,
             help=text.strip().replace("%", "%%"),
             **_options(hints[field.name], field.name),
         )
@@ -123,10 +122,8 @@ def _options(hint: Any, name: str) -> dict[str, Any]:
             return _options(inner[0], name)
     elif origin is Literal:
         return {"choices": list(arguments), "type": type(arguments[0])}
-    elif origin is tuple and len({a for a in arguments if a is not ...}) == 1:
-        count = "+" if ... in arguments else len(arguments)
-        options = {**_options(arguments[0], name), "nargs": count}
-        return {**options, "action": "extend"} if count == "+" else options
+    elif origin is tuple and arguments[1:] == (...,):
+        return {**_options(arguments[0], name), "nargs": "+", "action": "extend"}
     elif hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     elif hint in (int, float, str, Path):
@@ -134,9 +131,8 @@ def _options(hint: Any, name: str) -> dict[str, Any]:
     raise TypeError(f"a flag is int, float, str, bool, Path, Literal or a tuple; {name} is {hint}")
 
 
-def _default_text(field: Field[Any], hint: Any) -> str:
-    value = field.default_factory() if field.default_factory is not MISSING else field.default
-    if value in (MISSING, None, "", ()):
+def _default_text(value: Any, hint: Any) -> str:
+    if value in (None, "", ()):
         return ""
     if hint is bool:
         value = "on" if value else "off"

@@ -10,21 +10,21 @@ __all__ = ["FourierFeatures", "pixel_centres", "sample"]
 
 
 class FourierFeatures(nn.Module):
-    """Sines and cosines of every signal, with frequencies in geometric progression.
+    """Sines and cosines of five signals, with frequencies in geometric progression.
 
     ``log_range`` holds the natural logarithms of the lowest and the highest, in radians per unit.
     """
 
     frequency: Tensor
 
-    def __init__(self, frequencies: int, log_range: tuple[float, float], signals: int = 5) -> None:
+    def __init__(self, frequencies: int, log_range: tuple[float, float]) -> None:
         super().__init__()
         self.register_buffer("frequency", torch.linspace(*log_range, frequencies).exp())
-        self.phase = nn.Parameter(torch.randn(2, signals, frequencies))
+        self.phase = nn.Parameter(torch.randn(2, 5, frequencies))
 
     def forward(self, signals: Tensor) -> Tensor:
-        """Returns sin(ωs + φ), then cos(ωs + ψ), each signal by signal: (N, S) -> (N, 2·S·n)."""
-        angle = signals[:, :, None] * self.frequency  # (N, S, n)
+        """Returns sin(ωs + φ), then cos(ωs + ψ), each signal by signal: (N, 5) -> (N, 10n)."""
+        angle = signals[:, :, None] * self.frequency  # (N, 5, n)
         waves = torch.stack([(angle + self.phase[0]).sin(), (angle + self.phase[1]).cos()], dim=1)
         return waves.flatten(1)
 

@@ -45,13 +45,11 @@ class ConvertedCheckpoint:
         feat_dim: Channels of the features it was trained for.
         upsampler: Tensors of ``JBUStack(feat_dim)``.
         norm: Weight and bias of the channel norm behind its backbone, if it had one.
-        extras: Tensors that only training needs (downsampler, scale net), under their own names.
     """
 
     feat_dim: int
     upsampler: dict[str, Tensor]
     norm: dict[str, Tensor] | None
-    extras: dict[str, Tensor]
 
 
 def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
@@ -62,8 +60,7 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
         ValueError: If it is not a PyTorch file, needs to run code, or has unknown names, missing
             names or wrong shapes.
     """
-    state = read_state(path)
-    extras = {name: state.pop(name) for name in list(state) if name.startswith(_EXTRAS)}
+    state = {n: tensor for n, tensor in read_state(path).items() if not n.startswith(_EXTRAS)}
     closing = state.get(f"{_UPSAMPLER}fixup_proj.1.bias")
     feat_dim = 0 if closing is None else closing.numel()
     shapes = {
@@ -86,7 +83,6 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
         feat_dim=feat_dim,
         upsampler={n.removeprefix(_UPSAMPLER): t for n, t in state.items() if n not in _NORM},
         norm={_NORM[name]: state[name] for name in _NORM if name in state} or None,
-        extras=extras,
     )
 
 

@@ -21,8 +21,8 @@ class Run:
             steps, at 100 %.
         rate: See :func:`steps` and ``this``.
         mode: A choice.
-        size: Height and width.
         names: Any number.
+        sides: Any number, too.
         fast: Whether.
         out: Where to.
         limit: At most.
@@ -31,10 +31,10 @@ class Run:
     steps: int = 5
     rate: float = 1e-3
     mode: Literal["a", "b"] = "a"
-    size: tuple[int, int] = (2, 3)
     names: tuple[str, ...] = ()
+    sides: tuple[int, ...] = (2, 3)
     fast: bool = True
-    out: Path
+    out: Path | None = None
     limit: float | None = None
 
 
@@ -45,26 +45,28 @@ def parser_of_run() -> argparse.ArgumentParser:
 
 
 def test_flags_set_fields_of_every_kind() -> None:
-    line = "--steps 7 --rate .5 --mode b --size 4 6 --model x --model y --no-fast --out o --limit 2"
+    line = (
+        "--steps 7 --rate .5 --mode b --sides 4 --sides 6 --model x y --no-fast --out o --limit 2"
+    )
     run = from_flags(Run, parser_of_run().parse_args(line.split()))
     assert run == Run(
         steps=7,
         rate=0.5,
         mode="b",
-        size=(4, 6),
         names=("x", "y"),
+        sides=(4, 6),
         fast=False,
         out=Path("o"),
         limit=2.0,
     )
-    assert from_flags(Run, parser_of_run().parse_args(["--out", "o"])) == Run(out=Path("o"))
+    assert from_flags(Run, parser_of_run().parse_args([])) == Run()
 
 
 def test_flags_take_their_help_from_the_docstring() -> None:
     text = " ".join(parser_of_run().format_help().split())
     assert "How many steps, at 100 % (default: 5)" in text
     assert "See steps and this (default: 0.001)" in text
-    assert "Height and width (default: 2 3)" in text
+    assert "Any number, too (default: 2 3)" in text
     assert "Whether (default: on)" in text
     assert "At most -" not in text
     assert "None" not in text
