@@ -45,20 +45,14 @@ def explain(error: Exception) -> str:
     return text
 
 
-def choose_backbone(spec: str) -> tuple[ModelCard, Path | None]:
-    """Returns the card and the file of ``NAME[=FILE]``, both known to exist."""
+def choose_backbone(spec: str, upsampler: str) -> tuple[ModelCard, Path | None]:
+    """Returns the card and the file of ``NAME[=FILE]``, known to exist, as the upsampler is."""
     from featup_hub.loading import find_backbone
-
-    with usage_errors():
-        return find_backbone(spec)
-
-
-def check_upsampler(name: str) -> None:
-    """Raises UsageError unless there is a shipped upsampler, or a file, of this name."""
     from featup_hub.weights import resolve
 
     with usage_errors():
-        resolve(name)
+        resolve(upsampler)
+        return find_backbone(spec)
 
 
 class Choice(NamedTuple):
@@ -78,15 +72,14 @@ def choose_model(
 ) -> Choice:
     """Finds the model that the flags name, and checks the size of images and the device."""
     from featup_hub.image import check_size
-    from featup_hub.loading import find_backbone, open_device, stride_and_size
+    from featup_hub.loading import open_device, stride_and_size
 
+    card, file = choose_backbone(args.model, args.upsampler)
     with usage_errors():
         place = open_device(device)
-        card, file = find_backbone(args.model)
         stride, usual = stride_and_size(card, layer=args.layer, looks=args.looks)
         size = usual if size is None else size
         check_size(size, multiple_of=stride)
-    check_upsampler(args.upsampler)
     options = {
         "backbone_weights": file,
         "upsampler": args.upsampler,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import check_upsampler, choose_backbone
+from featup_hub.cli.arguments import choose_backbone
 from featup_hub.cli.flags import add_backbone
 
 
@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from featup_hub.pixels import read_image
 
     # Before the page opens, which would only then tell the errors.
-    choose_backbone(args.model)
-    check_upsampler(args.upsampler)
+    choose_backbone(args.model, args.upsampler)
     page = build(
         [read_image(path) for path in args.images],
         model=args.model,

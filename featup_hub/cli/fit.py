@@ -10,13 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import (
-    UsageError,
-    check_output,
-    check_upsampler,
-    choose_backbone,
-    open_device,
-)
+from featup_hub.cli.arguments import UsageError, check_output, choose_backbone, open_device
 from featup_hub.cli.flags import add_backbone, add_flags, from_flags, in_terms_of_flags
 from featup_hub.training.config import BASIS, PRESETS, FitConfig
 
@@ -62,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--size must be positive; got {args.size}")
     with in_terms_of_flags(FitConfig):
         config = from_flags(FitConfig, args, PRESETS[args.preset])
-    check_upsampler(args.upsampler)
-    card, file = choose_backbone(args.model)
+    card, file = choose_backbone(args.model, args.upsampler)
     out, picture = _outputs(args, file)
     device = open_device(args.device)
     photo = read_image(args.image)
