@@ -94,7 +94,7 @@ class ShiftAndStitch(Backbone):
         fine, count = self.patch_size, self.looks_per_side
         height, width = image.shape[-2] // fine, image.shape[-1] // fine
         # A look covers whole strides; cells beyond the image are cropped below.
-        size = [-(-cells // count) * self.backbone.patch_size for cells in (height, width)]
+        size = [(n + count - 1) // count * self.backbone.patch_size for n in (height, width)]
         first = (fine - self.backbone.patch_size) / 2
         shifts = [first + index * fine for index in range(count)]
         looks = [
