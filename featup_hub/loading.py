@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,11 @@ def _read_upsampler(
     if source is None and not pretrained:
         return JBUStack(joint_first=True, unit_sum=True), None
     source = "jbu_denoise" if source is None else source
+    if not isinstance(source, (str, PathLike)):
+        raise TypeError(
+            f"upsampler must name a shipped upsampler or a file; got {type(source).__name__}; put "
+            "a module behind a backbone: UpsampledBackbone(load_backbone(NAME), upsampler)"
+        )
     tensors, norm = split_norm(load_weights(source))
     upsampler = JBUStack.fitting(tensors)
     load_into(upsampler, tensors, origin=source)
@@ -287,6 +293,14 @@ def _read_upsampler(
 
 @contextmanager
 def _undisturbed(pretrained: bool) -> Iterator[None]:
-    """Builds on the CPU, without changing the random state if weights will be overwritten."""
+    """Builds on the CPU, without changing the random state if weights will be overwritten.
+
+    Raises TypeError unless ``pretrained`` is True or False.
+    """
+    if pretrained not in (True, False):
+        raise TypeError(
+            f"pretrained must be True or False; got {pretrained!r}; a file of your own goes to "
+            "backbone_weights= of load, weights= of load_backbone, or upsampler="
+        )
     with torch.random.fork_rng(devices=[], enabled=pretrained), torch.device("cpu"):
         yield

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +79,21 @@ def test_what_is_no_backbone_or_no_upsampler_is_refused() -> None:
     with pytest.raises(TypeError, match=r"an upsampler must be a JBUStack, .*; got Upsample"):
         tiny(nn.Upsample(scale_factor=8))
     for given in (JBUStack(), 5, False):
-        with pytest.raises(TypeError, match="expected str, bytes"):
-            load_upsampler(given)
+        for loader in (load_upsampler, partial(load, NAME)):
+            with pytest.raises(TypeError, match=rf"got {type(given).__name__}; .*Backbone\(load_b"):
+                loader(upsampler=given)
     with pytest.raises(ValueError, match=r"weights must be a file; . is a folder"):
         load(NAME, upsampler="")
+
+
+@pytest.mark.parametrize(
+    "loader", [partial(load, NAME), partial(load_backbone, NAME), load_upsampler]
+)
+def test_a_file_given_as_pretrained_is_refused(loader: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=r"or False; got 'a.pth'; .* backbone_weights= of load"):
+        loader(pretrained="a.pth")
+    loader(pretrained=0)
+    loader(pretrained=np.bool_(False))
 
 
 def test_gradients_reach_backbone_norm_and_upsampler() -> None:
