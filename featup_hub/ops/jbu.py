@@ -138,7 +138,7 @@ def check_floating(values: object, name: str) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(
             f"{name} must be a tensor; got {type(values).__name__}; "
-            "see featup_hub.preprocess for images"
+            "model.preprocess(photo) makes one of an image"
         )
     if not values.is_floating_point():
         raise TypeError(

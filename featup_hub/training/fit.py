@@ -83,7 +83,7 @@ def fit(
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(
             f"fit takes a normalised image as a float32 tensor; got {got}; make it with "
-            "featup_hub.preprocess, or use image.float() if it is normalised"
+            "model.preprocess(photo), or use image.float() if it is normalised"
         )
     if image.dim() != 4 or image.shape[:2] != (1, 3):
         raise ValueError(
@@ -102,7 +102,10 @@ def fit(
         fitted = _observe(image, backbone, _draw(image, config, 0, config.views - 1), bar)
         held_out = _observe(image, backbone, _draw(image, config, 1, config.held_out), bar)
         if config.method == "network":
-            found, error = fit_network(image, fitted, held_out, backbone.patch_size, config)
+            # Training needs gradients, which the caller may have turned off.
+            with torch.inference_mode(False), torch.enable_grad():
+                stride = backbone.patch_size
+                found, error = fit_network(image.clone(), fitted, held_out, stride, config)
         else:
             # A copy: the caller's upsampler stays on its device and in its mode.
             stages = load_upsampler(BASIS) if upsampler is None else copy.deepcopy(upsampler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,14 @@ def test_the_same_seed_gives_the_same_features_and_leaves_the_global_generator_a
 
 
 @pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_fit_is_the_same_where_gradients_are_off(mode: Callable, options: dict) -> None:
+    with mode():
+        fitted = fit(picture(), Blur(), **options)
+    assert torch.equal(fitted.features(), fit(picture(), Blur(), **options).features())
+
+
+@pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
 def test_a_fit_has_no_operation_without_a_deterministic_form(options: dict) -> None:
     with Recorder() as recorder:
         fit(picture(), Blur(), **options)
@@ -161,7 +170,7 @@ def test_features_that_are_not_finite_and_a_loss_that_diverges_are_errors() -> N
 def test_wrong_images_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one normalised RGB image, \(1, 3, H, W\); got \(2, 3,"):
         fit(torch.zeros(2, 3, 16, 16), Blur())
-    with pytest.raises(TypeError, match=r"as a float32 tensor; got torch.uint8; make it with"):
+    with pytest.raises(TypeError, match=r"as a float32 tensor; got torch.uint8; .* model.preproc"):
         fit(picture().to(torch.uint8), Blur())
     with pytest.raises(TypeError, match=r"as a float32 tensor; got str; make it with"):
         fit("photo.jpg", Blur())

@@ -78,7 +78,7 @@ def test_wrong_queries_are_refused(make) -> None:
 def test_wrong_parts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, H, W\); got \(2, 3, 4, 4\); fit one per image"):
         ImplicitUpsampler(torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.eye(2))
-    with pytest.raises(TypeError, match="image must be a tensor; got PosixPath; see featup_hub"):
+    with pytest.raises(TypeError, match=r"image must be a tensor; got PosixPath; model.preproc"):
         JBUFit(Path("a.jpg"), torch.zeros(1, 7, 3, 4), JBUStack())
     with pytest.raises(ValueError, match=r"source must be \(1, C, h, w\); got \(2, 7, 3, 4\)"):
         JBUFit(torch.zeros(1, 3, 9, 13), torch.zeros(2, 7, 3, 4), JBUStack())

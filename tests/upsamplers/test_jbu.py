@@ -165,7 +165,7 @@ SOURCE, IMAGE = torch.ones(1, 4, 2, 2), torch.zeros(1, 3, 32, 32)
     ("source", "guidance", "error", "message"),
     [
         (SOURCE, IMAGE.byte(), TypeError, "guidance must be floating-point.*uint8; divide"),
-        (SOURCE, "photo.jpg", TypeError, "guidance must be a tensor; got str; see featup_hub.prep"),
+        (SOURCE, "photo.jpg", TypeError, "guidance must be a tensor; got str; model.preprocess"),
         (SOURCE[:0], IMAGE[:0, :, :4, :4], ValueError, r"at least one image; got \(0, 3, 4, 4\)"),
         (SOURCE[:, :, :0], IMAGE, ValueError, r"must be features, .*; got \(1, 4, 0, 2\)"),
         (SOURCE[:, :, :, :0], IMAGE, ValueError, r"must be features, .*; got \(1, 4, 2, 0\)"),
@@ -197,7 +197,7 @@ def test_wrong_sizes_and_kernels_are_refused() -> None:
     for method in (stack.upsample, stack.pyramid):
         with pytest.raises(TypeError, match=r"kernels must come from kernels\(.*; got Tensor; c"):
             method(SOURCE, IMAGE)
-        with pytest.raises(TypeError, match="source must be a tensor; got ndarray; see"):
+        with pytest.raises(TypeError, match="source must be a tensor; got ndarray; model"):
             method(SOURCE.numpy(), stack.kernels(IMAGE, (2, 2)))
         with pytest.raises(TypeError, match=r"source must be floating-point.*int64"):
             method(SOURCE.long(), stack.kernels(IMAGE, (2, 2)))
