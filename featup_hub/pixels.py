@@ -195,10 +195,10 @@ def _decode(image: object, *, as_stored: bool = False) -> _Pixels:
                 picture = Image.open(file)
         except UnidentifiedImageError:
             file.seek(0)
-            if file.read(4) not in _TIFF:
+            if (start := file.read(4)) not in _TIFF:
+                problem = "not an image Pillow can read, or damaged" if start else "empty"
                 raise ValueError(
-                    f"an image file is needed; {path} is not an image Pillow can read, or "
-                    "damaged; save it as JPEG or PNG"
+                    f"an image file is needed; {path} is {problem}; save it as JPEG or PNG"
                 ) from None
             return _Pixels(name=str(path), values=_read_tiff(path))
         # Pillow takes 16-bit planes for 8-bit ones.

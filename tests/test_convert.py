@@ -90,6 +90,14 @@ def test_what_is_not_upstreams_is_refused_by_name(tmp_path, change, message):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_upsampler_of_ours_needs_no_conversion(tmp_path):
+    converted = tmp_path / "out.safetensors"
+    weights.convert(saved(tmp_path / "in.ckpt", state()), converted)
+    for path in (converted, weights.resolve("jbu_denoise")):
+        with pytest.raises(ValueError, match="of this package, which needs no conversion; nothing"):
+            weights.convert(path, tmp_path / "two.safetensors")
+
+
 class Bomb:
     """Makes a folder when it is unpickled."""
 

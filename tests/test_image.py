@@ -104,6 +104,9 @@ def test_what_is_not_an_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html></html>")
     with pytest.raises(ValueError, match=r"page\.jpg is not an image Pillow can read"):
         read_image(tmp_path / "page.jpg")
+    (tmp_path / "page.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"page\.jpg is empty; save it"):
+        read_image(tmp_path / "page.jpg")
 
 
 def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:

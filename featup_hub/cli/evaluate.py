@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featup_hub.cli.arguments import make_folder
+from featup_hub.cli.arguments import complain, make_folder
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.evaluation.config import EvaluationConfig
 
@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> int:
             write_results(scored, config, args.out)
     if args.out:
         if any(row.versus for row in scored):
-            draw(scored, args.out / "results.png")
+            try:
+                draw(scored, args.out / "results.png")
+            except ImportError as error:  # the results themselves are written
+                complain(str(error), "warning")
         print(f"wrote results to {args.out}", file=sys.stderr)
     if args.json:
         print(as_json(scored, config))

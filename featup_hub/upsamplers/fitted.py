@@ -136,6 +136,8 @@ class FittedFeatures(nn.Module):
         tensors, notes = read(path), metadata(path)
         kinds = {kind.FORMAT: kind for kind in (cls, *cls.__subclasses__()) if kind.FORMAT}
         found = notes.get("upsampler", "a file of other weights")
+        if "features" in tensors:
+            found = "features of featup-hub upsample"
         if found not in kinds:
             raise ValueError(
                 f"{path} must be a fit of format {' or '.join(kinds)}; got {found}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,13 @@ def test_the_command_prints_tables_and_writes_files(oracle, tmp_path, capsys):
     content = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert content["config"]["upsamplers"] == ["bilinear", "guided=joint_bilateral"]
     assert {path.name for path in out.iterdir()} == {"results.json", "results.csv", "results.png"}
+
+
+def test_without_matplotlib_there_are_results_and_a_warning(oracle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert oracle(f"--upsamplers nearest bilinear --out {tmp_path}") == 0
+    assert "warning: the figure needs matplotlib" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "results.csv"}
 
 
 def test_a_lone_upsampler_needs_no_figure_and_the_oracle_no_backbone(oracle, tmp_path):

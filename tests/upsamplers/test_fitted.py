@@ -134,6 +134,9 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     write(read(path), path, metadata={**metadata(path), "upsampler": "featup_hub.jbu_fit/3"})
     with pytest.raises(ValueError, match=r"got featup_hub.jbu_fit/3; make one with"):
         FittedFeatures.load(path)
+    write({"features": torch.zeros(1)}, path, metadata={"upsampler": "d37ed996549d087d"})
+    with pytest.raises(ValueError, match=r"got features of featup-hub upsample; make one with"):
+        FittedFeatures.load(path)
     with pytest.raises(FileNotFoundError, match="no weights file"):
         FittedFeatures.load(tmp_path / "none.safetensors")
 
