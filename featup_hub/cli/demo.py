@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import choose_backbone
+from featup_hub.cli.arguments import UsageError, choose_backbone
 from featup_hub.cli.flags import add_backbone
 
 
@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from featup_hub.pixels import read_image
 
     # Before the page opens, which would only then tell the errors.
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise UsageError(f"--port must be from 1 to 65535; got {args.port}")
     choose_backbone(args.model, args.upsampler)
     page = build(
         [read_image(path) for path in args.images],
@@ -35,5 +37,13 @@ def run(args: argparse.Namespace) -> int:
         upsampler=args.upsampler,
         size=args.size,
     )
-    page.launch(inbrowser=not args.no_browser, server_port=args.port)
+    try:
+        page.launch(inbrowser=not args.no_browser, server_port=args.port)
+    except OSError as error:
+        if error.errno is not None:  # the system's; gradio's own, about ports, have no number
+            raise
+        tried = f"{args.port} is" if args.port else "those from 7860 are"
+        raise OSError(
+            f"a free port is needed; {tried} in use, or not allowed; give another --port"
+        ) from error
     return 0
