@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featup_hub.image import normalise, resize
+from featup_hub.image import normalise, read_image, resize
 from featup_hub.loading import find_backbone, list_models, load, nearest_multiple
 from featup_hub.model import UpsampledBackbone
 from featup_hub.registry import UPSAMPLERS
@@ -182,14 +183,22 @@ def build(
             raise gr.Error(str(error)) from error
         return _draw(features, view, strength, point)
 
-    def accept(photo: Image.Image | None) -> tuple[Image.Image | None, None]:
-        """Keeps a small copy on the server, so that a click does not decode the upload again."""
-        return photo and resize(photo.convert("RGB"), size), None
+    def accept(upload: dict[str, Any] | None) -> Sequence[Image.Image | None]:
+        """Shows and keeps a small copy, so that a click does not decode the upload again."""
+        if upload is None:
+            return None, None, None
+        path = upload["path"]
+        try:
+            photo = resize(read_image(path), size)
+        except (ValueError, OSError) as error:
+            message = str(error).replace(path, Path(path).name)
+            raise gr.Error(message, print_exception=False) from error
+        return photo, photo, None
 
     def click(index: int) -> Any:
-        def clicked(photo: Any, event: gr.SelectData) -> Point:
+        def clicked(photo: Any, event: gr.SelectData) -> Point | None:
             x, y = event.index
-            return Point(index, (x + 0.5) / photo.width, (y + 0.5) / photo.height)
+            return photo and Point(index, (x + 0.5) / photo.width, (y + 0.5) / photo.height)
 
         return clicked
 
@@ -205,13 +214,11 @@ def build(
             strength = gr.Slider(0, 1, 0.7, step=0.05, label="overlay strength")
         kept, inputs, outputs = [], [], []
         for index, title in enumerate(("photograph", "second photograph")):
-            value = photos[index] if index < len(photos) else None
-            kept.append(gr.State(accept(value)[0]))
+            value = resize(read_image(photos[index]), size) if index < len(photos) else None
+            kept.append(gr.State(value))
             with gr.Row():
                 inputs.append(
-                    gr.Image(
-                        value, type="pil", format="png", label=title, elem_id=f"photo{index + 1}"
-                    )
+                    gr.Image(value, format="png", label=title, elem_id=f"photo{index + 1}")
                 )
                 outputs += [
                     gr.Image(
@@ -225,8 +232,12 @@ def build(
         point = gr.State(None)
         everything = [*kept, view, strength, name, stages, point]
         for index, photo in enumerate(inputs):
-            photo.select(click(index), photo, point).then(show, everything, outputs)
-            photo.input(accept, photo, [kept[index], point]).then(show, everything, outputs)
+            photo.select(click(index), kept[index], point).then(show, everything, outputs)
+            # An upload that cannot be read leaves nothing of the photograph before it. Without
+            # gradio's preprocessing, which clips 16 bits and hides errors, accept gets the file.
+            emptied = photo.input(lambda: (None, None), None, [kept[index], point])
+            taken = emptied.then(accept, photo, [photo, kept[index], point], preprocess=False)
+            taken.then(show, everything, outputs)
         for control in (view, strength, name, stages):
             control.change(show, everything, outputs, show_progress="hidden")
         page.load(show, everything, outputs)

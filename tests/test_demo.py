@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -17,9 +18,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from featup_hub.cli import main
+from featup_hub.image import read_image
 from featup_hub.loading import load
 
 pytest.importorskip("gradio")
+import httpx
+
 from featup_hub import demo
 
 CHROMIUM = shutil.which("chromium")
@@ -107,6 +111,26 @@ def test_more_than_two_photographs_are_refused() -> None:
         demo.build([disc_at(PLACES[0])] * 3, model="m", upsampler="u")
 
 
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_a_port_that_cannot_be_is_a_usage_error(
+    port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--no-browser", "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: --port must be from 1 to 65535; got {port}\n"
+
+
+def test_a_port_in_use_is_told_in_terms_of_the_flag() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "featup_hub", "demo", "--no-browser", "--port", str(port)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+    expected = f"a free port is needed; {port} is in use, or not allowed; give another --port"
+    assert ran.returncode == 1
+    assert f"error: {expected}\n" in ran.stderr
+
+
 def test_the_space_builds_the_page(root: Path) -> None:
     app = str(root / "examples/space/app.py")
     stopped = "import gradio; gradio.Blocks.launch = lambda page: print('launched')"
@@ -117,10 +141,11 @@ def test_the_space_builds_the_page(root: Path) -> None:
     assert ran.stdout == "launched\n", ran.stderr
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the page, as the command serves it; gradio gets a process of its own."""
-    photos = [tmp_path / "a.png", tmp_path / "b.png"]
+    folder = tmp_path_factory.mktemp("served")
+    photos = [folder / "a.png", folder / "b.png"]
     for photo, place in zip(photos, PLACES, strict=True):
         disc_at(place).save(photo)
     with socket.socket() as free:
@@ -135,6 +160,39 @@ def served(tmp_path: Path) -> Iterator[str]:
             yield address
         finally:
             server.terminate()
+
+
+def upload(address: str, photo: Path) -> Any:
+    """Uploads a file as the browser does; returns what the page's first photograph becomes."""
+    api = f"{address}/gradio_api"
+    sent = httpx.post(f"{api}/upload", files={"files": (photo.name, photo.read_bytes())})
+    file = {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}
+    called = httpx.post(f"{api}/call/accept", json={"data": [file]}).json()["event_id"]
+    events = httpx.get(f"{api}/call/accept/{called}", timeout=60).text
+    return json.loads(events.strip().rpartition("data: ")[2])
+
+
+def test_an_uploaded_picture_of_16_bits_is_read_as_the_command_reads_it(
+    served: str, tmp_path: Path
+) -> None:
+    values = np.linspace(0, 65535, 448 * 448).astype(np.uint16).reshape(448, 448)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    shown = Image.open(upload(served, tmp_path / "grey.png")[0]["path"])
+    assert shown.tobytes() == read_image(tmp_path / "grey.png").tobytes()
+
+
+def test_an_upload_that_is_no_image_gives_the_error_of_the_command(
+    served: str, tmp_path: Path
+) -> None:
+    photo = tmp_path / "photo.jpg"
+    disc_at(PLACES[0]).save(photo)
+    whole = photo.read_bytes()
+    for content in (b"text", b"", whole[: len(whole) // 2]):
+        photo.write_bytes(content)
+        with pytest.raises(ValueError, match=r"photo\.jpg") as error:
+            read_image(photo)
+        told = upload(served, photo)["error"]
+        assert told == str(error.value).replace(f"{tmp_path}/", "")
 
 
 @pytest.mark.slow
