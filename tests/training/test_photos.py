@@ -86,7 +86,7 @@ def test_photographs_that_all_cannot_be_read_are_an_error(tmp_path):
     for n in range(3):
         (tmp_path / f"{n}.png").write_bytes(b"")
     message = r"that can be read; .* holds 3, and none can .*; check"
-    with pytest.warns(UserWarning, match="not an image"), pytest.raises(ValueError, match=message):
+    with pytest.warns(UserWarning, match="is empty"), pytest.raises(ValueError, match=message):
         PhotoStream(tmp_path).sample(0, (16, 16))
 
 
