@@ -94,7 +94,7 @@ def test_an_upsampler_of_ours_needs_no_conversion(tmp_path):
     converted = tmp_path / "out.safetensors"
     weights.convert(saved(tmp_path / "in.ckpt", state()), converted)
     for path in (converted, weights.resolve("jbu_denoise")):
-        with pytest.raises(ValueError, match="of this package, which needs no conversion; nothing"):
+        with pytest.raises(ValueError, match="of this package, which needs no conversion; give it"):
             weights.convert(path, tmp_path / "two.safetensors")
 
 

@@ -46,7 +46,7 @@ def explain(error: Exception) -> str:
 
 
 def choose_backbone(spec: str, upsampler: str) -> tuple[ModelCard, Path | None]:
-    """Returns the card and the file of ``NAME[=FILE]``, known to exist, as the upsampler is."""
+    """Returns the card and file of ``NAME[=FILE]``; both and the upsampler must exist."""
     from featup_hub.loading import find_backbone
     from featup_hub.weights import resolve
 

@@ -112,8 +112,8 @@ def find_source(spec: str) -> tuple[str, Callable[[], Source]]:
         module, _, name = spec.partition(":")
         make = partial(_make, plug_in(spec), spec)
         code = Path(getattr(sys.modules[module], "__file__", None) or "")
-        file, shipped = code if code.is_file() else None, None
-        key = spec
+        file = code if code.is_file() else None
+        key, shipped = spec, None
     else:
         card, file = find_backbone(spec)
         make = partial(load_backbone, card, weights=file)

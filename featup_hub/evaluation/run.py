@@ -130,7 +130,7 @@ def _stages(
     one_look = [each for each in candidates if each.looks == 1]
     for name in ("oracle", "cam"):
         if name in wanted and not one_look:
-            got = ", ".join(map(str, {each.looks for each in candidates}))
+            got = ", ".join(map(str, config.looks))
             raise ValueError(
                 f"looks must include 1 for {name}, which takes features of one look; got {got}"
             )
@@ -159,8 +159,8 @@ def _stages(
             yield Stage(title, val, f"stride {stride}", run, one_look, settings)
         for source in sources:
             for protocol in (name for name in ON_FEATURES if name in wanted):
-                warm = val.spread(config.cost_images + 1)
-                scored = {"propagation": every, "cost": warm}.get(protocol, val)
+                few = val.spread(config.cost_images + 1)
+                scored = {"propagation": every, "cost": few}.get(protocol, val)
                 bench = Bench(source=source, train=train, val=scored, config=config)
                 kept = source.identity is not None and protocol != "cost"
                 yield Stage(

@@ -59,7 +59,7 @@ def jbu_kernel(guidance: Tensor, weights: StageWeights, *, impl: Implementation 
     dtype = torch.promote_types(weights.range_w0.dtype, torch.float32)
     guidance = guidance.to(dtype)
     weights = StageWeights(*(tensor.to(dtype) for tensor in weights))
-    with _without_autocast(guidance.device):
+    with without_autocast(guidance.device):
         if impl == "reference" or _traced():
             return reference.jbu_kernel(guidance, weights)
         return torch.ops.featup_hub.jbu_kernel(guidance, *weights, impl)
@@ -92,7 +92,7 @@ def jbu_apply(
     dtype = torch.promote_types(torch.promote_types(source.dtype, kernel.dtype), torch.float32)
     kernel = kernel.to(dtype)
     bias = bias if bias is None else bias.to(dtype)
-    with _without_autocast(source.device):
+    with without_autocast(source.device):
         if impl == "reference" or _traced():
             return reference.jbu_apply(source.to(dtype), kernel, bias).to(source.dtype)
         return torch.ops.featup_hub.jbu_apply(source, kernel, bias, impl)
@@ -229,7 +229,7 @@ def _traced() -> bool:
     )
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, jbu_apply, pool_guidance
-from featup_hub.ops.jbu import _without_autocast, check_numbers, warn_unless_normalised
+from featup_hub.ops.jbu import check_numbers, warn_unless_normalised, without_autocast
 from featup_hub.upsamplers.head import FoldedHead, apply_head, check_head
 from featup_hub.upsamplers.joint import JointBilateralStage, JointKernels
 from featup_hub.upsamplers.plan import (
@@ -247,7 +247,7 @@ class JBUStack(Pretrained):
         may_halve = self.joint_first and self.num_stages > 1
         size, sizes, halve = plan_sizes(source_size, guidance, size, may_halve=may_halve)
         guidance = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
-        with _without_autocast(guidance.device):
+        with without_autocast(guidance.device):
             chosen = self.stages(len(sizes))
             stages: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
                 (partial(stage.kernel, weights=weights, impl=impl), pool_guidance(guidance, at))

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from featup_hub.ops.jbu import _without_autocast, check_floating
+from featup_hub.ops.jbu import check_floating, without_autocast
 from featup_hub.ops.tables import bicubic, reflect
 from featup_hub.upsamplers.joint import JointKernels
 
@@ -205,7 +205,7 @@ def halved(kernel: Tensor) -> Tensor:
     e = rows.shape[3]
     same = partial(torch.eye, dtype=kernel.dtype, device=kernel.device)
     # One product per column, then one per row, each with all taps of two neighbouring pixels.
-    with _without_autocast(kernel.device):
+    with without_autocast(kernel.device):
         across = torch.einsum("xjtf,sr->xjstrf", columns, same(d))
         down = torch.einsum("yise,gf->yisgef", rows, same(e))
         pairs = kernel.permute(0, 2, 3, 1).reshape(batch * 2 * height, width, 2 * taps)

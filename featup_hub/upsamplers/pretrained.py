@@ -111,7 +111,7 @@ class Pretrained(nn.Module):
         write(self.state_dict(), folder / WEIGHTS)
         config = {name: getattr(self, name) for name in signature(type(self)).parameters}
         if config.get("looks_per_side") == 1:
-            del config["looks_per_side"]  # which early versions refuse
+            del config["looks_per_side"]  # as in files from before it was kept
         _write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         if not (folder / CARD).exists():
             _write_text(folder / CARD, self._card("OWNER/NAME", licence))

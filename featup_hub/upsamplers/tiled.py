@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featup_hub.ops import Implementation, jbu_apply
-from featup_hub.ops.jbu import _without_autocast, check_floating
+from featup_hub.ops.jbu import check_floating, without_autocast
 from featup_hub.ops.tables import bicubic
 from featup_hub.upsamplers.jbu import JBUStack
 from featup_hub.upsamplers.plan import reach_of_halved
@@ -140,7 +140,7 @@ def _fill(
     for channels in _slices(source.shape[1], CHANNELS):
         features = source[:, channels, first[0], first[1]]
         for kernel, y, x in zip(kernels, down, across, strict=True):
-            with _without_autocast(features.device):
+            with without_autocast(features.device):
                 wide = features.to(y.matrix.dtype)
                 resized = (y.matrix @ wide @ x.matrix.t()).to(features.dtype)
             features = jbu_apply(resized, kernel, impl=impl)[:, :, y.inner, x.inner]

@@ -76,7 +76,10 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
         shapes |= dict.fromkeys(_NORM, (feat_dim,))
     if problems := differences(state, {name: str(shape) for name, shape in shapes.items()}):
         if "up1.range_temp" in state and Path(path).suffix == ".safetensors":
-            problems = "got an upsampler of this package, which needs no conversion"
+            raise ValueError(
+                f"{path} must be a checkpoint of FeatUp's JBU upsampler; got an upsampler of this "
+                "package, which needs no conversion; give it to load_upsampler or --upsampler"
+            )
         raise ValueError(
             f"{path} must be a checkpoint of FeatUp's JBU upsampler; {problems}; "
             "nothing was loaded; check that it is one, and whole"

@@ -33,12 +33,15 @@ def test_a_small_output_is_that_of_twice_its_size_averaged_down(
     double = stack(source, image, size=(2 * size[0], 2 * size[1]), impl="reference")
     expected = F.avg_pool2d(double, 2)
 
-    torch.testing.assert_close(stack(source, image, size=size, impl=impl), expected)
     kernels = stack.kernels(image, cells, size=size, impl=impl)
-    torch.testing.assert_close(stack.upsample(source, kernels, impl=impl), expected)
-    torch.testing.assert_close(stack.pyramid(source, kernels, impl=impl)[-1], expected)
-    tiles = upsample_tiled(stack, source, image, size=size, max_bytes=6_000_000, impl=impl)
-    torch.testing.assert_close(tiles, expected)
+    for small in (
+        stack(source, image, size=size, impl=impl),
+        stack.upsample(source, kernels, impl=impl),
+        stack.pyramid(source, kernels, impl=impl)[-1],
+        upsample_tiled(stack, source, image, size=size, max_bytes=6_000_000, impl=impl),
+    ):
+        # Rounding depends on the number of threads, and small values are sums of large ones.
+        assert (small - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_a_small_output_can_be_traced() -> None:
