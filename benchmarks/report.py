@@ -280,8 +280,8 @@ def draw_intervals(path: Path) -> None:
     """Draws differences from bilinear with their 95 % intervals."""
     rows = [
         Scored(
-            protocol=row["protocol"],
-            data=row["data"],
+            protocol=title(row["protocol"]),
+            data=title(row["data"]),
             backbone=row["features"],
             images=int(row["images"]),
             metric=row["score"],
@@ -313,7 +313,7 @@ def draw_looks(path: Path) -> None:
             data=title(row["data"]),
             backbone=upsampler,
             images=row["images"],
-            metric=row["metric"].replace("view error", "view error (against bilinear)"),
+            metric=row["metric"].replace("view error", "view error (one look: bilinear)"),
             higher_is_better=row["higher_is_better"],
             percent=True,
             upsampler=title(row["protocol"]),
