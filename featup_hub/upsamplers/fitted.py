@@ -96,7 +96,9 @@ class FittedFeatures(nn.Module):
         Raises:
             ValueError: If ``points`` is not (N, 2), or a point is outside the image.
         """
-        points = torch.as_tensor(points, dtype=self.image.dtype, device=self.image.device)
+        # Half precision would move the points of a converted fit by pixels.
+        dtype = torch.promote_types(self.image.dtype, torch.float32)
+        points = torch.as_tensor(points, dtype=dtype, device=self.image.device)
         if points.dim() != 2 or points.shape[1] != 2:
             raise ValueError(f"points must be (N, 2), row and column; got {tuple(points.shape)}")
         size = points.new_tensor(self.image_size)
@@ -106,7 +108,7 @@ class FittedFeatures(nn.Module):
                 f"points must lie in the image, -0.5 to {size[0] - 0.5:g} by -0.5 to "
                 f"{size[1] - 0.5:g} pixels; got {points[~inside][0].tolist()}; leave it out"
             )
-        return self._at((points + 0.5) / size)
+        return self._at((points + 0.5) / size).to(self.image.dtype)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file from which :meth:`load` restores the same features.

@@ -60,6 +60,16 @@ def test_points_between_pixels_have_the_features_of_a_larger_map(make) -> None:
     torch.testing.assert_close(found[0], twice[:, 8, 13], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_points_stay_where_they_are_in_half_precision(dtype: torch.dtype) -> None:
+    image, source = torch.randn(1, 3, 3, 1500), torch.randn(1, 7, 3, 750)
+    fitted = JBUFit(image, source, JBUStack(num_stages=1)).to(dtype).eval()
+    points = torch.tensor([[0, 301], [1, 1177], [2, 1498], [2, 1499]])
+    found, whole = fitted.features_at(points), fitted.features()[0]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, whole[:, points[:, 0], points[:, 1]].t(), atol=0.02, rtol=0)
+
+
 @KINDS
 def test_wrong_queries_are_refused(make) -> None:
     fitted = make()
