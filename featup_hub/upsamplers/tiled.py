@@ -18,6 +18,7 @@ from torch import Tensor
 from featup_hub.ops import Implementation, jbu_apply
 from featup_hub.ops.jbu import check_floating, without_autocast
 from featup_hub.ops.tables import bicubic
+from featup_hub.upsamplers.head import FoldedHead, check_head
 from featup_hub.upsamplers.jbu import JBUStack
 from featup_hub.upsamplers.plan import reach_of_halved
 
@@ -48,7 +49,7 @@ class Span:
 
 
 def upsample_tiled(
-    upsampler: JBUStack,
+    upsampler: JBUStack | FoldedHead,
     source: Tensor,
     guidance: Tensor,
     *,
@@ -60,12 +61,12 @@ def upsample_tiled(
     """Upsamples features tile by tile, without gradients, equal to the whole up to rounding.
 
     Args:
-        upsampler: The upsampler, in evaluation mode.
+        upsampler: The upsampler, in evaluation mode, alone or with a folded head.
         source: Features, (B, C, h, w).
         guidance: The image, normalised RGB, (B, 3, H, W).
         size: Height and width wanted, or the length of the short side; default: the guidance's.
         out: Where to write, ``(B, C, *size)``, such as ``torch.from_numpy`` of a memory map;
-            default: new memory on the source's device.
+            default: new memory on the source's device. With a head, C counts its outputs.
         max_bytes: Working memory, without inputs, output and the joint bilateral stage. That stage,
             if there is one, is computed whole: about 2 kB for each of its pixels, and its features.
             At a ratio of 16 it has an eighth of the output's height and width.
@@ -84,15 +85,20 @@ def upsample_tiled(
         >>> upsample_tiled(stack, source, image, max_bytes=4_000_000).shape
         torch.Size([1, 5, 64, 90])
     """
+    head = None
+    if isinstance(upsampler, FoldedHead):
+        upsampler, head = upsampler.upsampler, upsampler.head
     if not isinstance(upsampler, JBUStack):
         got = type(upsampler).__name__
         raise TypeError(f"tiles are for a JBUStack; got {got}; take model.upsampler of a model")
     if upsampler.training:
         raise ValueError("tiles are for inference; the upsampler is training; call eval()")
     upsampler.check(source, guidance)
+    if head is not None:
+        check_head(head, source.shape[1])
     with torch.no_grad():
         plan = upsampler.plan(guidance, (source.shape[2], source.shape[3]), size=size, impl=impl)
-        source, bias = upsampler.before(source)
+        source, bias = upsampler.before(source, head)
         source = upsampler.pass_first(source, plan.first, impl=impl)
         height, width = plan.size
         shape = (*source.shape[:2], height, width)

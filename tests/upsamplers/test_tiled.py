@@ -56,6 +56,17 @@ def test_tiles_reach_another_size_than_the_images(stack: JBUStack, autocast: boo
     assert (tiles - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
+def test_tiles_have_a_folded_heads_outputs(stack: JBUStack) -> None:
+    segment = stack.fold_head(nn.Conv2d(6, 2, 1))
+    features, image = torch.randn(2, 6, 3, 4), torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        whole = segment(features, image)
+    tiles = upsample_tiled(segment, features, image, max_bytes=7_000_000)
+    assert (tiles - whole).abs().max() <= 1e-5 * whole.abs().max()
+    with pytest.raises(ValueError, match="head for features of 5 channels is needed; got one that"):
+        upsample_tiled(JBUStack().eval().fold_head(nn.Linear(6, 2)), features[:, 1:], image)
+
+
 def test_tiles_are_written_to_a_memory_mapped_file(stack: JBUStack, tmp_path: Path) -> None:
     features, image = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 48, 64)
     mapped = np.lib.format.open_memmap(
@@ -89,7 +100,7 @@ def test_what_cannot_be_tiled_is_refused(stack: JBUStack) -> None:
         upsample_tiled(stack, features, image, out=torch.empty(1, 6, 48, 63))
     with pytest.raises(TypeError, match=r"out must be floating-point, .*; got torch.uint8"):
         upsample_tiled(stack, features, image, out=torch.empty(1, 6, 48, 64).byte())
-    with pytest.raises(TypeError, match=r"for a JBUStack; got FoldedHead; take model.upsampler"):
-        upsample_tiled(stack.fold_head(nn.Linear(6, 2)), features, image)
+    with pytest.raises(TypeError, match=r"for a JBUStack; got Linear; take model.upsampler"):
+        upsample_tiled(nn.Linear(6, 2), features, image)
     with pytest.raises(ValueError, match=r"the upsampler is training; call eval"):
         upsample_tiled(stack.train(), features, image)
