@@ -162,32 +162,14 @@ class ImplicitUpsampler(FittedFeatures):
 
     @classmethod
     def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
-        # Without this entry, a file that lost its base would give other features.
-        if notes["base"] != ("yes" if "base" in tensors else "no"):
-            raise ValueError(f"base, noted as {notes['base']:.20}")
         held = (tensors[name] for name in ("image", "mean", "directions"))
-        module = cls(
+        return cls(
             *(tensor.to("meta", torch.float32) for tensor in held),
             frequencies=len(tensors["fourier.frequency"]),
             hidden=len(tensors["layers.0.bias"]),
             dropout=float(notes["dropout"]),
             base=tensors["base"].to("meta") if "base" in tensors else None,
         )
-        module._check_parts()
-        return module
-
-    def _check_parts(self) -> None:
-        """Raises ValueError unless the shapes of the tensors match."""
-        channels, coordinates = self.feat_dim, self.layers[-1].out_features
-        wanted = {"mean": (channels,), "directions": (channels, coordinates)}
-        for name, tensor in self.named_buffers():
-            shape = tuple(tensor.shape)
-            if shape != wanted.get(name, shape) or 0 in shape:
-                raise ValueError(f"{name}: {shape}")
-        if self.base is not None and (
-            self.base.dim() != 4 or self.base.shape[:2] != (1, coordinates)
-        ):
-            raise ValueError(f"base: {tuple(self.base.shape)}, needed (1, {coordinates}, h, w)")
 
     def _resized(self, size: tuple[int, int]) -> Tensor:
         if size == self.image_size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,7 @@ from tests.upsamplers.small_implicit import make
         *((name, None) for name in ("image", "mean", "fourier.phase", "layers.1.weight")),
         ("layers.1.weight", torch.zeros(3, 3)),
         ("stray", torch.zeros(3)),
-        ("mean", torch.zeros(8)),
         ("image", torch.zeros(1, 3, 9, 13, dtype=torch.long)),
-        ("base", torch.zeros(1, 5, 3, 5)),
         ("directions", torch.zeros(4)),
     ],
 )
@@ -40,14 +37,8 @@ def test_a_file_whose_tensors_are_missing_or_do_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("note", "spoilt"),
     [
-        *(("base", note) for note in ("yes", "maybe", None)),
         *(("dropout", note) for note in ("1.0", "nan", "much", None)),
-        *(
-            ("scores", note)
-            for note in ("not JSON", "[" * 5000, "[]", "null", '[["a", 1.0]]', None)
-        ),
-        *(("scores", f'{{"a": {value}}}') for value in ('"b"', "NaN", "1e999", "null")),
-        ("scores", '{"a": 1' + 400 * "0" + "}"),
+        *(("scores", note) for note in ("not JSON", "[]", "null", '{"a": "b"}', None)),
         *((note, None) for note in ("backbone", "backbone_digest")),
     ],
 )
@@ -59,17 +50,6 @@ def test_a_file_whose_notes_are_spoilt_or_missing_is_refused(
     notes = {**metadata(path), note: spoilt}
     write(read(path), path, metadata={k: v for k, v in notes.items() if v is not None})
     with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again"):
-        ImplicitUpsampler.load(path)
-
-
-@pytest.mark.parametrize("name", ["image", "base", "fourier.frequency", "layers.2.bias"])
-def test_a_file_with_numbers_that_are_not_finite_is_refused(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    module = make(base=True)
-    with torch.no_grad():
-        module.state_dict()[name].view(-1)[0] = math.inf
-    module.save(path)
-    with pytest.raises(ValueError, match=rf"must have finite numbers; got others in {name}"):
         ImplicitUpsampler.load(path)
 
 
