@@ -7,7 +7,8 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 
 from featup_hub import __version__
 from featup_hub.evaluation.scores import METRICS
-from featup_hub.evaluation.statistics import Estimate, Metric, estimate
+from featup_hub.evaluation.statistics import Estimate, estimate
 from featup_hub.evaluation.sums import Measurement
 from featup_hub.files import write_atomically
 
@@ -58,36 +59,29 @@ def rows(
     ``versus`` names the references of the paired differences; those not measured are left out.
     ``resamples`` and ``seed`` are those of the bootstrap.
     """
-    return [
-        _row(measurement, metric, upsampler, versus, resamples=resamples, seed=seed)
-        for measurement in measurements
-        for metric in METRICS
-        for upsampler, sums in measurement.sums.items()
-        if metric.sums in sums
-    ]
-
-
-def _row(
-    found: Measurement, metric: Metric, upsampler: str, versus: Sequence[str], **bootstrap: int
-) -> Row:
-    own = found.sums[upsampler][metric.sums]
-
-    def against(reference: str | None = None) -> Estimate:
-        theirs = found.sums[reference][metric.sums] if reference else None
-        return estimate(metric, own, theirs, block=found.block, **bootstrap)
-
-    return Row(
-        protocol=found.protocol,
-        data=found.data,
-        backbone=found.backbone,
-        images=len(own),
-        metric=metric.name,
-        higher_is_better=metric.higher_is_better,
-        percent=metric.percent,
-        upsampler=upsampler,
-        score=against(),
-        versus={name: against(name) for name in versus if name in found.sums and name != upsampler},
-    )
+    scored = []
+    for found, metric in product(measurements, METRICS):
+        own = {name: sums[metric.sums] for name, sums in found.sums.items() if metric.sums in sums}
+        score = partial(estimate, metric, block=found.block, resamples=resamples, seed=seed)
+        for upsampler, sums in own.items():
+            row = Row(
+                protocol=found.protocol,
+                data=found.data,
+                backbone=found.backbone,
+                images=len(sums),
+                metric=metric.name,
+                higher_is_better=metric.higher_is_better,
+                percent=metric.percent,
+                upsampler=upsampler,
+                score=score(sums),
+                versus={
+                    name: score(sums, own[name])
+                    for name in versus
+                    if name in own and name != upsampler
+                },
+            )
+            scored.append(row)
+    return scored
 
 
 def table(scored: Sequence[Row]) -> str:
