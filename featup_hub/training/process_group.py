@@ -45,16 +45,8 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
     """Yields the process group, and joins it if ``torchrun`` started this process.
 
     The device "cuda" means the process's own GPU.
-
-    Raises:
-        RuntimeError: If there are several processes and this build of torch cannot join them.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1 and not dist.is_available():
-        raise RuntimeError(
-            f"{size} processes (WORLD_SIZE) need torch.distributed, which this build of torch "
-            "lacks; install one that has it, or start one process without torchrun"
-        )
     joins = size > 1 and not dist.is_initialized()
     if joins:
         on_cuda = torch.device(device).type == "cuda"

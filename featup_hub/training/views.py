@@ -75,11 +75,6 @@ def apply_jitter(x: Tensor, jitters: Sequence[Jitter]) -> Tensor:
 
     Returns ``x`` itself where every jitter is the identity.
     """
-    if len(jitters) != x.shape[0]:
-        raise ValueError(
-            f"apply_jitter needs one jitter per sample, {x.shape[0]}; got {len(jitters)}; "
-            "repeat a jitter to use it for all samples"
-        )
     if all(jitter == Jitter() for jitter in jitters):
         return x
     at = centres(x.shape[-2]), centres(x.shape[-1])

@@ -15,7 +15,7 @@ import torch
 
 from featup_hub.training import jbu
 from featup_hub.training.jbu import train
-from featup_hub.training.process_group import ProcessGroup, process_group
+from featup_hub.training.process_group import ProcessGroup
 from featup_hub.weights import metadata, read
 from tests.training.conftest import SMALL, rows
 
@@ -115,13 +115,3 @@ def test_a_batch_that_does_not_divide_is_refused(
     with pytest.raises(ValueError, match=f"batch of {batch} in parts={parts} for {processes} proc"):
         train(photos, tmp_path, config, backbones={"stem": stem})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_several_processes_are_refused_by_a_torch_that_cannot_join_them(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
-    with (
-        pytest.raises(RuntimeError, match=r"2 processes .* need torch.distributed, .* lacks; inst"),
-        process_group("cpu"),
-    ):
-        pass

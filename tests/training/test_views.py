@@ -74,11 +74,6 @@ def test_draws_follow_upstreams_distribution():
     assert shifts == set(range(-20, 21))
 
 
-def test_every_sample_needs_a_jitter():
-    with pytest.raises(ValueError, match=r"one jitter per sample, 2; got 1"):
-        apply_jitter(torch.zeros(2, 1, 4, 4), [Jitter()])
-
-
 def test_maps_are_sampled_as_by_grid_sample():
     x = torch.randn(1, 3, 9, 12, dtype=torch.float64)
     rows, columns = torch.rand(2, 15, generator=seeded(1), dtype=torch.float64)
