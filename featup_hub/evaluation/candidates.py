@@ -114,7 +114,6 @@ def candidate(spec: str) -> Candidate:
     """Finds an upsampler by its name, file or plug-in, see the module's description."""
     name, _, rest = spec.rpartition("=")
     file, _, option = rest.partition("@")
-    module, _, attribute = rest.partition(":")
     function: Callable[..., Tensor]
     head: Head = "before"
     is_stack = False
@@ -128,11 +127,10 @@ def candidate(spec: str) -> Candidate:
         default = stem + (f"@{option}" if option else "")
         part = " ".join([option, *map(digest, STACK_CODE)])
     elif is_plug_in(rest):
-        own = plug_in(rest, "source", "image", "size")
+        own, source = plug_in(rest, "source", "image", "size")
         function = partial(_call, own, rest)
-        default = part = attribute
+        default = part = rest.partition(":")[2]
         head = getattr(own, "head", "after")
-        source = Path(getattr(sys.modules[module], "__file__", None) or "")
     else:
         raise UnknownUpsamplerError(
             f"an upsampler is one of {', '.join((*BASELINES, *UPSAMPLERS))}, a weights file "
@@ -153,10 +151,11 @@ def is_plug_in(spec: str) -> bool:
     return bool(colon) and all(each.isidentifier() for each in (*module.split("."), attribute))
 
 
-def plug_in(spec: str, *arguments: str) -> Any:
+def plug_in(spec: str, *arguments: str) -> tuple[Any, Path]:
     """Imports ``module:callable``, which takes these arguments, and ``head=`` if that is inside.
 
-    Raises UnknownUpsamplerError if it cannot be imported, or takes others.
+    Returns it and its module's file, which need not exist. Raises UnknownUpsamplerError if it
+    cannot be imported, or takes others.
     """
     module, _, attribute = spec.partition(":")
     try:
@@ -178,7 +177,7 @@ def plug_in(spec: str, *arguments: str) -> Any:
             f"a plug-in must be callable as {attribute}({call}); got {spec!r} ({error}); change "
             "its parameters"
         ) from error
-    return own
+    return own, Path(getattr(sys.modules[module], "__file__", None) or "")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -109,9 +108,8 @@ def find_source(spec: str) -> tuple[str, Callable[[], Source]]:
     """
     make: Callable[[], Backbone]
     if is_plug_in(spec):
-        module, _, name = spec.partition(":")
-        make = partial(_make, plug_in(spec), spec)
-        code = Path(getattr(sys.modules[module], "__file__", None) or "")
+        own, code = plug_in(spec)
+        make, name = partial(_make, own, spec), spec.partition(":")[2]
         file = code if code.is_file() else None
         key, shipped = spec, None
     else:

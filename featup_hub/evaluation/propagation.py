@@ -19,6 +19,7 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.dataset import Sample, evenly
 from featup_hub.evaluation.features import Bench
+from featup_hub.evaluation.scores import mean_iou
 from featup_hub.evaluation.sums import Results
 
 __all__ = ["measure_propagation", "propagate"]
@@ -89,9 +90,5 @@ def _frame_sums(shares: Tensor, sample: Sample, classes: int) -> dict[str, Tenso
     """
     shown = F.interpolate(shares[None], sample.size, mode="bilinear", align_corners=False)
     sums = sample.sums(shown[0].argmax(0), None, classes)
-    counts = sums["confusion"]
-    hits = counts.diagonal()
-    union = (counts.sum(0) + counts.sum(1) - hits)[1:]
-    objects = union > 0
-    overlap = torch.where(objects, hits[1:] / union.clamp(min=1), 0.0).sum() / objects.sum()
-    return {"jaccard": torch.stack([overlap.nan_to_num(1.0), torch.ones(())]), "band": sums["band"]}
+    overlap = mean_iou(sums["confusion"], first=1).nan_to_num(1.0)  # 1 where there is no object
+    return {"jaccard": torch.stack([overlap, torch.ones(())]), "band": sums["band"]}

@@ -35,13 +35,14 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.bincount(index, minlength=classes * classes).reshape(classes, classes)
 
 
-def mean_iou(counts: Tensor) -> Tensor:
+def mean_iou(counts: Tensor, *, first: int = 0) -> Tensor:
     """Averages intersection over union over the classes that occur in labels or predictions.
 
-    Takes confusion matrices, (..., K, K), and returns scores in [0, 1], (...).
+    Takes confusion matrices, (..., K, K), and returns scores in [0, 1], (...). ``first`` is the
+    first class that counts.
     """
-    hits = counts.diagonal(dim1=-2, dim2=-1)
-    union = counts.sum(-1) + counts.sum(-2) - hits
+    hits = counts.diagonal(dim1=-2, dim2=-1)[..., first:]
+    union = (counts.sum(-1) + counts.sum(-2))[..., first:] - hits
     occurs = union > 0
     return torch.where(occurs, hits / union.clamp(min=1), 0.0).sum(-1) / occurs.sum(-1)
 
