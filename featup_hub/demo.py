@@ -48,17 +48,11 @@ class Point(NamedTuple):
 
 
 class PhotoFeatures(NamedTuple):
-    """A photograph and its features, scaled to length one.
+    """A photograph and its features, scaled to length one."""
 
-    Attributes:
-        image: The photograph at the backbone's input size, RGB.
-        patches: One vector per patch, (h, w, C).
-        pixels: One vector per pixel, (H, W, C).
-    """
-
-    image: Image.Image
-    patches: Tensor
-    pixels: Tensor
+    image: Image.Image  # RGB, at the backbone's input size
+    patches: Tensor  # one vector per patch, (h, w, C)
+    pixels: Tensor  # one vector per pixel, (H, W, C)
 
 
 @torch.inference_mode()

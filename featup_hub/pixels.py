@@ -79,19 +79,12 @@ def read_image(
 
 @dataclass(frozen=True, kw_only=True)
 class _Pixels:
-    """The values of an image.
+    """The values of an image."""
 
-    Attributes:
-        name: Name of the image in errors.
-        values: (H, W) or (H, W, bands), of any number type.
-        alpha: Opacity, a picture of mode L; None if opaque.
-        inverted: Whether the lowest value is white.
-    """
-
-    name: str
-    values: NDArray[Any]
-    alpha: Image.Image | None = None
-    inverted: bool = False
+    name: str  # of the image, in errors
+    values: NDArray[Any]  # (H, W) or (H, W, bands), of any number type
+    alpha: Image.Image | None = None  # opacity, a picture of mode L; None if opaque
+    inverted: bool = False  # whether the lowest value is white
 
     def choose(self, bands: Sequence[int]) -> _Pixels:
         """Takes three bands, counted from 1, as red, green and blue."""

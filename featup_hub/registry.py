@@ -27,15 +27,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """A file of weights that is shipped with the package.
+    """A file of weights that is shipped with the package."""
 
-    Attributes:
-        filename: Its name in the folder of shipped weights.
-        sha256: Digest in hexadecimal.
-    """
-
-    filename: str
-    sha256: str
+    filename: str  # in the folder of shipped weights
+    sha256: str  # in hexadecimal
 
 
 UPSAMPLERS: Mapping[str, WeightFile] = {

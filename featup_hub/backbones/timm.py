@@ -121,17 +121,11 @@ def _choose_layer(
 
 
 class Geometry(NamedTuple):
-    """How a network's features lie on its image.
+    """How a network's features lie on its image."""
 
-    Attributes:
-        feat_dim: Channels of the features; None if they are those that timm announces.
-        fixed_size: The network's fixed size of image; None if it takes any.
-        padding: Pixels to add to each axis, in total, so that the features cover the image.
-    """
-
-    feat_dim: int | None = None
-    fixed_size: tuple[int, int] | None = None
-    padding: int = 0
+    feat_dim: int | None = None  # channels; None if they are those that timm announces
+    fixed_size: tuple[int, int] | None = None  # the only size of image; None if it takes any
+    padding: int = 0  # pixels to add to each axis, in total, so that features cover the image
 
 
 def _find_geometry(

@@ -24,19 +24,12 @@ __all__ = ["Dataset", "Sample", "evenly"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image and its ground truth.
+    """One image and its ground truth, where the data has any."""
 
-    Attributes:
-        name: File name without suffix.
-        image: RGB in [0, 1], (3, H, W).
-        labels: Classes, negative for void, (H, W); None where the data has no labels.
-        depth: Metres, 0 where missing, (H, W); None where the data has no depth.
-    """
-
-    name: str
-    image: Tensor
-    labels: Tensor | None = None
-    depth: Tensor | None = None
+    name: str  # of the file, without suffix
+    image: Tensor  # RGB in [0, 1], (3, H, W)
+    labels: Tensor | None = None  # classes, negative for void, (H, W)
+    depth: Tensor | None = None  # metres, 0 where missing, (H, W)
 
     @property
     def size(self) -> tuple[int, int]:

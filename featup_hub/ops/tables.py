@@ -22,19 +22,12 @@ BICUBIC_A = -0.75
 
 
 class FoldedAxis(NamedTuple):
-    """One axis of a stage, with its output split into tiles; a tile has one window of the source.
+    """One axis of a stage; its output is split into tiles, each with one window of the source."""
 
-    Attributes:
-        tile: Output pixels of a tile; the last tile may reach beyond the output.
-        window: Source pixels of a window.
-        starts: First source pixel of each tile's window; a window lies within the source.
-        table: Weights A, (tiles·tile, D, window); zero beyond the output.
-    """
-
-    tile: int
-    window: int
-    starts: list[int]
-    table: Tensor
+    tile: int  # output pixels of a tile; the last tile may reach beyond the output
+    window: int  # source pixels of a window
+    starts: list[int]  # first source pixel of each tile's window; windows lie within the source
+    table: Tensor  # weights A, (tiles·tile, D, window); zero beyond the output
 
 
 def reflect(index: Tensor, size: int) -> Tensor:

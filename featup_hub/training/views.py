@@ -32,18 +32,12 @@ class Jitter:
 
     A view's point (y, x), both in [0, 1], shows the image's point (top + y/zoom, left + x/zoom),
     with x counted from the right in a flipped view. Outside [0, 1] the image is mirrored.
-
-    Attributes:
-        top: Upper edge of the part shown.
-        left: Left edge of the part shown.
-        zoom: Magnification, at least 1.
-        flip: Whether the view is mirrored left to right.
     """
 
-    top: float = 0.0
-    left: float = 0.0
-    zoom: float = 1.0
-    flip: bool = False
+    top: float = 0.0  # upper edge of the part shown
+    left: float = 0.0  # its left edge
+    zoom: float = 1.0  # magnification, at least 1
+    flip: bool = False  # whether the view is mirrored left to right
 
 
 def sample_jitter(

@@ -33,19 +33,12 @@ SMALLEST = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One axis of one stage, for one tile.
+    """One axis of one stage, for one tile."""
 
-    Attributes:
-        region: The pixels computed: those wanted and a margin around them.
-        source: The pixels of the stage's source that are read.
-        matrix: Weights, (pixels computed, pixels of the source).
-        inner: The pixels wanted, counted within ``region``.
-    """
-
-    region: slice
-    source: slice
-    matrix: Tensor
-    inner: slice
+    region: slice  # the pixels computed: those wanted and a margin around them
+    source: slice  # the pixels of the stage's source that are read
+    matrix: Tensor  # weights, (pixels computed, pixels of the source)
+    inner: slice  # the pixels wanted, counted within ``region``
 
 
 def upsample_tiled(

@@ -36,16 +36,10 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A CUDA source in ``csrc``, and how to compile it.
+    """A CUDA source in ``csrc``, and how to compile it."""
 
-    Attributes:
-        source: Name of the file; it may include every ``.cuh`` of the folder.
-        define: A macro, ``NAME=VALUE``.
-        kernels: Its kernels by name.
-    """
-
-    source: str
-    define: str
+    source: str  # name of the file; it may include every .cuh of the folder
+    define: str  # a macro, NAME=VALUE
     kernels: Mapping[str, Kernel] = field(hash=False)
 
     def __str__(self) -> str:
@@ -63,25 +57,15 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedKernels:
-    """The kernels of a program, loaded on one device.
+    """The kernels of a program, loaded on one device."""
 
-    Attributes:
-        device: Index of the device.
-        multiprocessors: Number of the device's multiprocessors.
-        program: The program.
-        driver: The driver.
-        functions: The kernels by name.
-        path: File of their machine code; None if it is in memory only.
-        compiler: Readable name of their compiler.
-    """
-
-    device: int
-    multiprocessors: int
+    device: int  # its index
+    multiprocessors: int  # of the device
     program: Program
     driver: CudaDriver
-    functions: Mapping[str, Function]
-    path: Path | None
-    compiler: str
+    functions: Mapping[str, Function]  # the kernels by name
+    path: Path | None  # of their machine code; None if it is in memory only
+    compiler: str  # its readable name
 
     def launch(
         self, name: str, grid: tuple[int, int, int], *arguments: Tensor | int | None
