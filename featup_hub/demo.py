@@ -156,7 +156,11 @@ def build(
     """
     if len(photos) > 2:
         raise ValueError(f"the page shows at most two photographs; got {len(photos)}")
-    opened = functools.lru_cache(maxsize=2)(_open)
+
+    @functools.lru_cache(maxsize=2)
+    def opened(model: str, upsampler: str) -> UpsampledBackbone:
+        card, file = find_backbone(model)
+        return load(card, backbone_weights=file, upsampler=upsampler)
 
     @functools.lru_cache(maxsize=_KEPT)
     def computed(
@@ -236,8 +240,3 @@ def build(
             control.change(show, everything, outputs, show_progress="hidden")
         page.load(show, everything, outputs)
     return page
-
-
-def _open(model: str, upsampler: str) -> UpsampledBackbone:
-    card, file = find_backbone(model)
-    return load(card, backbone_weights=file, upsampler=upsampler)

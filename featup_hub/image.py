@@ -42,8 +42,6 @@ _OTHER_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".n
 
 def check_size(size: int | tuple[int, int] | None, *, multiple_of: int = 1) -> None:
     """Raises ValueError unless every given side is a positive multiple of the patch size."""
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1; got {multiple_of}")
     if size is None:
         return
     sides = size if isinstance(size, (tuple, list)) else (size, size)

@@ -68,10 +68,6 @@ class ModuleBackbone(Backbone):
     ) -> None:
         if layout not in (None, "nchw", "nhwc"):
             raise ValueError(f"layout must be 'nchw' or 'nhwc'; got {layout!r}")
-        if not callable(module if call is None else call):
-            raise TypeError(
-                f"module, or call, must be a function of an image; got {module!r} and {call!r}"
-            )
         super().__init__(
             feat_dim=feat_dim,
             patch_size=patch_size,

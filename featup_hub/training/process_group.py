@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 __all__ = ["ProcessGroup", "process_group"]
 
@@ -28,11 +29,9 @@ class ProcessGroup(NamedTuple):
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sums floating-point tensors over all processes, in place; all get the same bits."""
         if self.size > 1:
-            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            flat = parameters_to_vector(tensors)
             dist.all_reduce(flat)
-            parts = flat.split([tensor.numel() for tensor in tensors])
-            for tensor, total in zip(tensors, parts, strict=True):
-                tensor.copy_(total.view_as(tensor))
+            vector_to_parameters(flat, tensors)
 
     def barrier(self) -> None:
         """Waits for all processes."""
