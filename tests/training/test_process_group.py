@@ -60,7 +60,10 @@ def keep_gradients(stop):
 def test_two_processes_stopped_and_resumed_train_what_one_does(photos, stem, tmp_path, monkeypatch):
     kept, alone = keep_gradients(None)
     monkeypatch.setattr(jbu._Run, "step", kept)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes below; more threads add up in another order
     one = train(photos, tmp_path / "one", PARTS, backbones={"stem": stem}, progress=False)
+    torch.set_num_threads(threads)
 
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
