@@ -80,7 +80,8 @@ def upsample_tiled(
     """
     head = None
     if isinstance(upsampler, FoldedHead):
-        upsampler, head = upsampler.upsampler, upsampler.head
+        head = upsampler.head
+        upsampler = upsampler.upsampler
     if not isinstance(upsampler, JBUStack):
         got = type(upsampler).__name__
         raise TypeError(f"tiles are for a JBUStack; got {got}; take model.upsampler of a model")
