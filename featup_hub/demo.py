@@ -32,8 +32,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PhotoFeatures", "build", "compute", "draw_colours", "draw_similarity", "similarity"]
-
 VIEWS = ("similarity", "colours (PCA)")
 _KEPT = 6  # photographs whose features stay in memory: about 100 MB each at 448×448
 _SHADES = ("#10104a", "#fff080", "#e02040")  # unlike, alike, between

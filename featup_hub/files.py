@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["sha256_of_file", "sha256_of_tensors", "write_atomically"]
-
 
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:

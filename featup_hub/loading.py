@@ -20,18 +20,6 @@ from featup_hub.upsamplers import JBUStack
 from featup_hub.weights.files import existing, load_into, split_norm
 from featup_hub.weights.files import load as load_weights
 
-__all__ = [
-    "find_backbone",
-    "find_card",
-    "list_models",
-    "load",
-    "load_backbone",
-    "load_upsampler",
-    "nearest_multiple",
-    "open_device",
-    "stride_and_size",
-]
-
 
 def list_models() -> list[str]:
     """Returns the names of the table; :func:`load` also takes any model of timm."""

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["UpsampledBackbone"]
-
 
 class UpsampledBackbone(nn.Module):
     """Computes features at the image's own resolution.

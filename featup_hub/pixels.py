@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["read_image"]
-
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # TIFF's tags: 2 for numbers with a sign, 0 if zero is white, 2 if bands are stored one after the
 # other, bits of each band.

@@ -11,16 +11,6 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-__all__ = [
-    "ALIASES",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "MODELS",
-    "UPSAMPLERS",
-    "ModelCard",
-    "WeightFile",
-]
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from featup_hub.backbones.contract import Backbone
 from featup_hub.backbones.timm_network import create
 
-__all__ = ["ClipBackbone", "MaskClipBackbone"]
-
 
 class ClipBackbone(Backbone):
     """CLIP's patch tokens, each projected as CLIP projects its class token.

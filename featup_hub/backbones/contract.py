@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from featup_hub.ops.jbu import check_normalisation, check_numbers
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["Backbone", "ChannelNorm", "check_backbone"]
-
 
 class Backbone(nn.Module):
     """Computes low-resolution features of an image.

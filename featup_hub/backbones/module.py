@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from featup_hub.backbones.contract import Backbone
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["ModuleBackbone"]
-
 Layout = Literal["nchw", "nhwc"]
 # Keys of the spatial features in the dictionaries of DINOv2, Hugging Face Transformers and
 # torchvision.

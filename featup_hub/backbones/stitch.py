@@ -17,8 +17,6 @@ from torch import Tensor
 from featup_hub.backbones.contract import Backbone, check_backbone
 from featup_hub.ops.jbu import check_numbers
 
-__all__ = ["ShiftAndStitch", "root_of_looks"]
-
 _INNER, _OUTER = 19 / 32, -3 / 32  # PyTorch's bicubic weights halfway between two pixels
 
 

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from featup_hub.backbones.contract import Backbone
 from featup_hub.backbones.timm_network import build, create
 
-__all__ = ["TimmBackbone"]
-
 
 class TimmBackbone(Backbone):
     """A network of timm as a backbone.

@@ -16,8 +16,6 @@ from torch import Tensor
 from featup_hub.registry import ModelCard
 from featup_hub.weights.files import listed_problems
 
-__all__ = ["build", "cached_file", "create", "find_config", "is_timm_model", "timm_card"]
-
 _AS_GIVEN = {"source": "", "custom_load": False}  # timm then loads the state_dict beside it
 _HUB = ("hf-hub:", "hf_hub:")  # timm's prefix of Hub repositories
 

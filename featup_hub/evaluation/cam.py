@@ -36,8 +36,6 @@ from featup_hub.pixels import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 from featup_hub.weights import load
 
-__all__ = ["Classifier", "measure_cam", "open_classifier", "open_photos"]
-
 MIN_TERM = 1e-6
 
 

@@ -29,16 +29,6 @@ from featup_hub.registry import UPSAMPLERS
 from featup_hub.upsamplers import JBUStack, baselines
 from featup_hub.weights import convert_upstream, digest, load_into, read, resolve
 
-__all__ = [
-    "Candidate",
-    "PlugInError",
-    "UnknownUpsamplerError",
-    "candidate",
-    "is_plug_in",
-    "own_code",
-    "plug_in",
-]
-
 Head = Literal["before", "inside", "after"]
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral")
 MIN_SUM = 0.05

@@ -8,8 +8,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Literal, get_args
 
-__all__ = ["EvaluationConfig", "Protocol", "Reduction"]
-
 Reduction = Literal["point", "area"]
 Protocol = Literal[
     "oracle", "preservation", "transfer", "consistency", "propagation", "cost", "cam"

@@ -26,8 +26,6 @@ from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench, with_looks
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["measure_consistency"]
-
 SIDE = 224
 FIT_IMAGES = 30
 VIEWS = 3  # of each photograph

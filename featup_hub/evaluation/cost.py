@@ -20,8 +20,6 @@ from featup_hub.evaluation.candidates import Candidate
 from featup_hub.evaluation.features import Bench
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["measure_cost"]
-
 MIB = 2**20
 
 

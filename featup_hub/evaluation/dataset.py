@@ -19,8 +19,6 @@ from featup_hub.image import normalise_values, to_tensor
 from featup_hub.pixels import read_image
 from featup_hub.registry import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["Dataset", "Sample", "evenly"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:

@@ -18,8 +18,6 @@ from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.loading import find_backbone, load_backbone
 from featup_hub.weights import digest, read, write
 
-__all__ = ["Bench", "Source", "file_stamp", "find_source"]
-
 VERSION = 1
 """Raise this if backbones of the same weights give other features."""
 

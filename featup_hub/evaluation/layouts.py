@@ -22,8 +22,6 @@ from typing import Any, Literal, NamedTuple
 from featup_hub.evaluation.dataset import Dataset
 from featup_hub.image import list_images
 
-__all__ = ["LAYOUTS", "Layout", "open_data"]
-
 
 class Layout(NamedTuple):
     """Where a data set keeps its files; ``{split}`` stands for the data set's name of the split.

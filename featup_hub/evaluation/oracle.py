@@ -20,8 +20,6 @@ from featup_hub.evaluation.config import Reduction
 from featup_hub.evaluation.dataset import Dataset, Sample
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["measure_oracle"]
-
 
 @torch.inference_mode()
 def measure_oracle(

@@ -27,8 +27,6 @@ from featup_hub.evaluation.dataset import Sample
 from featup_hub.evaluation.features import Bench
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["measure_preservation", "measure_transfer"]
-
 BATCH, LEARNING_RATE = 1024, 1e-2  # cells per step of AdamW, and the rate of its first step
 WEIGHT_DECAYS = (0.01, 0.3, 1.0, 3.0)  # to choose from, for classes
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)  # to choose from, for depth; shares of the cells

@@ -22,8 +22,6 @@ from featup_hub.evaluation.features import Bench
 from featup_hub.evaluation.scores import mean_iou
 from featup_hub.evaluation.sums import Results
 
-__all__ = ["measure_propagation", "propagate"]
-
 SHRINK = 4
 NEIGHBOURS = 7
 TEMPERATURE = 0.07

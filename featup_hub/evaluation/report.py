@@ -23,8 +23,6 @@ from featup_hub.files import write_atomically
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Row", "as_json", "draw", "rows", "table", "write_results"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Row:

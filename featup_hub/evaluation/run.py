@@ -23,8 +23,6 @@ from featup_hub.evaluation.report import Row, rows
 from featup_hub.evaluation.sums import Measurement, Results, measure_new
 from featup_hub.loading import find_card
 
-__all__ = ["evaluate", "measure"]
-
 ON_FEATURES = {
     "preservation": measure_preservation,
     "transfer": measure_transfer,

@@ -14,16 +14,6 @@ from torch import Tensor
 
 from featup_hub.evaluation.statistics import Metric
 
-__all__ = [
-    "METRICS",
-    "boundary_band",
-    "confusion",
-    "depth_edges",
-    "depth_sums",
-    "mean_iou",
-    "segmentation_sums",
-]
-
 EDGE_JUMP = 0.1
 DELTA = 1.25
 

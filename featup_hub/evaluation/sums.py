@@ -14,8 +14,6 @@ from torch import Tensor
 from featup_hub.evaluation.candidates import Candidate
 from featup_hub.files import write_atomically
 
-__all__ = ["Measurement", "Results", "Sums", "measure_new"]
-
 VERSION = 8
 """Raise this if the meaning of a measurement changes."""
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["ImplementationStatus", "implementations", "run"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImplementationStatus:

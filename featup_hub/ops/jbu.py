@@ -29,8 +29,6 @@ from torch.autograd import forward_ad
 from featup_hub.ops import reference, registration  # noqa: F401  (it registers the operators)
 from featup_hub.ops.reference import StageWeights
 
-__all__ = ["Implementation", "jbu_apply", "jbu_kernel", "joint_kernel", "pool_guidance"]
-
 Implementation = Literal["auto", "cuda", "torch", "reference"]
 
 _LARGEST = 20  # no usual normalisation gives a value this large
@@ -230,6 +228,7 @@ def _traced() -> bool:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Turns autocast off, where it is on."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

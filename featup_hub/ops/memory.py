@@ -9,8 +9,6 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["new_map", "temporary_elements"]
-
 HUGE_PAGE = 1 << 21  # bytes
 CPU_ELEMENTS = 1 << 19  # the measured optimum of cache misses and call overhead
 GPU_ELEMENTS = 1 << 26  # a GPU needs few large operations

@@ -30,8 +30,6 @@ from featup_hub.ops.reference import (
     spatial_logits,
 )
 
-__all__ = ["predict", "predict_backward"]
-
 
 def predict(guidance: Tensor, weights: StageWeights) -> Tensor:
     """Predicts kernels, channels last, (B, H, W, D²), from (B, G, H, W) in the weights' dtype."""

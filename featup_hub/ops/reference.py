@@ -18,15 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "StageWeights",
-    "jbu_apply",
-    "jbu_kernel",
-    "joint_kernel",
-    "pool_guidance",
-    "reflect_pad",
-]
-
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 MIN_SUM = 1e-7
 FIXUP_SCALE = 0.1

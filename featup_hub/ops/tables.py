@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FoldedAxis", "bicubic", "bicubic_matrix", "fold_axis", "reflect"]
-
 BICUBIC_A = -0.75
 
 

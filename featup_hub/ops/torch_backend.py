@@ -17,9 +17,6 @@ from featup_hub.ops import folded, reference
 from featup_hub.ops.prediction import predict, predict_backward
 from featup_hub.ops.reference import StageWeights
 
-__all__ = ["apply", "apply_backward", "joint_kernel_backward", "kernel", "kernel_backward"]
-
-
 HUGE = 1e18  # the product of two smaller values is finite in float32
 
 

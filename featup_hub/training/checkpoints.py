@@ -12,8 +12,6 @@ import torch
 
 from featup_hub.files import write_atomically
 
-__all__ = ["add_metrics", "load_checkpoint", "open_metrics", "save_checkpoint"]
-
 
 def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
     """Writes a checkpoint; an interrupted write leaves the old file."""

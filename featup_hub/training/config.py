@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["BASIS", "PRESETS", "FitConfig", "JBUTrainingConfig"]
-
 BASIS = "jbu_faithful"  # the views are averaged anyway, so averaging stages add nothing
 
 _FINITE = sys.float_info.max

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from featup_hub.training.views import centres, sample_map
 
-__all__ = ["AttentionDownsampler", "SimpleDownsampler"]
-
 
 class SimpleDownsampler(nn.Module):
     """Averages every cell with one learned non-negative kernel, the same for all channels."""

@@ -32,8 +32,6 @@ from torch import Tensor
 from featup_hub.training.views import Jitter, centres, positions, sample_map
 from featup_hub.upsamplers import JBUStack
 
-__all__ = ["Basis", "NormalEquations", "fit_source"]
-
 Views = Iterable[tuple[Sequence[Jitter], Tensor]]
 
 CELLS = 64 * 64  # approximate cells of z; more if twice the backbone's resolution needs more

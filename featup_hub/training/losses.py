@@ -9,15 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "ScaleNet",
-    "blur_residual",
-    "magnitude_tv",
-    "mean_magnitude",
-    "reconstruction_loss",
-    "sampled_crf",
-]
-
 MIN_SCALE = 1e-4
 
 

@@ -35,8 +35,6 @@ from featup_hub.visualize import fit_pca
 if TYPE_CHECKING:
     from featup_hub.training.config import FitConfig
 
-__all__ = ["fit_network"]
-
 Views = Iterable[tuple[Sequence[Jitter], Tensor]]
 
 PCA_VIEWS = 50  # views for the principal components

@@ -23,8 +23,6 @@ from featup_hub.training.training_source import TrainingSource, random_projectio
 from featup_hub.training.views import apply_jitter, sample_jitter
 from featup_hub.upsamplers import JBUStack
 
-__all__ = ["consistency_loss"]
-
 
 def consistency_loss(
     stack: JBUStack,

@@ -21,8 +21,6 @@ from featup_hub.training.seeds import seeded
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PhotoStream"]
-
 
 class PhotoStream:
     """An endless stream of random crops of the photographs in a folder and its subfolders.

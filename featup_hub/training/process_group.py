@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-__all__ = ["ProcessGroup", "process_group"]
-
 
 class ProcessGroup(NamedTuple):
     """The processes that train together: this one's number, from 0, and how many there are."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["seeded"]
-
 
 def seeded(*numbers: int) -> torch.Generator:
     """Returns a CPU generator seeded by all the numbers, each below 2⁶³."""

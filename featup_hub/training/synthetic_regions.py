@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["random_field", "random_regions", "reduce_regions"]
-
 # Segmentations from fine to coarse, in the units of the paper's constant k and in pixels.
 MIN_SCALE, MAX_SCALE = 60.0, 800.0
 MIN_PIXELS, MAX_PIXELS = 30, 120

@@ -16,8 +16,6 @@ from featup_hub.loading import find_backbone, load_backbone
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
 from featup_hub.training.losses import ScaleNet
 
-__all__ = ["Standardiser", "TrainingSource", "open_backbones", "random_projection"]
-
 
 class TrainingSource(nn.Module):
     """A frozen backbone with the learned model of its features: downsampler, scale, standardiser.

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Jitter", "apply_jitter", "centres", "positions", "sample_jitter", "sample_map"]
-
 _STEPS = 2**24  # of a pixel; rounding removes float64 errors from whole pixels
 
 

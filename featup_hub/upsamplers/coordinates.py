@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FourierFeatures", "pixel_centres", "sample"]
-
 
 class FourierFeatures(nn.Module):
     """Sines and cosines of five signals, with frequencies in geometric progression.

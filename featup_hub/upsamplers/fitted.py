@@ -24,8 +24,6 @@ from featup_hub.weights import load_into, metadata, read, write
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FittedFeatures", "JBUFit"]
-
 
 class FittedFeatures(nn.Module):
     """One image's features at any resolution. :meth:`load` reads files of both kinds.

@@ -12,8 +12,6 @@ from featup_hub.ops import Implementation
 if TYPE_CHECKING:
     from featup_hub.upsamplers.jbu import JBUStack
 
-__all__ = ["FoldedHead", "apply_head", "check_head"]
-
 
 class FoldedHead(nn.Module):
     """An upsampler with a linear head, see :meth:`JBUStack.fold_head`.

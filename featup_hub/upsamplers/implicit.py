@@ -27,8 +27,6 @@ from featup_hub.upsamplers.fitted import FittedFeatures
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ImplicitUpsampler"]
-
 _TILE = 1 << 15  # points in one pass of the network
 
 

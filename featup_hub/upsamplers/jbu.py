@@ -32,8 +32,6 @@ from featup_hub.upsamplers.plan import (
 from featup_hub.upsamplers.pretrained import Pretrained
 from featup_hub.upsamplers.stage import JBUStage, has_zero_mean, stage_weights
 
-__all__ = ["JBUStack"]
-
 
 class JBUStack(Pretrained):
     """Upsamples features to the image's resolution by joint bilateral stages.

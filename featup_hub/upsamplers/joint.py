@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from featup_hub.ops import Implementation, jbu_apply, joint_kernel, pool_guidance
 from featup_hub.ops.reference import mirror, repeat
 
-__all__ = ["JointBilateralStage", "JointKernels"]
-
 _FINER = 2  # times the output size, to embed colours; finer is no better
 # Of a source of several looks: a cell keeps part of its own features, which the other looks
 # confirm. Tuned on training images; the share was lowered after results on validation images, see

@@ -15,18 +15,6 @@ from featup_hub.ops.jbu import check_floating, without_autocast
 from featup_hub.ops.tables import bicubic, reflect
 from featup_hub.upsamplers.joint import JointKernels
 
-__all__ = [
-    "JBUKernels",
-    "JBUPlan",
-    "check_arguments",
-    "check_kernels",
-    "halved",
-    "output_size",
-    "plan_sizes",
-    "reach_of_halved",
-    "stage_sizes",
-]
-
 
 def stage_sizes(
     source_size: tuple[int, int], output_size: tuple[int, int]

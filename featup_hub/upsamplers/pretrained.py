@@ -22,8 +22,6 @@ from featup_hub.weights import load_into, read, write
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Pretrained"]
-
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _CARD = """---
 library_name: featup_hub

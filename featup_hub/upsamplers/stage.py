@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from featup_hub.ops import Implementation, StageWeights, jbu_apply, jbu_kernel
 
-__all__ = ["JBUStage", "has_zero_mean", "stage_weights"]
-
 _ZERO_MEAN = 1e-6  # of the largest entry: rounding error in float32 of a mean of zero
 _ROUNDED = 0.25  # of the precision and the largest entry: the same, in half precision
 

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from featup_hub.weights.files import existing, kind, read
 
-__all__ = ["read_state"]
-
 # Keys of the weights in checkpoints of timm, Lightning, DINO and MAE, and prefixes of names that
 # torch.compile, DistributedDataParallel and DINO add.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")

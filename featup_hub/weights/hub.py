@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["download", "explained"]
-
 
 def download(
     repo_id: str,

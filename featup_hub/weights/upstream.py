@@ -17,8 +17,6 @@ from featup_hub.files import sha256_of_file
 from featup_hub.weights.checkpoints import read_state
 from featup_hub.weights.files import differences, write
 
-__all__ = ["ConvertedCheckpoint", "convert", "convert_upstream"]
-
 FORMAT = "1"  # format of converted files: the upsampler's tensors, and the norm's under "norm."
 _UPSAMPLER = "upsampler."
 _EXTRAS = ("downsampler.", "scale_net.")

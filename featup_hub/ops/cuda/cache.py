@@ -15,8 +15,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["cache_folder", "cubin_name", "fetch"]
-
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 

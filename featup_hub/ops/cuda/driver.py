@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["CudaDriver", "CudaDriverError", "Function", "addresses", "open_driver", "pack"]
-
 CAPTURE_MODE_RELAXED = 2  # a CUstreamCaptureMode
 # Faults of any work queued earlier; the driver reports them at the next call.
 ASYNCHRONOUS_ERRORS = {700, 702, 710, *range(714, 720)}

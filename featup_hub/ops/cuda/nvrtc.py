@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Nvrtc", "NvrtcError", "load", "search_path"]
-
 
 class NvrtcError(RuntimeError):
     """NVRTC is missing, or rejected a program; the message includes the log."""

@@ -17,8 +17,6 @@ from torch import Tensor
 from featup_hub.ops.cuda import cache, nvrtc
 from featup_hub.ops.cuda.driver import CudaDriver, CudaDriverError, Function, open_driver
 
-__all__ = ["FusedKernels", "Kernel", "Program", "UnavailableError", "compile_program", "prepare"]
-
 OPTIONS = ("--std=c++17",)
 OLDEST_ARCHITECTURE = 70
 
