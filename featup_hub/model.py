@@ -173,7 +173,10 @@ class UpsampledBackbone(nn.Module):
         folded = UpsampledBackbone(
             self.backbone, upsampler, norm=self.norm, image_size=self.image_size
         )
-        return folded.train(self.training)
+        # Not folded.train(): it would change the mode of shared parts, such as a frozen backbone.
+        folded.training = self.training
+        head.train(self.training)
+        return folded
 
     def _upsample(
         self,

@@ -68,6 +68,18 @@ def test_a_folded_head_equals_the_head_behind_the_model(closing: int | None) -> 
     torch.testing.assert_close(folded(image), head(whole(image)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_folding_a_head_leaves_the_mode_of_every_part(training: bool) -> None:
+    whole = tiny(random_stack(None)).train(training)
+    whole.backbone.train(not training)  # a frozen backbone, or an upsampler that does not learn
+    modes = [part.training for part in whole.modules()]
+    folded = whole.fold_head(nn.Conv2d(6, 2, 1))
+    assert [part.training for part in whole.modules()] == modes
+    assert (
+        folded.training == folded.upsampler.training == folded.upsampler.head.training == training
+    )
+
+
 def test_a_second_head_is_refused() -> None:
     with pytest.raises(ValueError, match="has a head already; fold one into the model it came"):
         tiny().fold_head(nn.Conv2d(6, 2, 1)).fold_head(nn.Conv2d(2, 2, 1))

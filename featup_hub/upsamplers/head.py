@@ -28,6 +28,7 @@ class FoldedHead(nn.Module):
         check_head(head, upsampler.feat_dim)
         self.upsampler = upsampler
         self.head = head
+        self.training = upsampler.training
 
     def forward(
         self,
