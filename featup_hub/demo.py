@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from featup_hub.image import normalise, read_image, resize
@@ -28,9 +29,6 @@ except ImportError as error:
     raise ImportError(
         "the demo needs gradio, which is not installed; pip install 'featup_hub[demo]'"
     ) from error
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 VIEWS = ("similarity", "colours (PCA)")
 _KEPT = 6  # photographs whose features stay in memory: about 100 MB each at 448×448
@@ -86,8 +84,6 @@ def draw_similarity(
     similarities: Tensor, low: float, image: Image.Image, strength: float
 ) -> Image.Image:
     """Draws similarities, (h, w), over a photograph: dark at ``low``, bright at 1."""
-    from PIL import Image, ImageOps
-
     levels = ((similarities - low) / max(1 - low, 1e-6)).clamp(0, 1)
     grey = Image.fromarray((levels * 255).round().byte().numpy())
     return _overlay(ImageOps.colorize(grey, *_SHADES), image, strength)
@@ -110,8 +106,6 @@ def draw_colours(photos: Sequence[PhotoFeatures], strength: float) -> list[Image
 
 
 def _overlay(colours: Image.Image, image: Image.Image, strength: float) -> Image.Image:
-    from PIL import Image
-
     if colours.size != image.size:
         colours = colours.resize(image.size, Image.Resampling.NEAREST)
     return Image.blend(image, colours, strength)
@@ -121,8 +115,6 @@ def _draw(
     photos: Sequence[PhotoFeatures | None], view: str, strength: float, point: Point | None
 ) -> list[Image.Image | None]:
     """Draws both pictures of both photographs; None for a missing photograph."""
-    from PIL import ImageDraw
-
     present = [photo for photo in photos if photo is not None]
     query = None if point is None else photos[point.photo]
     drawn: list[Image.Image] = []
@@ -164,8 +156,6 @@ def build(
     def computed(
         model: str, upsampler: str, pixels: bytes, shape: tuple[int, int]
     ) -> PhotoFeatures:
-        from PIL import Image
-
         return compute(opened(model, upsampler), Image.frombytes("RGB", shape, pixels), size)
 
     def show(*values: Any) -> list[Image.Image | None]:

@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from featup_hub.pixels import read_image
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL import Image
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -82,8 +81,6 @@ def resize(
         >>> resize(photo, (224, 224)).size
         (224, 224)
     """
-    from PIL import Image
-
     check_size(size, multiple_of=multiple_of)
     width, height = image.size
     if isinstance(size, (tuple, list)):
@@ -154,8 +151,6 @@ def normalise(picture: Image.Image, *, mean: Sequence[float], std: Sequence[floa
 
 def to_tensor(picture: Image.Image) -> Tensor:
     """Converts an RGB picture to values in [0, 1], (3, H, W), float32."""
-    import numpy as np
-
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
 
 

@@ -15,12 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # TIFF's tags: 2 for numbers with a sign, 0 if zero is white, 2 if bands are stored one after the
@@ -62,8 +61,6 @@ def read_image(
         >>> read_image(depth, value_range=(0, 4095)).getpixel((1, 0))
         (128, 128, 128)
     """
-    from PIL import Image
-
     pixels = _decode(image, as_stored=bands is not None)
     if bands is not None:
         pixels = pixels.choose(bands)
@@ -98,8 +95,6 @@ class _Pixels:
 
     def to_8_bits(self, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
         """Scales a range of values to 0..255, (H, W) or (H, W, 3)."""
-        import numpy as np
-
         values = self.values
         if values.ndim == 3 and values.shape[2] != 3:
             raise ValueError(
@@ -147,9 +142,6 @@ def _decode(image: object, *, as_stored: bool = False) -> _Pixels:
     With ``as_stored``, the bands are those of the file; else they are converted to grey or RGB if
     the format defines how.
     """
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"an image of at least one pixel is needed; got {image.size}")
@@ -202,9 +194,6 @@ def _decode(image: object, *, as_stored: bool = False) -> _Pixels:
 def _decode_picture(
     image: Image.Image, file: BinaryIO | None, name: str, *, as_stored: bool
 ) -> _Pixels:
-    import numpy as np
-    from PIL import ImageOps
-
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -243,9 +232,6 @@ def _low_bytes(file: BinaryIO, raw: str) -> NDArray[np.uint8]:
 
     Pillow takes the first or the second byte by the byte order given; we give the opposite.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
-
     file.seek(0)
     image = Image.open(file)
     other = raw[:-4] + _OTHER_ORDER[raw[-4:]]
@@ -265,8 +251,6 @@ def _read_tiff(path: Path) -> NDArray[Any]:
             f"Pillow cannot read {path}, a TIFF of many bands or of an unusual kind; install "
             'what can: pip install "featup_hub[tiff]"'
         ) from None
-    import numpy as np
-
     try:
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
@@ -282,8 +266,6 @@ def _read_tiff(path: Path) -> NDArray[Any]:
 @contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
     """Converts Pillow's exceptions on damaged bytes to one error."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
         yield
     except (UnidentifiedImageError, Warning):  # warnings, where Python makes errors of them

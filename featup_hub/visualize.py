@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 __all__ = ["PCABasis", "comparison", "contact_sheet", "fit_pca", "pca_rgb", "picture"]
 
@@ -109,8 +106,6 @@ def comparison(image: Image.Image, source: Tensor, upsampled: Tensor) -> Image.I
     Returns:
         Four captioned panels, two by two for a wide image, else in a row.
     """
-    from PIL import Image
-
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"image must be a PIL image; got {type(image).__name__}; "
@@ -147,8 +142,6 @@ def contact_sheet(
             224 pixels, large ones reduced to 1,024.
         columns: Panels in a row.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     scale = min(-(-_SMALLEST // max(size)), _LARGEST / max(size))
     width, height = (max(round(side * scale), 1) for side in size)
     font = ImageFont.load_default(_FONT)
@@ -199,6 +192,4 @@ def _colours(projected: Tensor, basis: PCABasis) -> Tensor:
 
 def picture(colours: Tensor) -> Image.Image:
     """Converts colours in [0, 1], (1, 3, H, W), to a PIL image."""
-    from PIL import Image
-
     return Image.fromarray((colours[0].permute(1, 2, 0) * 255).round().byte().numpy())

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from featup_hub.training.config import FitConfig
 from featup_hub.training.downsamplers import AttentionDownsampler
 from featup_hub.training.losses import (
     ScaleNet,
@@ -31,9 +31,6 @@ from featup_hub.training.views import Jitter, apply_jitter
 from featup_hub.upsamplers import ImplicitUpsampler
 from featup_hub.upsamplers.coordinates import pixel_centres
 from featup_hub.visualize import fit_pca
-
-if TYPE_CHECKING:
-    from featup_hub.training.config import FitConfig
 
 Views = Iterable[tuple[Sequence[Jitter], Tensor]]
 

@@ -9,17 +9,14 @@ import hashlib
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from featup_hub.image import IMAGE_SUFFIXES, list_images, to_tensor
 from featup_hub.pixels import read_image
 from featup_hub.training.seeds import seeded
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class PhotoStream:
@@ -65,8 +62,6 @@ class PhotoStream:
 
         If a photograph cannot be read, a warning names it once, and the next one replaces it.
         """
-        from PIL.Image import Resampling
-
         photo, (height, width) = self._read(number), size
         share, x, y, mirror = torch.rand(
             4, generator=seeded(self.seed, 1, number), dtype=torch.float64
@@ -76,7 +71,7 @@ class PhotoStream:
         left, top = x * (photo.width - width * factor), y * (photo.height - height * factor)
         right, bottom = left + width * factor, top + height * factor
         box = (left, top, min(right, photo.width), min(bottom, photo.height))
-        crop = photo.resize((width, height), Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        crop = photo.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
         pixels = to_tensor(crop)
         return pixels.flip(2) if mirror < 0.5 else pixels
 
