@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from featup_hub.ops.jbu import check_normalisation
 from featup_hub.pixels import read_image
 
 __all__ = [
@@ -156,8 +157,6 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def normalise_values(rgb: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalises values in [0, 1], (..., 3, H, W)."""
-    from featup_hub.ops.jbu import check_normalisation
-
     check_normalisation(mean, std)
     offset, scale = (rgb.new_tensor(values)[:, None, None] for values in (mean, std))
     return (rgb - offset) / scale

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from featup_hub.registry import ModelCard
+from featup_hub.weights.checkpoints import read_state
 from featup_hub.weights.files import listed_problems
+from featup_hub.weights.hub import explained
 
 _AS_GIVEN = {"source": "", "custom_load": False}  # timm then loads the state_dict beside it
 _HUB = ("hf-hub:", "hf_hub:")  # timm's prefix of Hub repositories
@@ -41,9 +43,6 @@ def create(
             raise RuntimeError(
                 f"timm has no weights for {name!r}; give a file of your own, or pretrained=False"
             )
-        from featup_hub.weights.checkpoints import read_state
-        from featup_hub.weights.hub import explained
-
         if cached := _cached(config):
             try:  # to read it here, because timm before 1.0.26 runs code in pickles
                 tensors = read_state(cached)
@@ -57,12 +56,7 @@ def create(
             model = build(name, {**kwargs, "pretrained": True})
         model.pretrained_cfg.pop("state_dict", None)  # else it stays in memory with the model
         return model
-    if isinstance(weights, Mapping):
-        tensors = dict(weights)
-    else:
-        from featup_hub.weights.checkpoints import read_state
-
-        tensors = read_state(weights)
+    tensors = dict(weights) if isinstance(weights, Mapping) else read_state(weights)
     if not tensors:  # timm would download its own
         raise ValueError("weights must be tensors by name; got an empty mapping; leave weights out")
     for key, tensor in tensors.items():
@@ -171,8 +165,6 @@ def find_config(name: str) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"a timm network is named by a string; got {type(name).__name__}")
     if name.startswith(_HUB):
-        from featup_hub.weights.hub import explained
-
         place = name.partition(":")[2]
         with explained(f"config.json of {place}"):
             return PretrainedCfg(**load_model_config_from_hf(place)[0])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from featup_hub.files import write_atomically
-from featup_hub.weights import load_into, read, write
+from featup_hub.weights import download, load_into, read, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,8 +82,6 @@ class Pretrained(nn.Module):
                     "make the folder with save_pretrained"
                 )
         else:
-            from featup_hub.weights import download
-
             options: dict[str, Any] = {"token": token, "force_download": force_download}
             config = download(str(source), CONFIG, revision=revision, **options)
             # The cache keeps a snapshot per commit: both files must come from one.
