@@ -88,70 +88,56 @@ def _machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     forget()
 
 
-def rocm(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch.version, "hip", "6.2")
+Break = Callable[[pytest.MonkeyPatch], None]
 
 
-def old_card(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+def card(major: int, minor: int) -> Break:
+    """A card of this compute capability."""
+    return lambda patch: patch.setattr(
+        torch.cuda, "get_device_capability", lambda index: (major, minor)
+    )
 
 
-def card_too_old_for_the_compiler(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+def failing(owner: Any, name: str, error: Exception) -> Break:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return lambda patch: patch.setattr(owner, name, fail)
 
 
-def card_too_new_for_the_compiler(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch.cuda, "get_device_capability", lambda index: (14, 0))
-
-
-def no_nvrtc(patch: pytest.MonkeyPatch) -> None:
-    def load() -> None:
-        raise nvrtc.NvrtcError("NVRTC was not found; install a CUDA build of torch")
-
-    patch.setattr(nvrtc, "load", load)
-
-
-def compile_error(patch: pytest.MonkeyPatch) -> None:
-    def fail(self: Compiler, *args: Any) -> None:
-        raise nvrtc.NvrtcError("could not compile jbu.cu for sm_90: jbu.cu(1): error")
-
-    patch.setattr(Compiler, "compile", fail)
-
-
-def no_driver(patch: pytest.MonkeyPatch) -> None:
-    def load() -> None:
-        raise CudaDriverError("the CUDA driver's library could not be loaded; install a driver")
-
-    patch.setattr(programs, "open_driver", load)
-
-
-def rejected_image(patch: pytest.MonkeyPatch) -> None:
-    def load(self: Driver, *args: Any) -> None:
-        raise CudaDriverError("CUDA driver error 218 in loading: a PTX JIT compilation failed")
-
-    patch.setattr(Driver, "load", load)
-
-
-FAULTS = [
-    (rocm, "built for ROCm .* impl='torch' computes the same"),
-    (old_card, r"need compute capability 7\.0 or newer; this device has 6\.1"),
-    (card_too_old_for_the_compiler, "not for this device's sm_70; .* an older CUDA"),
-    (card_too_new_for_the_compiler, "not for this device's sm_140; .* a newer CUDA"),
-    (no_nvrtc, "NVRTC was not found; install a CUDA build of torch"),
-    (compile_error, r"could not compile jbu\.cu for sm_90"),
-    (no_driver, "driver's library could not be loaded; install a driver"),
-    (rejected_image, "error 218 in loading"),
-]
+FAULTS: dict[str, tuple[Break, str]] = {
+    "ROCm": (
+        lambda patch: patch.setattr(torch.version, "hip", "6.2"),
+        "built for ROCm .* impl='torch' computes the same",
+    ),
+    "old card": (card(6, 1), r"need compute capability 7\.0 or newer; this device has 6\.1"),
+    "card too old for the compiler": (card(7, 0), "not for this device's sm_70; .* an older CUDA"),
+    "card too new for the compiler": (card(14, 0), "not for this device's sm_140; .* a newer CUDA"),
+    "no NVRTC": (failing(nvrtc, "load", nvrtc.NvrtcError("was not found")), "was not found"),
+    "compile error": (
+        failing(Compiler, "compile", nvrtc.NvrtcError("could not compile jbu.cu")),
+        r"could not compile jbu\.cu",
+    ),
+    "no driver": (
+        failing(programs, "open_driver", CudaDriverError("could not be loaded; install a driver")),
+        "could not be loaded; install a driver",
+    ),
+    "rejected image": (
+        failing(Driver, "load", CudaDriverError("error 218 in loading")),
+        "error 218 in loading",
+    ),
+}
 
 
 def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word() -> None:
     assert [choose(impl) for impl in ("auto", "cuda", "torch")] == ["cuda", "cuda", "torch"]
 
 
-@pytest.mark.parametrize(("break_it", "words"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_auto_falls_back_with_one_warning_a_named_one_never_does_and_the_status_says_the_same(
-    monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None], words: str
+    monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
+    break_it, words = FAULTS[fault]
     break_it(monkeypatch)
     with pytest.warns(UserWarning, match=f"without the fused CUDA kernels: .*{words}") as caught:
         assert [choose("auto") for _ in range(3)] == ["torch"] * 3
