@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UPSTREAM_TAPS = (0, 1, 4, 9, 16, 25, 36)
-
 
 def neighbourhoods(x: Tensor, diameter: int) -> Tensor:
     """(B, C, H, W) -> (B, C, D², H, W), mirrored beyond the border as NumPy mirrors."""

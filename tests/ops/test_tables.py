@@ -18,19 +18,6 @@ def test_the_bicubic_matrix_is_pytorchs_interpolation(size_in: int, size_out: in
     torch.testing.assert_close(x @ bicubic_matrix(size_in, size_out).t(), expected)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (3, 3), (5, 9), (14, 28), (16, 28), (4, 18)])
-@pytest.mark.parametrize("tile", [1, 4, 8])
-def test_every_tap_of_a_table_sums_to_one_inside_and_to_zero_beyond(
-    sizes: tuple[int, int], tile: int
-) -> None:
-    axis = fold_axis(*sizes, tile, 3, torch.float64, torch.device("cpu"))
-    sums = axis.table.sum(2)
-    torch.testing.assert_close(sums[: sizes[1]], torch.ones(sizes[1], 7).double())
-    assert sums[sizes[1] :].abs().sum() == 0
-    assert axis.table.shape == (tile * len(axis.starts), 7, axis.window)
-    assert all(0 <= start <= sizes[0] - axis.window for start in axis.starts)
-
-
 def test_a_doubled_axis_has_the_narrowest_windows_there_are() -> None:
     axis = fold_axis(20, 40, 4, 3, torch.float64, torch.device("cpu"))
     assert axis.window == 8  # ten output pixels, half a pixel apart, and a cubic's reach

@@ -24,7 +24,7 @@ from featup_hub.ops.memory import new_map
 from featup_hub.ops.reference import StageWeights
 from featup_hub.upsamplers import JBUStage
 from tests.operations import Recorder
-from tests.ops.formulations import UPSTREAM_TAPS, randomise, stage_apply
+from tests.ops.formulations import randomise
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -169,39 +169,12 @@ def test_gradients_pass_gradcheck_for_source_guidance_and_every_parameter(impl: 
     assert torch.autograd.gradcheck(upsample, (source, guidance, *stage.parameters()))
 
 
-def taps_that_learn(upsample: object) -> list[int]:
-    """The taps whose kernel entries receive a gradient anywhere."""
-    source = torch.randn(1, 3, 6, 6, dtype=torch.float64)
-    kernel = torch.randn(1, 49, 12, 12, dtype=torch.float64, requires_grad=True)
-    upsample(source, kernel).square().sum().backward()
-    return kernel.grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
-
-
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_every_one_of_49_taps_receives_a_gradient(impl: str) -> None:
-    assert taps_that_learn(lambda s, k: jbu_apply(s, k, impl=impl)) == list(range(49))
-
-
-def test_upstreams_gradient_would_fail_that_test() -> None:
-    class UpstreamApply(torch.autograd.Function):
-        """Filters rightly; its backward pass writes seven of 49 taps, as upstream's CUDA does."""
-
-        @staticmethod
-        def forward(ctx, source, kernel):
-            ctx.save_for_backward(source, kernel)
-            return stage_apply(source, kernel)
-
-        @staticmethod
-        def backward(ctx, grad):
-            source, kernel = ctx.saved_tensors
-            with torch.enable_grad():
-                kernel = kernel.detach().requires_grad_()
-                (whole,) = torch.autograd.grad(stage_apply(source, kernel), kernel, grad)
-            written = torch.zeros_like(whole)
-            written[:, UPSTREAM_TAPS] = whole[:, UPSTREAM_TAPS]
-            return None, written
-
-    assert taps_that_learn(UpstreamApply.apply) == list(UPSTREAM_TAPS)
+    source = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    kernel = torch.randn(1, 49, 12, 12, dtype=torch.float64, requires_grad=True)
+    jbu_apply(source, kernel, impl=impl).square().sum().backward()
+    assert kernel.grad.abs().sum((0, 2, 3)).all()
 
 
 def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featup_hub import load_upsampler
 from featup_hub.ops import jbu_apply, pool_guidance
@@ -177,35 +177,6 @@ def test_kernels_of_a_stack_of_another_kind_are_refused(joint: bool, has: str) -
     for use in (stack.upsample, stack.pyramid):
         with pytest.raises(ValueError, match=f"has {has} joint bilateral stage, unlike"):
             use(source, kernels)
-
-
-class Applied(nn.Module):
-    """The stage as a function of its parameters."""
-
-    def __init__(self, stage: JointBilateralStage, image: Tensor) -> None:
-        super().__init__()
-        self.stage, self.image = stage, image
-        self.learned = [flat((3, 4), 1).double(), flat((6, 7), 1).double()]
-
-    def forward(self, source: Tensor) -> Tensor:
-        kernels = self.stage.kernels(self.image, (2, 2), self.learned)
-        output: Tensor = self.stage(source, kernels)
-        return output
-
-
-def test_gradients_of_the_stage_pass_gradcheck() -> None:
-    applied = Applied(
-        JointBilateralStage(radius=1, embedding_dim=3).double(), torch.randn(1, 3, 6, 7).double()
-    )
-    names = [name for name, _ in applied.named_parameters()]
-
-    def output(source: Tensor, *widths: Tensor) -> Tensor:
-        named = dict(zip(names, widths, strict=True))
-        result: Tensor = torch.func.functional_call(applied, named, (source,))
-        return result
-
-    inputs = [torch.randn(1, 2, 2, 2).double(), *applied.parameters()]
-    assert torch.autograd.gradcheck(output, [x.detach().requires_grad_() for x in inputs])
 
 
 def test_widths_of_nothing_repeat_cells() -> None:

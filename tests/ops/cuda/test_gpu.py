@@ -102,9 +102,3 @@ def test_a_launch_the_device_cannot_do_is_refused_in_words(cuda: torch.device) -
     function = kernels.functions["range_forward"]
     with pytest.raises(CudaDriverError, match=r"CUDA driver error .* in range_forward"):
         open_driver().launch(function, (1, 1, 1), 2048, 0, [0] * 7)
-
-
-def test_tensors_on_two_devices_are_refused(cuda: torch.device) -> None:
-    source, kernel = torch.randn(1, 8, 4, 4, device=cuda), torch.randn(1, 49, 8, 8)
-    with pytest.raises(RuntimeError, match="must be on one device, cuda:0; got one on cpu"):
-        ops.jbu_apply(source, kernel, impl="cuda")

@@ -218,15 +218,6 @@ def test_results_depend_neither_on_alignment_nor_on_how_channels_are_shared_out(
     assert all(map(torch.equal, first, [*everything(), *halves()]))
 
 
-def test_any_memory_format_is_taken(emulate: Emulate) -> None:
-    source, kernel, bias = (x.float() for x in draw_maps(4, 5, 8))
-    first = backend.apply(source, kernel, bias)
-    sliced = torch.stack([source, source], -1)[..., 1]
-    for layout in (source.to(memory_format=torch.channels_last), sliced):
-        assert torch.equal(backend.apply(layout, kernel, bias), first)
-    assert first.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_a_batch_may_hold_more_than_two_to_the_31_numbers(folder: Path) -> None:
     kernel, filtered = far_sample(Emulator(folder))
     assert kernel <= TENSOR_TOLERANCE
