@@ -73,10 +73,11 @@ def convert_upstream(path: str | Path) -> ConvertedCheckpoint:
     if not state.keys().isdisjoint(_NORM):
         shapes |= dict.fromkeys(_NORM, (feat_dim,))
     if problems := differences(state, {name: str(shape) for name, shape in shapes.items()}):
-        if "up1.range_temp" in state and Path(path).suffix == ".safetensors":
+        if "up1.range_temp" in state:
             raise ValueError(
                 f"{path} must be a checkpoint of FeatUp's JBU upsampler; got an upsampler of this "
-                "package, which needs no conversion; give it to load_upsampler or --upsampler"
+                "package, which needs no conversion; give it to load_upsampler or --upsampler, as "
+                "safetensors: safetensors.torch.save_file(upsampler.state_dict(), FILE)"
             )
         raise ValueError(
             f"{path} must be a checkpoint of FeatUp's JBU upsampler; {problems}; "
