@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 import zipfile
@@ -90,12 +89,6 @@ def test_every_name_that_a_package_lists_is_found_and_no_other(package: str) -> 
     assert all(getattr(module, name) is not None for name in module.__all__)
     with pytest.raises(AttributeError, match=f"module 'featup_hub{package}' has no attribute 'no'"):
         _ = module.no
-
-
-def test_setup_does_not_import_torch() -> None:
-    assert not re.search(
-        r"^\s*(import|from) torch", (PACKAGE.parent / "setup.py").read_text(), re.M
-    )
 
 
 def test_an_editable_installation_is_found_from_the_folder_above_the_checkout(

@@ -37,7 +37,8 @@ def test_the_command_prints_tables_and_writes_files(oracle, tmp_path, capsys):
 def test_without_matplotlib_there_are_results_and_a_warning(oracle, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert oracle(f"--upsamplers nearest bilinear --out {tmp_path}") == 0
-    assert "warning: the figure needs matplotlib" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: the figure needs matplotlib, which is missing; pip install featup_hub[" in said
     assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "results.csv"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import locale
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -118,9 +117,3 @@ def test_an_upsampler_may_lack_a_score_of_the_picture(scored, tmp_path, monkeypa
     monkeypatch.setattr(figure, "legend", lambda _, handles, names, **kw: legends.append(names))
     draw([*scored, replace(scored[3], upsampler="other")], tmp_path / "f.png")
     assert legends == [["ours", "other"]]
-
-
-def test_without_matplotlib_there_is_no_picture(scored, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install featup_hub\[eval\]"):
-        draw(scored, tmp_path / "f.png")

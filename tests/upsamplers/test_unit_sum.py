@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from torch import nn
-from torch.nn.utils.parametrize import register_parametrization
 
 from featup_hub import JBUStack, load_upsampler
 from tests.ops.formulations import randomise
@@ -74,21 +73,6 @@ def test_a_file_in_half_precision_keeps_its_unit_sum(tmp_path: Path, dtype: torc
     state = trained(load_upsampler()).to(dtype).state_dict()
     save_file(state, tmp_path / "half.safetensors")
     assert error(load_upsampler(tmp_path / "half.safetensors")) < 1e-5
-
-
-def test_a_parametrised_correction_keeps_its_unit_sum_and_is_saved() -> None:
-    class Added(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.more = nn.Parameter(torch.randn(49, 1, 1, 1))
-
-        def forward(self, weight: torch.Tensor) -> torch.Tensor:
-            return weight + self.more
-
-    upsampler = load_upsampler()
-    register_parametrization(upsampler.up4.fixup_proj[3], "weight", Added())
-    assert error(upsampler) < 1e-5
-    assert "up4.fixup_proj.3.parametrizations.weight.original" in upsampler.state_dict()
 
 
 def test_a_stack_without_unit_sum_keeps_the_sums_it_was_given() -> None:
