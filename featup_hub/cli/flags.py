@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -86,7 +85,7 @@ def add_flags(
             dest=field.name,
             default=argparse.SUPPRESS,  # the dataclass knows its defaults
             help=text.strip().replace("%", "%%"),
-            **_options(hints[field.name], field.name),
+            **_options(hints[field.name]),
         )
 
 
@@ -113,22 +112,18 @@ def in_terms_of_flags(
         raise UsageError(f"{flag}{first[len(field) :]} {message}") from error
 
 
-def _options(hint: Any, name: str) -> dict[str, Any]:
+def _options(hint: Any) -> dict[str, Any]:
     """Returns argparse's options for a type."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        inner = [a for a in arguments if a is not type(None)]
-        if len(inner) == 1:
-            return _options(inner[0], name)
-    elif origin is Literal:
+    if origin in (Union, UnionType):  # with None
+        return _options(arguments[0])
+    if origin is Literal:
         return {"choices": list(arguments), "type": type(arguments[0])}
-    elif origin is tuple and arguments[1:] == (...,):
-        return {**_options(arguments[0], name), "nargs": "+", "action": "extend"}
-    elif hint is bool:
+    if origin is tuple:
+        return {**_options(arguments[0]), "nargs": "+", "action": "extend"}
+    if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    elif hint in (int, float, str, Path):
-        return {"type": hint, "metavar": hint.__name__.upper()}
-    raise TypeError(f"a flag is int, float, str, bool, Path, Literal or a tuple; {name} is {hint}")
+    return {"type": hint, "metavar": hint.__name__.upper()}
 
 
 def _default_text(value: Any, hint: Any) -> str:

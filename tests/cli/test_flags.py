@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pytest
-
 from featup_hub.cli.flags import add_flags, from_flags
 
 
@@ -70,12 +68,3 @@ def test_flags_take_their_help_from_the_docstring() -> None:
     assert "Whether (default: on)" in text
     assert "At most -" not in text
     assert "None" not in text
-
-
-def test_a_field_no_flag_can_express_is_a_programming_error() -> None:
-    @dataclass
-    class Odd:
-        table: dict[str, int]
-
-    with pytest.raises(TypeError, match=r"a flag is int.*table is dict"):
-        add_flags(argparse.ArgumentParser(), Odd)
