@@ -96,7 +96,7 @@ def test_an_upsampler_of_ours_needs_no_conversion(tmp_path):
     pickled = tmp_path / "ours.pth"
     torch.save(JBUStack().state_dict(), pickled)
     for path in (converted, weights.resolve("jbu_denoise"), pickled):
-        with pytest.raises(ValueError, match=r"of this package, .* no conversion; give it .*save_f"):
+        with pytest.raises(ValueError, match=r"of this package, .* no conversion; give .*save_f"):
             weights.convert(path, tmp_path / "two.safetensors")
 
 
