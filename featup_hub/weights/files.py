@@ -195,13 +195,11 @@ def differences(tensors: Mapping[str, Tensor], needed: Mapping[str, str]) -> str
 def listed_problems(problems: Mapping[str, Sequence[str]]) -> str:
     """Joins kinds of problems with their counts and the first few names of each."""
     return "; ".join(
-        f"{len(names)} {label}: {listed(names)}" for label, names in problems.items() if names
+        f"{len(names)} {label}: {', '.join(names[:6])}"
+        + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        for label, names in problems.items()
+        if names
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Joins names with commas; of many, lists the first six and counts the others."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _form(tensor: Tensor) -> str:

@@ -155,7 +155,4 @@ def addresses(values: ctypes.Array[ctypes.c_int64]) -> ctypes.Array[ctypes.c_voi
     return (ctypes.c_void_p * len(values))(*range(first, first + ctypes.sizeof(values), 8))
 
 
-@functools.cache
-def open_driver() -> CudaDriver:
-    """Returns the machine's driver, opened once per process."""
-    return CudaDriver()
+open_driver = functools.cache(CudaDriver)  # once per process
