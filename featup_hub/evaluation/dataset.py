@@ -113,30 +113,19 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """One split of a data set.
+    """One split of a data set."""
 
-    Attributes:
-        name: Name in tables, such as ``camvid/val``.
-        images: Image files, in order.
-        labels: Label files, one per image, or empty.
-        depth: Depth files, one per image, or empty.
-        classes: Number of classes; labels outside 0 .. classes-1 are void.
-        label_map: Class of every stored value, if they differ; values beyond it are void.
-        depth_scale: Stored depth per metre.
-        max_side: Images with a longer side are resized to it; 0 keeps every image as it is.
-        block: Number of neighbouring images that are correlated, such as frames of a clip; the
-            bootstrap draws them together.
-    """
-
-    name: str
-    images: tuple[Path, ...]
-    labels: tuple[Path, ...] = ()
-    depth: tuple[Path, ...] = ()
-    classes: int = 0
-    label_map: tuple[int, ...] = ()
-    depth_scale: float = 1.0
-    max_side: int = 0
-    block: int = 1
+    name: str  # in tables, such as camvid/val
+    images: tuple[Path, ...]  # in order
+    labels: tuple[Path, ...] = ()  # files, one per image, or none
+    depth: tuple[Path, ...] = ()  # files, one per image, or none
+    classes: int = 0  # their number; labels outside 0 .. classes-1 are void
+    label_map: tuple[int, ...] = ()  # class of every stored value; values beyond it are void
+    depth_scale: float = 1.0  # stored depth per metre
+    max_side: int = 0  # images with a longer side are resized to it; 0 keeps every image as it is
+    block: int = (
+        1  # neighbours that are correlated, as in a clip; the bootstrap draws them together
+    )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -24,26 +24,16 @@ from featup_hub.image import list_images
 
 
 class Layout(NamedTuple):
-    """Where a data set keeps its files; ``{split}`` stands for the data set's name of the split.
+    """Where a data set keeps its files; ``{split}`` stands for the data set's name of the split."""
 
-    Attributes:
-        images: Folder of the images, searched with its subfolders.
-        labels: Folder of the label files, PNGs with the images' paths; empty if there are none.
-        depth: The same for depth.
-        swap: Text of an image's name, and what stands there in the name of its truth. Files
-            without the text are no images.
-        listing: Text file that lists the stems of a split's images; empty takes all images.
-        splits: The data set's own names of the splits ``train`` and ``val``.
-        values: Fields of :class:`Dataset` that say how to read labels and depth.
-    """
-
-    images: str
-    labels: str = ""
-    depth: str = ""
+    images: str  # folder of the images, searched with its subfolders
+    labels: str = ""  # folder of PNGs with the images' paths; empty if there are none
+    depth: str = ""  # the same for depth
+    # Text of an image's name, and of its truth's in that place. Files without it are no images.
     swap: tuple[str, str] = ("", "")
-    listing: str = ""
-    splits: tuple[str, str] = ("train", "val")
-    values: Mapping[str, Any] = {}
+    listing: str = ""  # text file with the stems of a split's images; empty takes all images
+    splits: tuple[str, str] = ("train", "val")  # the data set's own names of these
+    values: Mapping[str, Any] = {}  # fields of Dataset that say how to read labels and depth
 
 
 _PLAIN = Layout("{split}/images", "{split}/labels", "{split}/depth")

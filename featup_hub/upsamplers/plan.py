@@ -98,21 +98,13 @@ def plan_sizes(
 
 @dataclass(frozen=True, kw_only=True)
 class JBUPlan:
-    """Plan of a stack's computation for an image.
+    """Plan of a stack's computation for an image."""
 
-    Attributes:
-        size: Height and width of the output.
-        first: Kernels of the joint bilateral stage, which comes first; None if there is none.
-        stages: For each learned stage after it, the function that predicts kernels, and the
-            stage's guidance, (B, G, H, W).
-        halved: Whether the last stage's image has twice the size of its output, see
-            :func:`halved`.
-    """
-
-    size: tuple[int, int]
-    first: JointKernels | None
+    size: tuple[int, int]  # height and width of the output
+    first: JointKernels | None  # of the joint bilateral stage, which comes first, if there is one
+    # Of each learned stage after it: what predicts kernels, and its guidance, (B, G, H, W).
     stages: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]]
-    halved: bool
+    halved: bool  # whether the last stage's image has twice the size of its output, see halved()
 
 
 @dataclass(frozen=True, kw_only=True)
