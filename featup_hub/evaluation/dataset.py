@@ -123,9 +123,7 @@ class Dataset:
     label_map: tuple[int, ...] = ()  # class of every stored value; values beyond it are void
     depth_scale: float = 1.0  # stored depth per metre
     max_side: int = 0  # images with a longer side are resized to it; 0 keeps every image as it is
-    block: int = (
-        1  # neighbours that are correlated, as in a clip; the bootstrap draws them together
-    )
+    block: int = 1  # correlated neighbours, as in a clip, which the bootstrap draws together
 
     def __len__(self) -> int:
         return len(self.images)
