@@ -151,18 +151,55 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         FittedFeatures.load(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("change", ["image", "source", "upsampler.up1.range_temp", "shape"])
-def test_a_damaged_jbu_fit_is_refused(change: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    jbu_fit().save(path)
-    tensors, notes = read(path), metadata(path)
-    if change == "shape":
-        tensors["source"] = torch.zeros(2, 7, 3, 4)
-    else:
-        del tensors[change]
-    write(tensors, path, metadata=notes)
-    with pytest.raises(ValueError, match=r"missing or wrong|missing: "):
-        FittedFeatures.load(path)
+def save_changed(fitted: FittedFeatures, path: Path, tensors: dict, notes: dict) -> None:
+    """Saves a fit with other tensors and notes; None stands for one that is missing."""
+    fitted.save(path)
+    found = {**read(path), **tensors}, {**metadata(path), **notes}
+    kept, others = ({k: v for k, v in each.items() if v is not None} for each in found)
+    write(kept, path, metadata=others)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        *((jbu_fit, name, None) for name in ("image", "source", "upsampler.up1.range_temp")),
+        (jbu_fit, "source", torch.zeros(2, 7, 3, 4)),
+        *((small_implicit.make, n, None) for n in ("image", "fourier.phase", "layers.1.weight")),
+        (small_implicit.make, "layers.1.weight", torch.zeros(3, 3)),
+        (small_implicit.make, "stray", torch.zeros(3)),
+        (small_implicit.make, "image", torch.zeros(1, 3, 9, 13, dtype=torch.long)),
+        (small_implicit.make, "directions", torch.zeros(4)),
+    ],
+)
+def test_a_file_whose_tensors_are_missing_or_do_not_fit_is_refused(
+    make, name: str, value: torch.Tensor | None, tmp_path: Path
+) -> None:
+    save_changed(make(), tmp_path / "x.safetensors", {name: value}, {})
+    with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again|does not fit"):
+        FittedFeatures.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("note", "spoilt"),
+    [
+        *(("dropout", note) for note in ("1.0", "nan", "much", None)),
+        *(("scores", note) for note in ("not JSON", "[]", "null", '{"a": "b"}', None)),
+        *((note, None) for note in ("backbone", "backbone_digest")),
+    ],
+)
+def test_a_file_whose_notes_are_spoilt_or_missing_is_refused(
+    note: str, spoilt: str | None, tmp_path: Path
+) -> None:
+    save_changed(small_implicit.make(), tmp_path / "x.safetensors", {}, {note: spoilt})
+    with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again"):
+        FittedFeatures.load(tmp_path / "x.safetensors")
+
+
+def test_a_file_in_double_precision_tells_the_same(tmp_path: Path) -> None:
+    path, module = tmp_path / "x.safetensors", small_implicit.make(base=True)
+    module.save(path)
+    write({k: v.double() for k, v in read(path).items()}, path, metadata=metadata(path))
+    assert torch.equal(ImplicitUpsampler.load(path).features(), module.features())
 
 
 def test_scores_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
