@@ -43,33 +43,21 @@ EFFICIENTNET_LITE0 = WeightFile(
 
 @dataclass(frozen=True)
 class ModelCard:
-    """One model: a backbone, and what a user must know of its weights.
+    """One model: a backbone, and what a user must know of its weights."""
 
-    Attributes:
-        name: The name given to ``featup_hub.load`` and ``torch.hub.load``.
-        backbone: Name of the architecture and its weights in timm; empty for an upsampler alone.
-        feat_dim: Channels of the features; None if any number fits, or timm knows.
-        patch_size: Stride of the source in pixels; None if any fits, or timm knows.
-        kind: Kind of features: timm's own, or CLIP's in the space of its text embeddings ("clip":
-            through the last block, "maskclip": its values only).
-        image_size: Default short side of images, in pixels.
-        licence: Licence of the weights: the backbone's, or the upsampler's if it is alone.
-        data: Training data of the weights.
-        note: What a user must know before using them.
-        file: Shipped weights of the backbone; None if timm downloads them.
-    """
-
-    name: str
-    backbone: str
-    feat_dim: int | None
-    patch_size: int | None
+    name: str  # given to featup_hub.load and torch.hub.load
+    backbone: str  # architecture and weights in timm; empty for an upsampler alone
+    feat_dim: int | None  # channels of the features; None if any number fits, or timm knows
+    patch_size: int | None  # stride of the source in pixels; None if any fits, or timm knows
     _: KW_ONLY
+    # Kind of features: timm's own, or CLIP's in the space of its text embeddings, through the last
+    # block (clip) or its values only (maskclip).
     kind: Literal["timm", "clip", "maskclip"] = "timm"
-    image_size: int = 224
-    licence: str = "Apache-2.0"
-    data: str = "ImageNet-1k"
-    note: str = ""
-    file: WeightFile | None = None
+    image_size: int = 224  # default short side of images, in pixels
+    licence: str = "Apache-2.0"  # of the weights: the backbone's, or the upsampler's if alone
+    data: str = "ImageNet-1k"  # on which the weights were trained
+    note: str = ""  # what a user must know before using them
+    file: WeightFile | None = None  # shipped weights of the backbone; None if timm downloads them
 
 
 _LITE0 = "tf_efficientnet_lite0.in1k"
