@@ -59,8 +59,6 @@ def fit_pca(*features: Tensor, k: int = 3) -> PCABasis:
     shapes = [_shape(f) for f in features]
     if not shapes or any(len(s) != 4 or 0 in s for s in shapes) or len({s[1] for s in shapes}) != 1:
         raise ValueError(f"fit_pca needs maps (B, C, H, W) with the same channels; got {shapes}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1; got {k}")
     rows = torch.cat([_sample(f) for f in features])
     if not rows.isfinite().all():
         raise ValueError("features must be finite; got NaN or infinity, what made them is broken")

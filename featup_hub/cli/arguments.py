@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import torch
-
     from featup_hub.registry import ModelCard
 
 
@@ -89,14 +87,6 @@ def choose_model(
         "device": place,
     }
     return Choice(card, stride, size, options)
-
-
-def open_device(name: str) -> torch.device:
-    """Returns a device after testing it."""
-    from featup_hub import loading
-
-    with usage_errors():
-        return loading.open_device(name)
 
 
 def check_output(path: Path, suffix: str | None = None) -> None:

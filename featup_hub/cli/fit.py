@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import UsageError, check_output, choose_backbone, open_device
+from featup_hub.cli.arguments import UsageError, check_output, choose_backbone, usage_errors
 from featup_hub.cli.flags import add_backbone, add_flags, from_flags, in_terms_of_flags
 from featup_hub.training.config import BASIS, PRESETS, FitConfig
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     from featup_hub.files import write_atomically
     from featup_hub.image import normalise, resize
-    from featup_hub.loading import load_backbone, load_upsampler, nearest_multiple
+    from featup_hub.loading import load_backbone, load_upsampler, nearest_multiple, open_device
     from featup_hub.pixels import read_image
     from featup_hub.training.fit import fit
     from featup_hub.visualize import comparison
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         config = from_flags(FitConfig, args, PRESETS[args.preset])
     card, file = choose_backbone(args.model, args.upsampler)
     out, picture = _outputs(args, file)
-    device = open_device(args.device)
+    with usage_errors():
+        device = open_device(args.device)
     photo = read_image(args.image)
     upsampler = load_upsampler(args.upsampler, device=device)
     backbone = load_backbone(card, weights=file).to(device)

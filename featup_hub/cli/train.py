@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from featup_hub.cli.arguments import make_folder, open_device
+from featup_hub.cli.arguments import make_folder, usage_errors
 from featup_hub.cli.flags import add_flags, from_flags, in_terms_of_flags
 from featup_hub.training.config import JBUTrainingConfig
 
@@ -26,11 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from featup_hub.loading import open_device
     from featup_hub.training.jbu import train
 
     with in_terms_of_flags(JBUTrainingConfig):
         config = from_flags(JBUTrainingConfig, args)
-    open_device(config.device)
+    with usage_errors():
+        open_device(config.device)
     make_folder(args.out)
     print(f"wrote {train(args.photos, args.out, config)}")
     return 0

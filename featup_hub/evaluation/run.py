@@ -69,13 +69,8 @@ def evaluate(
         opened = [candidate(spec) for spec in config.upsamplers]
     candidates = [each.with_looks(looks) for each in opened for looks in config.looks]
     _check(config, [each.name for each in candidates])
-    data = [
-        (
-            open_data(spec, "train", max_side=config.max_side),
-            open_data(spec, "val", max_side=config.max_side),
-        )
-        for spec in config.data
-    ]
+    open_split = partial(open_data, max_side=config.max_side)
+    data = [(open_split(spec, "train"), open_split(spec, "val")) for spec in config.data]
     _check_names("data", [val.name for _, val in data], "measure them in separate runs")
     specs = config.backbones if ON_FEATURES.keys() & set(config.protocols) else ()
     with _about("backbones", ValueError, FileNotFoundError):
