@@ -143,17 +143,13 @@ def search_path() -> Iterator[str]:
         soname = f"nvrtc64_{digits}_0.dll" if os.name == "nt" else f"libnvrtc.so.{version}"
         for package in dict.fromkeys(packages):
             for folder in (f"nvidia/cu{major}/lib", "nvidia/cuda_nvrtc/lib"):
-                yield from map(str, _existing(package / folder / soname))
+                yield from map(str, (package / folder).glob(soname))
         yield soname
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
-            yield from map(str, _existing(Path(home, "lib64", "libnvrtc.so")))
+            yield from map(str, Path(home, "lib64").glob("libnvrtc.so"))
             yield from map(str, sorted(Path(home, "bin").glob("nvrtc64_*_0.dll")))
     yield "libnvrtc.so"
-
-
-def _existing(path: Path) -> list[Path]:
-    return [path] if path.is_file() else []
 
 
 def _load_builtins(candidate: str) -> None:
