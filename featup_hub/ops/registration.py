@@ -39,7 +39,10 @@ def _kernel_backward(grad: Tensor, guidance: Tensor, *args: Any) -> tuple[Tensor
 
 
 def _apply(source: Tensor, kernel: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    return run(impl, "apply", source, kernel, bias)
+    output = run(impl, "apply", source, kernel, bias)
+    # A permuted map is a view, which autograd does not let users change in place.
+    place = output.untyped_storage(), output.storage_offset(), output.shape, output.stride()
+    return output.new_empty(0).set_(*place)
 
 
 def _apply_backward(

@@ -130,6 +130,18 @@ def test_samples_of_a_batch_do_not_see_each_other(joint_first: bool) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_features_can_be_changed_in_place_before_the_backward_pass(impl: str) -> None:
+    stack, image = JBUStack().eval(), torch.randn(1, 3, 16, 24)
+    source = torch.randn(1, 5, 4, 6, requires_grad=True)
+    features = stack(source, image, impl=impl)
+    (expected,) = torch.autograd.grad((features + 1).relu().square().sum(), source)
+    features = stack(source, image, impl=impl)
+    features += 1
+    (found,) = torch.autograd.grad(features.relu_().square().sum(), source)
+    torch.testing.assert_close(found, expected)
+
+
 def test_kernels_computed_once_serve_many_feature_maps() -> None:
     stack = randomise(JBUStack())
     image = torch.randn(1, 3, 64, 48)
