@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -41,13 +39,6 @@ def equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
         torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype
         for name, tensor in expected.items()
     )
-
-
-def right_or_refused(path: Path) -> bool:
-    try:
-        return equal(weights.read(path), some())
-    except ValueError as error:
-        return str(path) in str(error)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -113,19 +104,6 @@ def test_every_truncation_is_seen(tmp_path):
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match="is not the weights needed: a whole safetensors"):
             weights.read(path)
-
-
-@settings(max_examples=100, deadline=None)
-@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=9)), max_size=4))
-def test_mutated_files_are_read_right_or_refused(tmp_path_factory, edits):
-    path = written(tmp_path_factory.getbasetemp())
-    data = bytearray(path.read_bytes())
-    for position, replacement in edits:
-        at = position % len(data)
-        data[at : at + len(replacement)] = replacement
-    assume(b'"content_sha256":' in data)  # a digest that lost its name is a note like any other
-    path.write_bytes(data)
-    assert right_or_refused(path)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
