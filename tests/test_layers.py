@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"ops"},
-    {"files", "pixels"},
+    {"files"},
+    {"ops", "pixels"},
     {"registry", "image", "visualize"},
     {"weights"},
     {"upsamplers", "backbones"},

@@ -1,8 +1,7 @@
 """Keeps compiled kernels on disk, so that only the first process waits for the compiler.
 
-A file's name has a digest of all that its contents depend on. It is written under a temporary name
-and renamed, so readers never see a partial file. It ends with the digest of its contents: a damaged
-file is detected and replaced.
+A file's name has a digest of all that its contents depend on. It ends with the digest of its
+contents: a damaged file is detected and replaced.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from featup_hub.files import write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -56,7 +56,9 @@ def fetch(name: str, make: Callable[[], bytes]) -> tuple[bytes, Path | None]:
         return image, path
     image = make()
     try:
-        _write(path, image)
+        folder.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as partial:
+            partial.write_bytes(image + hashlib.sha256(image).digest())
     except OSError as error:
         _warn_once(f"{error.strerror}: {folder}")
         return image, None
@@ -80,15 +82,3 @@ def _read(path: Path) -> bytes | None:
         return None
     image, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     return image if image and hashlib.sha256(image).digest() == digest else None
-
-
-def _write(path: Path, image: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(image + hashlib.sha256(image).digest())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,25 +102,3 @@ def test_the_folder_is_the_packages_own_then_xdg_then_the_home(
     assert cache.cache_folder() == tmp_path / "xdg" / "featup_hub"
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path / "own"))
     assert cache.cache_folder() == tmp_path / "own"
-
-
-# The module is loaded by its path: it needs nothing of torch, which takes seconds to import.
-WRITER = """
-import importlib.util, sys
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("cache", sys.argv[1])
-cache = sys.modules["cache"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cache)
-path = cache.cache_folder() / "raced.cubin"
-for _ in range(20):
-    cache._write(path, bytes([int(sys.argv[2])]) * 1_000_000)
-    assert cache._read(path) is not None, "a reader saw half a file"
-"""
-
-
-def test_processes_that_write_at_once_never_show_each_other_half_a_file(folder: Path) -> None:
-    command = [sys.executable, "-c", WRITER, cache.__file__]
-    writers = [subprocess.Popen([*command, str(n)]) for n in (1, 2)]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
-    assert list(folder.iterdir()) == [folder / "raced.cubin"]
-    cache.fetch("raced.cubin", never)
