@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def compiled(upsampler: JBUStack) -> tuple[Callable[..., Tensor], list[int]]:
 
 
 @pytest.mark.slow
-def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(upsampler: JBUStack) -> None:
+def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(upsampler):
     run, graphs = compiled(upsampler)
     # PyTorch takes sizes that agree in the first call for one and the same, and 1 for a constant.
     for sizes in ((2, (6, 5), (24, 20)), (3, (7, 7), (28, 23)), (5, (9, 6), (35, 17))):
@@ -47,7 +46,7 @@ def test_a_dynamic_graph_is_compiled_once_per_number_of_stages(upsampler: JBUSta
 
 
 @pytest.mark.slow
-def test_the_shipped_upsampler_is_compiled_once_if_the_first_image_is_no_square() -> None:
+def test_the_shipped_upsampler_is_compiled_once_if_the_first_image_is_no_square():
     upsampler = load_upsampler()
     run, graphs = compiled(upsampler)
     for height, width in ((4, 5), (5, 5), (7, 4)):
@@ -59,7 +58,7 @@ def test_the_shipped_upsampler_is_compiled_once_if_the_first_image_is_no_square(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_compiles_the_shipped_upsampler_as_one_graph(dynamic: bool) -> None:
+def test_inductor_compiles_the_shipped_upsampler_as_one_graph(dynamic):
     torch._dynamo.reset()
     upsampler = load_upsampler()
     run = torch.compile(upsampler, fullgraph=True, dynamic=dynamic)
@@ -68,7 +67,7 @@ def test_inductor_compiles_the_shipped_upsampler_as_one_graph(dynamic: bool) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_inductor_compiles_a_program_ahead_of_time(tmp_path: Path) -> None:
+def test_inductor_compiles_a_program_ahead_of_time(tmp_path):
     upsampler = randomise(JBUStack(CHANNELS, num_stages=1, radius=1, key_dim=4)).eval()
     program = trace(upsampler, *pair(1, (4, 5), (8, 9)), dynamic=False)
     path = torch._inductor.aoti_compile_and_package(

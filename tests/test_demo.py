@@ -57,9 +57,7 @@ def photos() -> list[demo.PhotoFeatures]:
     return [demo.compute(model, disc_at(place), 448) for place in PLACES]
 
 
-def test_the_most_similar_place_of_another_photograph_is_the_same_thing(
-    photos: list[demo.PhotoFeatures],
-) -> None:
+def test_the_most_similar_place_of_another_photograph_is_the_same_thing(photos):
     point = (PLACES[0][0] / 448, PLACES[0][1] / 448)
     patches, pixels = demo.similarity(photos[0], point, photos[1])
     assert patches.shape == (28, 28)
@@ -68,9 +66,7 @@ def test_the_most_similar_place_of_another_photograph_is_the_same_thing(
     assert on_disc(pixels, PLACES[1])
 
 
-def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(
-    photos: list[demo.PhotoFeatures],
-) -> None:
+def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(photos):
     for x, y in ((0.0, 0.0), (1.0, 1.0), (0.25, 0.6)):
         patches, pixels = demo.similarity(photos[0], (x, y), photos[0])
         row, column = (min(int(share * 448), 447) for share in (y, x))
@@ -81,15 +77,13 @@ def test_a_point_is_wholly_similar_to_itself_and_corners_are_points(
 @pytest.mark.parametrize(
     "flags", [*(f"--model {m}" for m in ("dinov22", "dinov2=no.pth", "jbu")), "--upsampler nothing"]
 )
-def test_what_there_is_not_is_told_before_the_page_opens(
-    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_there_is_not_is_told_before_the_page_opens(flags, capsys, monkeypatch):
     monkeypatch.setattr(demo.gr.Blocks, "launch", lambda *_, **__: None)
     assert main(["demo", *flags.split(), "--no-browser"]) == 2
     assert "error: " in capsys.readouterr().err
 
 
-def test_the_overlay_goes_from_the_photograph_to_the_colours() -> None:
+def test_the_overlay_goes_from_the_photograph_to_the_colours():
     photo = Image.new("RGB", (8, 4), "#336699")
     similarities = torch.tensor([[0.2, 1.0]])
     assert demo.draw_similarity(similarities, 0.2, photo, 0.0).tobytes() == photo.tobytes()
@@ -98,28 +92,24 @@ def test_the_overlay_goes_from_the_photograph_to_the_colours() -> None:
     assert colours.getpixel((7, 3)) == (255, 240, 128)
 
 
-def test_equal_features_have_equal_colours_in_both_photographs(
-    photos: list[demo.PhotoFeatures],
-) -> None:
+def test_equal_features_have_equal_colours_in_both_photographs(photos):
     pictures = demo.draw_colours([photos[0], photos[0]], 1.0)
     assert len(pictures) == 4
     assert pictures[1].tobytes() == pictures[3].tobytes()
 
 
-def test_more_than_two_photographs_are_refused() -> None:
+def test_more_than_two_photographs_are_refused():
     with pytest.raises(ValueError, match="at most two photographs; got 3"):
         demo.build([disc_at(PLACES[0])] * 3, model="m", upsampler="u")
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65536])
-def test_a_port_that_cannot_be_is_a_usage_error(
-    port: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_port_that_cannot_be_is_a_usage_error(port, capsys):
     assert main(["demo", "--no-browser", "--port", str(port)]) == 2
     assert capsys.readouterr().err == f"error: --port must be from 1 to 65535; got {port}\n"
 
 
-def test_a_port_in_use_is_told_in_terms_of_the_flag() -> None:
+def test_a_port_in_use_is_told_in_terms_of_the_flag():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -131,7 +121,7 @@ def test_a_port_in_use_is_told_in_terms_of_the_flag() -> None:
     assert f"error: {expected}\n" in ran.stderr
 
 
-def test_the_space_builds_the_page(root: Path) -> None:
+def test_the_space_builds_the_page(root):
     app = str(root / "examples/space/app.py")
     stopped = "import gradio; gradio.Blocks.launch = lambda page: print('launched')"
     program = f"{stopped}; import runpy; runpy.run_path({app!r}, run_name='__main__')"
@@ -172,18 +162,14 @@ def upload(address: str, photo: Path) -> Any:
     return json.loads(events.strip().rpartition("data: ")[2])
 
 
-def test_an_uploaded_picture_of_16_bits_is_read_as_the_command_reads_it(
-    served: str, tmp_path: Path
-) -> None:
+def test_an_uploaded_picture_of_16_bits_is_read_as_the_command_reads_it(served, tmp_path):
     values = np.linspace(0, 65535, 448 * 448).astype(np.uint16).reshape(448, 448)
     Image.fromarray(values).save(tmp_path / "grey.png")
     shown = Image.open(upload(served, tmp_path / "grey.png")[0]["path"])
     assert shown.tobytes() == read_image(tmp_path / "grey.png").tobytes()
 
 
-def test_an_upload_that_is_no_image_gives_the_error_of_the_command(
-    served: str, tmp_path: Path
-) -> None:
+def test_an_upload_that_is_no_image_gives_the_error_of_the_command(served, tmp_path):
     photo = tmp_path / "photo.jpg"
     disc_at(PLACES[0]).save(photo)
     whole = photo.read_bytes()
@@ -197,9 +183,7 @@ def test_an_upload_that_is_no_image_gives_the_error_of_the_command(
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
-def test_a_click_in_the_browser_lights_up_the_same_thing_in_the_second_photograph(
-    served: str,
-) -> None:
+def test_a_click_in_the_browser_lights_up_the_same_thing_in_the_second_photograph(served):
     sync_api: Any = pytest.importorskip("playwright.sync_api")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     with sync_api.sync_playwright() as playwright:

@@ -64,20 +64,20 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [page for page in (*DOCS, README) if blocks(page, "python")],
     ids=lambda page: page.stem,
 )
-def test_a_pages_python_runs_from_top_to_bottom(page: Path, checkout: Path) -> None:
+def test_a_pages_python_runs_from_top_to_bottom(page, checkout):
     namespace: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), namespace)
 
 
-def test_pages_export_trained_weights() -> None:
+def test_pages_export_trained_weights():
     exporting = [block for page in DOCS for block in blocks(page, "python") if "trace(" in block]
     assert exporting
     assert all("load" in block and "JBUStack(" not in block for block in exporting)
 
 
 @pytest.mark.slow
-def test_the_notebook_gives_the_outputs_it_stores() -> None:
+def test_the_notebook_gives_the_outputs_it_stores():
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("nbclient")
     path = ROOT / "docs/featup_hub.ipynb"
@@ -101,7 +101,7 @@ def difference(first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_a_command_that_is_shown_is_understood(line: str) -> None:
+def test_a_command_that_is_shown_is_understood(line):
     with contextlib.suppress(SystemExit):  # --help
         arguments = shlex.split(line, comments=True)[1:]
         if len(arguments) > 1:
@@ -111,7 +111,7 @@ def test_a_command_that_is_shown_is_understood(line: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+def test_links_lead_to_files_and_headings_that_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
@@ -129,7 +129,7 @@ def anchors(page: Path) -> set[str]:
     return {heading.replace(" ", "-") for heading in kept}
 
 
-def test_the_index_lists_every_page() -> None:
+def test_the_index_lists_every_page():
     index = (ROOT / "docs/README.md").read_text()
     pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.ipynb")]
     assert {page.name for page in pages} - {"README.md"} == set(
@@ -138,7 +138,7 @@ def test_the_index_lists_every_page() -> None:
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_warnings_and_knows_every_public_name(tmp_path: Path) -> None:
+def test_the_site_builds_without_warnings_and_knows_every_public_name(tmp_path):
     pytest.importorskip("sphinx")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", ROOT / "docs", tmp_path]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -148,7 +148,7 @@ def test_the_site_builds_without_warnings_and_knows_every_public_name(tmp_path: 
         assert re.search(rf'id="featup_hub\.([\w.]+\.)?{name}"', reference), name
 
 
-def test_the_versions_agree() -> None:
+def test_the_versions_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == featup_hub.__version__
     project = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -158,7 +158,7 @@ def test_the_versions_agree() -> None:
     assert changes[0] == "Unreleased"
 
 
-def test_the_citation_names_the_paper() -> None:
+def test_the_citation_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     (paper,) = citation["references"]
@@ -167,7 +167,7 @@ def test_the_citation_names_the_paper() -> None:
     assert all(author["family-names"] in readme for author in paper["authors"])
 
 
-def test_the_continuous_integration_runs_the_readmes_two_commands() -> None:
+def test_the_continuous_integration_runs_the_readmes_two_commands():
     script = (ROOT / ".ci/run").read_text()
     first, second = (block.strip() for block in blocks(README, "bash"))
     install, upsample = first.split(" && ")
@@ -179,7 +179,7 @@ def test_the_continuous_integration_runs_the_readmes_two_commands() -> None:
     assert f"\n{tests}" in script
 
 
-def test_the_readme_names_every_model_of_the_registry() -> None:
+def test_the_readme_names_every_model_of_the_registry():
     text = README.read_text()
     table = text[text.index("## Which model") : text.index("## How good")]
     assert set(MODELS) <= set(re.findall(r"`([a-z0-9_]+)`", table))

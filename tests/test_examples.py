@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 
-def test_quickstart_draws_a_picture(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quickstart_draws_a_picture(root, tmp_path, capsys):
     picture = tmp_path / "features.png"
     example = root / "examples/quickstart.py"
     runpy.run_path(str(example))["main"](picture=picture)
@@ -21,9 +18,7 @@ def test_quickstart_draws_a_picture(
     assert len(example.read_text().splitlines()) < 40
 
 
-def test_an_example_that_needs_arguments_shows_its_usage(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_example_that_needs_arguments_shows_its_usage(root, monkeypatch):
     example = root / "examples/segmentation_head.py"
     monkeypatch.setattr("sys.argv", [str(example)])
     with pytest.raises(SystemExit, match=r"Run: python examples/segmentation_head\.py LAYOUT:F"):

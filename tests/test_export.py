@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,16 +30,14 @@ def program(upsampler: JBUStack) -> ExportedProgram:
 
 
 @pytest.mark.slow
-def test_a_program_serves_other_sizes_after_a_round_trip(
-    upsampler: JBUStack, program: ExportedProgram, tmp_path: Path
-) -> None:
+def test_a_program_serves_other_sizes_after_a_round_trip(upsampler, program, tmp_path):
     write_pt2(program, tmp_path / "program.pt2")
     run = torch.export.load(tmp_path / "program.pt2").module()
     for sizes in PAIRS:
         assert_same(run, upsampler, *pair(*sizes))
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     program = torch.export.export(nn.Linear(40, 50), (torch.ones(1, 40),))
     with full_disk(3000), pytest.raises(OSError, match=r"File too large.*m\.pt2"):
         write_pt2(program, tmp_path / "m.pt2")
@@ -48,9 +45,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("for_onnx", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_onnxruntime_agrees_at_other_sizes(
-    upsampler: JBUStack, program: ExportedProgram, for_onnx: bool, tmp_path: Path
-) -> None:
+def test_onnxruntime_agrees_at_other_sizes(upsampler, program, for_onnx, tmp_path):
     pytest.importorskip("onnxscript")
     if for_onnx:
         program = trace(upsampler, *pair(1, (5, 5), (18, 18)), for_onnx=True)
@@ -61,7 +56,7 @@ def test_onnxruntime_agrees_at_other_sizes(
         assert_same(run, upsampler, *pair(*sizes))
 
 
-def test_a_graph_of_four_looks_and_odd_sides_serves_other_odd_sides(tmp_path: Path) -> None:
+def test_a_graph_of_four_looks_and_odd_sides_serves_other_odd_sides(tmp_path):
     pytest.importorskip("onnxscript")
     looks = stack()
     looks.looks_per_side = 2
@@ -70,7 +65,7 @@ def test_a_graph_of_four_looks_and_odd_sides_serves_other_odd_sides(tmp_path: Pa
     assert_same(run, looks, *pair(2, (7, 9), (28, 36)))
 
 
-def test_an_onnx_graph_of_one_size_has_the_precision_of_its_model(tmp_path: Path) -> None:
+def test_an_onnx_graph_of_one_size_has_the_precision_of_its_model(tmp_path):
     pytest.importorskip("onnxscript")
     upsampler = stack().half()
     inputs = [x.half() for x in pair(2, (3, 4), (12, 10))]
@@ -83,16 +78,14 @@ def test_an_onnx_graph_of_one_size_has_the_precision_of_its_model(tmp_path: Path
     torch.testing.assert_close(got, upsampler(*inputs), rtol=4e-3, atol=4e-3)
 
 
-def test_programs_hold_standard_operators_only_and_refuse_another_number_of_stages(
-    program: ExportedProgram,
-) -> None:
+def test_programs_hold_standard_operators_only_and_refuse_another_number_of_stages(program):
     calls = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert not any("featup_hub" in call for call in calls)
     with pytest.raises((RuntimeError, AssertionError)):
         program.module()(*pair(1, (4, 4), (33, 33)))
 
 
-def test_a_static_program_takes_its_own_size_only(upsampler: JBUStack) -> None:
+def test_a_static_program_takes_its_own_size_only(upsampler):
     inputs = pair(1, (3, 4), (12, 16))
     run = trace(upsampler, *inputs, dynamic=False).module()
     assert_same(run, upsampler, *inputs)
@@ -100,7 +93,7 @@ def test_a_static_program_takes_its_own_size_only(upsampler: JBUStack) -> None:
         run(*pair(1, (4, 4), (16, 16)))
 
 
-def test_a_traced_model_runs_without_this_package(upsampler: JBUStack, tmp_path: Path) -> None:
+def test_a_traced_model_runs_without_this_package(upsampler, tmp_path):
     inputs = pair(1, (3, 4), (12, 16))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about sizes that become constants
@@ -115,9 +108,7 @@ def test_a_traced_model_runs_without_this_package(upsampler: JBUStack, tmp_path:
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def test_large_weights_lie_in_a_second_file_that_moves_with_the_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_weights_lie_in_a_second_file_that_moves_with_the_graph(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     limit = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
     monkeypatch.setattr(limit, 0)  # 1.5 GiB otherwise
@@ -131,24 +122,22 @@ def test_large_weights_lie_in_a_second_file_that_moves_with_the_graph(
     assert_same(in_onnxruntime(tmp_path / "there" / "big.onnx"), large, image)
 
 
-def test_a_folder_that_is_missing_is_said_before_a_graph_is_made(
-    program: ExportedProgram, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_missing_is_said_before_a_graph_is_made(program, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"folder of .*m\.onnx does not exist; make it"):
         write_onnx(program, tmp_path / "no" / "m.onnx")
 
 
-def test_a_model_in_training_mode_is_not_exported(upsampler: JBUStack) -> None:
+def test_a_model_in_training_mode_is_not_exported(upsampler):
     with pytest.raises(ValueError, match=r"must be in evaluation mode; call model\.eval\(\)"):
         trace(JBUStack(), *pair(2, (5, 5), (10, 10)))
 
 
-def test_a_side_of_one_is_no_example_of_a_dynamic_one(upsampler: JBUStack) -> None:
+def test_a_side_of_one_is_no_example_of_a_dynamic_one(upsampler):
     with pytest.raises(ValueError, match=r"at least 2 in the example.*\(1, 4, 1, 5\)"):
         trace(upsampler, *pair(1, (1, 5), (4, 20)))
 
 
-def test_a_network_of_one_size_is_exported_for_images_of_one_size_only() -> None:
+def test_a_network_of_one_size_is_exported_for_images_of_one_size_only():
     # Its source keeps its size, so other images need another number of stages.
     backbone = ModuleBackbone(nn.AvgPool2d(2), feat_dim=3, patch_size=2, fixed_size=(8, 8))
     fixed = UpsampledBackbone(backbone, JBUStack(num_stages=1, radius=1, key_dim=2)).eval()
@@ -158,9 +147,7 @@ def test_a_network_of_one_size_is_exported_for_images_of_one_size_only() -> None
     assert_same(trace(fixed, image, dynamic=False).module(), fixed, image)
 
 
-def test_what_onnx_lacks_is_said_before_a_model_is_traced(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_onnx_lacks_is_said_before_a_model_is_traced(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("featup_hub.loading.load", None)
     assert main(["export", str(tmp_path / "x.onnx")]) == 1
@@ -176,14 +163,14 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> UpsampledBackbone:
 
 
 def test_the_command_traces_four_looks_for_every_size_in_whole_strides_of_one_look(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    monkeypatch, tmp_path, capsys
+):
     # A graph of an odd number of cells, or of an even one, does not take the other.
     looks = UpsampledBackbone(ShiftAndStitch(model().backbone, 2), stack())
     traced: list[tuple[tuple[int, ...], bool]] = []
     monkeypatch.setattr("featup_hub.loading.load", lambda *_, **__: looks)
 
-    def note(_: nn.Module, image: torch.Tensor, *, dynamic: bool, for_onnx: bool) -> None:
+    def note(_, image, *, dynamic, for_onnx):
         traced.append((tuple(image.shape), dynamic))
 
     monkeypatch.setattr("featup_hub.export.trace", note)
@@ -194,8 +181,8 @@ def test_the_command_traces_four_looks_for_every_size_in_whole_strides_of_one_lo
 
 
 def test_the_command_shows_its_progress_and_writes_a_program_for_one_size(
-    complete: UpsampledBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    complete, tmp_path, capsys
+):
     path = tmp_path / "model"
     assert main(["export", str(path), "--format", "pt2", "--static", "18x24"]) == 0
     progress = capsys.readouterr().err.splitlines()
@@ -203,7 +190,7 @@ def test_the_command_shows_its_progress_and_writes_a_program_for_one_size(
     assert_same(torch.export.load(path).module(), complete, torch.randn(1, 3, 18, 24))
 
 
-def test_padding_as_tensorflows_stays_short_and_is_checked() -> None:
+def test_padding_as_tensorflows_stays_short_and_is_checked():
     layers = pytest.importorskip("timm.layers")
     padding = pytest.importorskip("timm.layers.padding")
     original = padding.get_same_padding

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from tests.exported import assert_same, in_onnxruntime
 
 
 @pytest.mark.slow
-def test_the_default_model_is_written_for_every_size(tmp_path: Path) -> None:
+def test_the_default_model_is_written_for_every_size(tmp_path):
     pytest.importorskip("onnxscript")
     default = load("efficientnet_lite0")
     program = trace(default, torch.zeros(1, 3, 32, 48))

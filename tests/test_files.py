@@ -6,18 +6,17 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from featup_hub.files import write_atomically
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.bin"
     path.write_bytes(b"old")
 
-    def half() -> None:
+    def half():
         with write_atomically(path) as partial:
             partial.write_bytes(b"half")
             raise RuntimeError("killed")
@@ -32,10 +31,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
+def test_threads_may_write_one_file_at_once(tmp_path):
     path = tmp_path / "out.bin"
 
-    def write() -> None:
+    def write():
         with write_atomically(path) as partial:
             partial.write_bytes(b"other")
 
@@ -48,9 +47,7 @@ def test_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_kept(
-    tmp_path: Path,
-) -> None:
+def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_kept(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     path = tmp_path / "out[1].bin"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +31,7 @@ def small() -> UpsampledBackbone:
     return UpsampledBackbone(backbone, JBUStack(num_stages=1, radius=1, key_dim=2)).eval()
 
 
-def test_a_path_a_picture_and_an_array_give_the_same_tensor(
-    model: UpsampledBackbone, root: Path
-) -> None:
+def test_a_path_a_picture_and_an_array_give_the_same_tensor(model, root):
     path = root / "tests" / "data" / "chelsea.jpg"
     photo = featup_hub.read_image(path)
     expected = preprocess(photo, 224, mean=model.mean, std=model.std, multiple_of=16)
@@ -44,25 +41,19 @@ def test_a_path_a_picture_and_an_array_give_the_same_tensor(
     assert model.preprocess(path, (64, 64)).shape[2:] == (64, 64)
 
 
-def test_without_a_card_a_photograph_keeps_its_size_and_has_the_models_precision(
-    small: UpsampledBackbone,
-) -> None:
+def test_without_a_card_a_photograph_keeps_its_size_and_has_the_models_precision(small):
     image = small.double().preprocess(Image.new("RGB", (50, 35)))
     assert (image.shape, image.dtype) == ((1, 3, 32, 48), torch.float64)
 
 
 @pytest.mark.parametrize("given", ["photo.jpg", Path("photo.jpg"), [[1]], np.zeros((8, 8, 3))])
-def test_what_is_no_tensor_is_refused_with_what_to_call(
-    small: UpsampledBackbone, given: Any
-) -> None:
+def test_what_is_no_tensor_is_refused_with_what_to_call(small, given):
     for method in (small, small.source, small.forward_features):
         with pytest.raises(TypeError, match=r"call model\(model\.preprocess\(photo\)\)"):
             method(given)
 
 
-def test_an_image_of_another_precision_or_on_another_device_is_refused(
-    model: UpsampledBackbone, small: UpsampledBackbone
-) -> None:
+def test_an_image_of_another_precision_or_on_another_device_is_refused(model, small):
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(TypeError, match=rf"torch.float32 on cpu; got {dtype} on cpu; conv"):
             small(torch.randn(1, 3, 16, 16).to(dtype))
@@ -72,7 +63,7 @@ def test_an_image_of_another_precision_or_on_another_device_is_refused(
         small(torch.randn(1, 3, 16, 16), guidance=torch.randn(1, 3, 16, 16, device="meta"))
 
 
-def test_an_image_that_was_not_normalised_brings_one_warning(small: UpsampledBackbone) -> None:
+def test_an_image_that_was_not_normalised_brings_one_warning(small):
     for scale in (1.0, 255.0):
         fresh = copy.deepcopy(small)
         with pytest.warns(UserWarning, match=r"do not look normalised; use model\.preprocess"):
@@ -82,7 +73,7 @@ def test_an_image_that_was_not_normalised_brings_one_warning(small: UpsampledBac
             JBUStack()(torch.randn(1, 5, 2, 2), torch.rand(1, 3, 16, 16) * scale)
 
 
-def test_bright_and_constant_images_bring_no_warning(small: UpsampledBackbone) -> None:
+def test_bright_and_constant_images_bring_no_warning(small):
     # Warnings are errors here.
     for image in (torch.rand(1, 3, 16, 16) + 1.5, torch.zeros(1, 3, 16, 16)):
         copy.deepcopy(small)(image)
@@ -90,7 +81,7 @@ def test_bright_and_constant_images_bring_no_warning(small: UpsampledBackbone) -
     copy.deepcopy(small).to("meta")(torch.rand(1, 3, 16, 16, device="meta"))
 
 
-def test_a_backbone_of_other_bands_is_guided_by_rgb() -> None:
+def test_a_backbone_of_other_bands_is_guided_by_rgb():
     model = featup_hub.load("test_resnet", pretrained=False, backbone_kwargs={"in_chans": 13})
     bands, rgb = torch.randn(1, 13, 64, 96), torch.randn(1, 3, 128, 192)
     with torch.no_grad():
@@ -101,7 +92,7 @@ def test_a_backbone_of_other_bands_is_guided_by_rgb() -> None:
         model(bands)
 
 
-def test_a_shipped_upsampler_is_loaded_by_its_name_in_a_model_and_alone() -> None:
+def test_a_shipped_upsampler_is_loaded_by_its_name_in_a_model_and_alone():
     image = torch.randn(1, 3, 32, 48)
     named = featup_hub.load(NAME, upsampler="jbu_faithful", device="cpu")
     alone = featup_hub.load_upsampler("jbu_faithful")
@@ -109,7 +100,7 @@ def test_a_shipped_upsampler_is_loaded_by_its_name_in_a_model_and_alone() -> Non
         assert torch.equal(alone(named.source(image), image), named(image))
 
 
-def test_a_layer_of_the_backbone_can_be_chosen() -> None:
+def test_a_layer_of_the_backbone_can_be_chosen():
     shallow = featup_hub.load("test_resnet", pretrained=False, layer=1)
     deep = featup_hub.load("test_resnet", pretrained=False)
     assert shallow.patch_size < deep.patch_size
@@ -117,7 +108,7 @@ def test_a_layer_of_the_backbone_can_be_chosen() -> None:
         featup_hub.load("clip", pretrained=False, layer=3)
 
 
-def test_random_and_pretrained_weights_have_one_architecture() -> None:
+def test_random_and_pretrained_weights_have_one_architecture():
     random = featup_hub.load(NAME, pretrained=False)
     pretrained = featup_hub.load(NAME)
     random.load_state_dict(pretrained.state_dict())
@@ -129,7 +120,7 @@ def test_random_and_pretrained_weights_have_one_architecture() -> None:
     )
 
 
-def test_a_model_is_copied_and_sent_to_other_processes(model: UpsampledBackbone) -> None:
+def test_a_model_is_copied_and_sent_to_other_processes(model):
     image = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
         expected = model(image)
@@ -152,13 +143,13 @@ class Features(Dataset[torch.Tensor]):
 
 
 @pytest.mark.slow
-def test_a_model_works_in_the_workers_of_a_data_loader(small: UpsampledBackbone) -> None:
+def test_a_model_works_in_the_workers_of_a_data_loader(small):
     images = Features(small)
     workers = DataLoader(images, batch_size=2, num_workers=1, multiprocessing_context="spawn")
     (batch,) = list(workers)
     assert torch.equal(batch, torch.stack([images[0], images[1]]))
 
 
-def test_a_head_for_other_channels_is_refused_at_once(small: UpsampledBackbone) -> None:
+def test_a_head_for_other_channels_is_refused_at_once(small):
     with pytest.raises(ValueError, match="features of 6 channels is needed; got one that takes 5"):
         small.fold_head(nn.Linear(5, 2))

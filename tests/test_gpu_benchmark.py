@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,10 +23,8 @@ def session(tmp_path: Path) -> Session:
 
 
 @pytest.mark.slow
-def test_a_rehearsal_runs_every_part_and_writes_both_files(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def in_process(self: Session, task: str, **options: Any) -> list[dict[str, Any]]:
+def test_a_rehearsal_runs_every_part_and_writes_both_files(session, monkeypatch):
+    def in_process(self, task, **options):
         return [] if task == "compiled" else list(gpu_worker.TASKS[task](self))
 
     monkeypatch.setattr(Session, "run_worker", in_process)
@@ -43,20 +39,18 @@ def test_a_rehearsal_runs_every_part_and_writes_both_files(
 
 
 @pytest.mark.slow
-def test_a_worker_runs_in_a_process_of_its_own(session: Session) -> None:
+def test_a_worker_runs_in_a_process_of_its_own(session):
     rows = session.run_worker("sanitize", limit=280)
     assert rows
     assert all(row["ok"] for row in rows)
 
 
-def test_a_worker_that_fails_is_an_error_with_its_last_words(session: Session) -> None:
+def test_a_worker_that_fails_is_an_error_with_its_last_words(session):
     with pytest.raises(RuntimeError, match=r"(?s)no-such-task failed with status 2: .*invalid"):
         session.run_worker("no-such-task", limit=280)
 
 
-def test_a_worker_that_is_ended_leaves_the_rows_it_had_printed(
-    session: Session, tmp_path: Path
-) -> None:
+def test_a_worker_that_is_ended_leaves_the_rows_it_had_printed(session, tmp_path):
     script = tmp_path / "talks_then_sleeps"
     script.write_text('#!/bin/sh\necho noise\necho \'{"case": "first"}\'\nexec sleep 60\n')
     script.chmod(0o755)
@@ -85,17 +79,15 @@ def with_seven_taps(grads: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Ten
     ],
 )
 def test_a_wrong_an_unwritten_and_a_missing_result_fail_the_checks(
-    session: Session, monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, check: Any, least: int
-) -> None:
+    session, monkeypatch, name, fault, check, least
+):
     right = getattr(torch_backend, name)
     monkeypatch.setattr(torch_backend, name, lambda *args: fault(right(*args)))
     assert sum(not row["ok"] for row in check(session)) >= least
 
 
-def test_a_check_that_breaks_fails_and_the_others_still_run(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(session: Session) -> Iterator[dict[str, Any]]:
+def test_a_check_that_breaks_fails_and_the_others_still_run(session, monkeypatch):
+    def broken(session):
         raise ValueError("no such luck")
         yield {}
 
@@ -106,7 +98,7 @@ def test_a_check_that_breaks_fails_and_the_others_still_run(
     assert second["ok"]
 
 
-def test_every_type_meets_channels_in_eights_and_a_doubling(session: Session) -> None:
+def test_every_type_meets_channels_in_eights_and_a_doubling(session):
     met = set()
     for index in range(60):
         row, *_ = gpu_worker.draw(session, index)
@@ -115,7 +107,7 @@ def test_every_type_meets_channels_in_eights_and_a_doubling(session: Session) ->
     assert met == {"float32", "float16", "bfloat16"}
 
 
-def test_the_yardstick_is_relative_and_never_passes_what_is_not_finite() -> None:
+def test_the_yardstick_is_relative_and_never_passes_what_is_not_finite():
     exact, inf = torch.tensor([1.0, -4.0]), float("inf")
     found = exact + torch.tensor([0.0, 0.4])
     assert gpu_worker.relative_error(found, exact) == pytest.approx(0.1)
@@ -123,7 +115,7 @@ def test_the_yardstick_is_relative_and_never_passes_what_is_not_finite() -> None
     assert gpu_worker.relative_error(torch.tensor([1.0]), exact) == inf
 
 
-def test_floors_count_every_map_once_each_way() -> None:
+def test_floors_count_every_map_once_each_way():
     case = square(14, 224)
     maps = 4 * 384 * (14**2 + 2 * (28**2 + 56**2 + 112**2) + 224**2)
     kernels = 4 * (28**2 + 56**2 + 112**2 + 224**2) * (49 + 49 + 3)
@@ -132,7 +124,7 @@ def test_floors_count_every_map_once_each_way() -> None:
     assert square(14, 224, batch=32).forward_bytes() == 32 * case.forward_bytes()
 
 
-def test_variants_are_compiled_with_an_option_more_and_kept_apart() -> None:
+def test_variants_are_compiled_with_an_option_more_and_kept_apart():
     usual = backend.apply_program(torch.bfloat16)
     make = gpu_worker.variant(backend.apply_program, "-DJBU_TENSOR_CORES=0")
     plain = make(torch.bfloat16)
@@ -140,10 +132,8 @@ def test_variants_are_compiled_with_an_option_more_and_kept_apart() -> None:
     assert plain != usual  # or what is kept for one would be taken for the other
 
 
-def test_parts_that_do_not_fit_into_the_time_left_are_listed(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def break_down() -> None:
+def test_parts_that_do_not_fit_into_the_time_left_are_listed(session, monkeypatch):
+    def break_down():
         raise ValueError("no such luck")
 
     monkeypatch.setattr(gpu, "parts", lambda session: [("times", break_down), ("copy", dict)])

@@ -15,7 +15,7 @@ from torch import nn
 import featup_hub
 from featup_hub import weights
 from featup_hub.loading import load_backbone
-from tests.local_hub import Fault, LocalHub, serving
+from tests.local_hub import LocalHub, serving
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -82,7 +82,7 @@ def test_a_revision_is_the_one_named(filled, donor):
     [("500", "locate"), ("drop", "disconnect"), ("html", "missing the"), ("html body", "size")],
 )
 def test_a_bad_server_is_one_clear_error_and_harms_no_later_load(
-    filled: LocalHub, donor: nn.Module, monkeypatch, fault: Fault, reason: str
+    filled, donor, monkeypatch, fault, reason
 ):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     filled.fault = fault

@@ -40,15 +40,13 @@ def run(code: str, *arguments: object, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_model_is_an_entry_point_and_nothing_else_is(hubconf: ModuleType) -> None:
+def test_every_model_is_an_entry_point_and_nothing_else_is(hubconf):
     public = {n for n in dir(hubconf) if callable(getattr(hubconf, n)) and not n.startswith("_")}
     assert public == set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_entry_points_load_the_model_of_their_name(
-    name: str, hubconf: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_entry_points_load_the_model_of_their_name(name, hubconf, monkeypatch):
     calls = []
     monkeypatch.setattr(hubconf, "_load", lambda *args, **options: calls.append((args, options)))
     monkeypatch.setattr(
@@ -79,8 +77,8 @@ def load():
 
 
 def test_a_model_loads_elsewhere_and_keeps_working_when_its_folder_left_the_path(
-    root: Path, tmp_path: Path, stages: Path
-) -> None:
+    root, tmp_path, stages
+):
     # Loaded by a relative path, then the folder changes: what is imported late must be found.
     code = """
 import importlib, os, pkgutil
@@ -109,9 +107,7 @@ featup_hub.load_backbone("efficientnet_lite0")
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_another_repository_with_common_names_is_not_disturbed(
-    ours_first: bool, root: Path, tmp_path: Path, stages: Path
-) -> None:
+def test_another_repository_with_common_names_is_not_disturbed(ours_first, root, tmp_path, stages):
     other = tmp_path / "other"
     for name in ("utils", "models", "weights", "tests", "benchmarks", "ops"):
         (other / name).mkdir(parents=True)
@@ -137,7 +133,7 @@ with torch.no_grad():
     run(LOAD + code, root, stages, other, cwd=tmp_path)
 
 
-def test_the_shipped_models_load_without_a_network(root: Path, tmp_path: Path) -> None:
+def test_the_shipped_models_load_without_a_network(root, tmp_path):
     code = """
 import sys, torch
 for name in ("efficientnet_lite0", "efficientnet_lite0_stride32", "jbu"):

@@ -49,14 +49,14 @@ def imported_units(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_lower_layers_only(path: Path) -> None:
+def test_a_module_imports_lower_layers_only(path):
     own = unit(path)
     assert own in RANK, f"{path.name} belongs to no layer; add it to LAYERS"
     for other in imported_units(ast.parse(path.read_text())) - {own}:
         assert RANK[other] < RANK[own], f"{own} imports {other}, which is not below it"
 
 
-def test_importing_needs_torch_only_and_changes_nothing() -> None:
+def test_importing_needs_torch_only_and_changes_nothing():
     program = """
 import random, sys, warnings
 import torch
@@ -83,7 +83,7 @@ assert torch.is_grad_enabled() == flags
 
 
 @pytest.mark.parametrize("package", ["", ".backbones", ".upsamplers", ".weights"])
-def test_every_name_that_a_package_lists_is_found_and_no_other(package: str) -> None:
+def test_every_name_that_a_package_lists_is_found_and_no_other(package):
     module = importlib.import_module(f"featup_hub{package}")
     assert set(module.__all__) <= set(dir(module))
     assert all(getattr(module, name) is not None for name in module.__all__)
@@ -91,9 +91,7 @@ def test_every_name_that_a_package_lists_is_found_and_no_other(package: str) -> 
         _ = module.no
 
 
-def test_an_editable_installation_is_found_from_the_folder_above_the_checkout(
-    tmp_path: Path,
-) -> None:
+def test_an_editable_installation_is_found_from_the_folder_above_the_checkout(tmp_path):
     pytest.importorskip("setuptools")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "weights"):
         (tmp_path / name).symlink_to(PACKAGE.parent / name)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.backbones import ChannelNorm, MaskClipBackbone
@@ -42,7 +41,7 @@ def tiny(upsampler: JBUStack | None = None, *, norm: bool = False) -> UpsampledB
 
 
 @torch.no_grad()
-def test_a_model_is_backbone_norm_and_upsampler(model: UpsampledBackbone) -> None:
+def test_a_model_is_backbone_norm_and_upsampler(model):
     image = torch.randn(1, 3, 64, 80)
     low = model.backbone(image)
     normed = F.layer_norm(low.permute(0, 2, 3, 1), (112,)).permute(0, 3, 1, 2)
@@ -51,7 +50,7 @@ def test_a_model_is_backbone_norm_and_upsampler(model: UpsampledBackbone) -> Non
 
 
 @torch.no_grad()
-def test_size_and_implementation_can_be_chosen() -> None:
+def test_size_and_implementation_can_be_chosen():
     image, size = torch.randn(1, 3, 30, 40), (64, 80)
     fast, definition = (tiny()(image, size=size, impl=impl) for impl in ("torch", "reference"))
     assert fast.shape == (1, 6, *size)
@@ -60,7 +59,7 @@ def test_size_and_implementation_can_be_chosen() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("closing", [None, 6])
-def test_a_folded_head_equals_the_head_behind_the_model(closing: int | None) -> None:
+def test_a_folded_head_equals_the_head_behind_the_model(closing):
     whole, head = tiny(random_stack(closing), norm=True), nn.Conv2d(6, 2, 1)
     image = torch.randn(2, 3, 32, 45)
     folded = whole.fold_head(head)
@@ -69,7 +68,7 @@ def test_a_folded_head_equals_the_head_behind_the_model(closing: int | None) -> 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_folding_a_head_leaves_the_mode_of_every_part(training: bool) -> None:
+def test_folding_a_head_leaves_the_mode_of_every_part(training):
     whole = tiny(random_stack(None)).train(training)
     whole.backbone.train(not training)  # a frozen backbone, or an upsampler that does not learn
     modes = [part.training for part in whole.modules()]
@@ -80,12 +79,12 @@ def test_folding_a_head_leaves_the_mode_of_every_part(training: bool) -> None:
     )
 
 
-def test_a_second_head_is_refused() -> None:
+def test_a_second_head_is_refused():
     with pytest.raises(ValueError, match="has a head already; fold one into the model it came"):
         tiny().fold_head(nn.Conv2d(6, 2, 1)).fold_head(nn.Conv2d(2, 2, 1))
 
 
-def test_what_is_no_backbone_or_no_upsampler_is_refused() -> None:
+def test_what_is_no_backbone_or_no_upsampler_is_refused():
     with pytest.raises(TypeError, match=r"got Conv2d; take .* or wrap a module: ModuleBackbone\("):
         UpsampledBackbone(nn.Conv2d(3, 3, 1), JBUStack())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"an upsampler must be a JBUStack, .*; got Upsample"):
@@ -101,14 +100,14 @@ def test_what_is_no_backbone_or_no_upsampler_is_refused() -> None:
 @pytest.mark.parametrize(
     "loader", [partial(load, NAME), partial(load_backbone, NAME), load_upsampler]
 )
-def test_a_file_given_as_pretrained_is_refused(loader: Callable[..., object]) -> None:
+def test_a_file_given_as_pretrained_is_refused(loader):
     with pytest.raises(TypeError, match=r"or False; got 'a.pth'; .* backbone_weights= of load"):
         loader(pretrained="a.pth")
     loader(pretrained=0)
     loader(pretrained=np.bool_(False))
 
 
-def test_gradients_reach_backbone_norm_and_upsampler() -> None:
+def test_gradients_reach_backbone_norm_and_upsampler():
     whole = tiny(norm=True)
     whole(torch.randn(1, 3, 16, 16)).square().sum().backward()
     assert whole.norm is not None
@@ -119,7 +118,7 @@ def test_gradients_reach_backbone_norm_and_upsampler() -> None:
 # How a model is loaded
 
 
-def test_loading_leaves_the_random_state_alone(stages: Path) -> None:
+def test_loading_leaves_the_random_state_alone(stages):
     before = torch.get_rng_state()
     load(NAME, upsampler=stages)
     load_backbone(NAME)
@@ -127,7 +126,7 @@ def test_loading_leaves_the_random_state_alone(stages: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_models_come_in_evaluation_mode_on_the_cpu(stages: Path) -> None:
+def test_models_come_in_evaluation_mode_on_the_cpu(stages):
     with torch.device("meta"):
         model = load(NAME, upsampler=stages)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -137,7 +136,7 @@ def test_models_come_in_evaluation_mode_on_the_cpu(stages: Path) -> None:
     assert not any(part.training for part in load(NAME, pretrained=False).modules())
 
 
-def test_random_weights_are_drawn_as_everywhere_in_torch() -> None:
+def test_random_weights_are_drawn_as_everywhere_in_torch():
     torch.manual_seed(5)
     first, second = (load(NAME, pretrained=False) for _ in range(2))
     torch.manual_seed(5)
@@ -148,10 +147,10 @@ def test_random_weights_are_drawn_as_everywhere_in_torch() -> None:
 
 
 @torch.no_grad()
-def test_the_shipped_backbone_tells_a_cat_from_a_cup(root: Path) -> None:
+def test_the_shipped_backbone_tells_a_cat_from_a_cup(root):
     backbone = load_backbone(NAME)
 
-    def pooled(name: str) -> Tensor:
+    def pooled(name):
         photo = read_image(root / "tests" / "data" / name)
         image = preprocess(photo, size=(224, 224), mean=backbone.mean, std=backbone.std)
         return backbone(torch.cat([image, image.flip(-1)])).mean((2, 3))
@@ -161,7 +160,7 @@ def test_the_shipped_backbone_tells_a_cat_from_a_cup(root: Path) -> None:
     assert same > float(F.cosine_similarity(cat, cup).max()) + 0.1
 
 
-def test_without_a_norm_features_are_the_backbones_own(stages: Path) -> None:
+def test_without_a_norm_features_are_the_backbones_own(stages):
     plain = load(NAME, use_norm=False, upsampler=stages)
     image = torch.randn(1, 3, 48, 48)
     assert plain.norm is None
@@ -169,7 +168,7 @@ def test_without_a_norm_features_are_the_backbones_own(stages: Path) -> None:
         assert torch.equal(plain.source(image), plain.backbone(image))
 
 
-def test_a_norm_in_the_file_is_loaded(tmp_path: Path) -> None:
+def test_a_norm_in_the_file_is_loaded(tmp_path):
     norm = {"norm.weight": torch.rand(112), "norm.bias": torch.rand(112)}
     write({**random_stack(112).state_dict(), **norm}, tmp_path / "all.safetensors")
     loaded = load(NAME, upsampler=tmp_path / "all.safetensors")
@@ -182,7 +181,7 @@ def test_a_norm_in_the_file_is_loaded(tmp_path: Path) -> None:
         load_upsampler(tmp_path / "all.safetensors")
 
 
-def test_an_upsampler_trained_without_a_norm_gets_none(tmp_path: Path) -> None:
+def test_an_upsampler_trained_without_a_norm_gets_none(tmp_path):
     write(random_stack(112).state_dict(), tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match=r"without a channel norm; .* pass use_norm=False"):
         load(NAME, upsampler=tmp_path / "bare.safetensors")
@@ -202,9 +201,7 @@ def test_an_upsampler_trained_without_a_norm_gets_none(tmp_path: Path) -> None:
         ({"name": "dinov22"}, "did you mean 'dinov2'"),
     ],
 )
-def test_a_model_or_a_file_that_does_not_fit_is_refused(
-    options: dict[str, object], message: str, tmp_path: Path
-) -> None:
+def test_a_model_or_a_file_that_does_not_fit_is_refused(options, message, tmp_path):
     write({"weight": torch.zeros(3)}, tmp_path / "odd.safetensors")
     write(random_stack(7).state_dict(), tmp_path / "other.safetensors")
     for key in {"upsampler", "backbone_weights"} & options.keys():
@@ -213,37 +210,37 @@ def test_a_model_or_a_file_that_does_not_fit_is_refused(
         load(**{"name": NAME, **options})
 
 
-def test_a_file_left_out_behind_a_name_is_not_taken_for_none() -> None:
+def test_a_file_left_out_behind_a_name_is_not_taken_for_none():
     with pytest.raises(ValueError, match=r"a file must follow 'dinov2='; give it, or"):
         find_backbone("dinov2=")
 
 
 @pytest.mark.parametrize("name", [nn.Conv2d(3, 3, 1), None, 5])
-def test_what_is_no_name_is_refused_with_what_takes_modules(name: object) -> None:
+def test_what_is_no_name_is_refused_with_what_takes_modules(name):
     with pytest.raises(TypeError, match=r"named by a string; got \w+; wrap a module of your own"):
         load(name)
 
 
-def test_an_image_size_is_a_multiple_of_the_stride() -> None:
+def test_an_image_size_is_a_multiple_of_the_stride():
     # SigLIP's So400m has patches of 14 pixels and images of 384; 378 is the nearest multiple.
     model = load("timm/test_vit", pretrained=False, backbone_kwargs={"patch_size": 14})
     assert model.image_size == 154
     assert model.preprocess(Image.new("RGB", (200, 160))).shape == (1, 3, 154, 196)
 
 
-def test_where_the_table_and_timm_share_a_name_the_table_wins_unless_told() -> None:
+def test_where_the_table_and_timm_share_a_name_the_table_wins_unless_told():
     assert find_card("resnet50").backbone == "resnet50.tv_in1k"
     assert find_card("timm/resnet50").backbone == "resnet50"
 
 
 @torch.no_grad()
-def test_maskclip_works_with_its_defaults(stages: Path) -> None:
+def test_maskclip_works_with_its_defaults(stages):
     loaded = load("maskclip", pretrained=False, upsampler=stages)
     assert isinstance(loaded.backbone, MaskClipBackbone)
     assert loaded(torch.randn(1, 3, 48, 40)).shape == (1, 512, 48, 40)
 
 
-def test_four_looks_are_a_source_of_half_the_stride() -> None:
+def test_four_looks_are_a_source_of_half_the_stride():
     model = load("efficientnet_lite0", looks=np.int64(4))
     image = torch.randn(1, 3, 64, 48)
     assert model.patch_size == 8
@@ -260,14 +257,12 @@ def test_four_looks_are_a_source_of_half_the_stride() -> None:
         ("test_vit", None, {"patch_size": 14}, "1, 4, 49, 196"),
     ],
 )
-def test_looks_that_do_not_fit_the_stride_bring_those_that_do(
-    name: str, layer: int | None, options: dict[str, int] | None, fitting: str, looks: int
-) -> None:
+def test_looks_that_do_not_fit_the_stride_bring_those_that_do(name, layer, options, fitting, looks):
     with pytest.raises(ValueError, match=rf"^looks must be one of {fitting}, .*; got {looks!r}$"):
         load(name, layer=layer, backbone_kwargs=options, looks=looks, pretrained=False)
 
 
-def test_looks_that_do_not_fit_are_refused_before_weights_are_read() -> None:
+def test_looks_that_do_not_fit_are_refused_before_weights_are_read():
     with pytest.raises(ValueError, match="looks must be one of"):
         load(NAME, looks=3, upsampler="missing.safetensors")
 
@@ -279,9 +274,7 @@ def test_looks_that_do_not_fit_are_refused_before_weights_are_read() -> None:
         ("cuda:99", "cuda:99 cannot be used here: "),
     ],
 )
-def test_a_device_that_there_is_not_is_refused_before_weights_are_read(
-    device: object, message: str
-) -> None:
+def test_a_device_that_there_is_not_is_refused_before_weights_are_read(device, message):
     for loading in (lambda **options: load(NAME, **options), load_upsampler):
         with pytest.raises(ValueError, match=f"device {message}"):
             loading(upsampler="missing.safetensors", device=device)

@@ -40,9 +40,7 @@ def colours(ramp: np.ndarray, opacity: int | None = None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["grey", "colour", "transparent", "a transparent value"])
-def test_12_bits_in_16_are_warned_of_and_keep_all_levels_with_a_range(
-    tmp_path: Path, kind: str
-) -> None:
+def test_12_bits_in_16_are_warned_of_and_keep_all_levels_with_a_range(tmp_path, kind):
     deep = colours(RAMP, 65535) if kind == "transparent" else colours(RAMP)
     clear = (9, 9, 9) if kind == "a transparent value" else ()
     path = deep_png(tmp_path / "x.png", RAMP if kind == "grey" else deep, clear)
@@ -64,8 +62,8 @@ def test_12_bits_in_16_are_warned_of_and_keep_all_levels_with_a_range(
     ],
 )
 def test_12_bit_colours_of_a_tiff_keep_all_levels_in_planes_and_beside_infrared(
-    tmp_path: Path, layout: dict[str, object], order: str
-) -> None:
+    tmp_path, layout, order
+):
     tifffile = pytest.importorskip("tifffile")
     values = colours(RAMP, 4095) if "extrasamples" in layout else colours(RAMP)
     values = values.transpose(2, 0, 1) if "planarconfig" in layout else values
@@ -77,14 +75,14 @@ def test_12_bit_colours_of_a_tiff_keep_all_levels_in_planes_and_beside_infrared(
     assert np.array_equal(found, colours(LEVELS))
 
 
-def test_16_bit_grey_with_white_as_zero_is_shown_as_its_8_bit_form(tmp_path: Path) -> None:
+def test_16_bit_grey_with_white_as_zero_is_shown_as_its_8_bit_form(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(tmp_path / "x.tif", RAMP * 16, photometric="miniswhite")
     found = np.asarray(read_image(tmp_path / "x.tif"))
     assert np.abs(255 - found[..., 0].astype(int) - LEVELS).max() <= 1
 
 
-def test_8_bits_where_more_were_meant_are_warned_of(tmp_path: Path) -> None:
+def test_8_bits_where_more_were_meant_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=r"the array has 8-bit pixels, which do not reach 4095"):
         read_image(np.full((4, 4), 200, np.uint8), value_range=(0, 4095))
     path = deep_png(tmp_path / "x.png", colours(RAMP))
@@ -95,19 +93,19 @@ def test_8_bits_where_more_were_meant_are_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_masked_pixels_are_read_as_the_values_below_the_mask(dtype: type) -> None:
+def test_masked_pixels_are_read_as_the_values_below_the_mask(dtype):
     values = np.array([[10, 20], [30, 40]], dtype)
     masked = np.ma.masked_array(values, mask=values > 20)
     found = np.asarray(read_image(masked, value_range=(0, 40)))
     assert np.array_equal(found, np.asarray(read_image(values, value_range=(0, 40))))
 
 
-def test_transparent_16_bit_colours_lie_over_white(tmp_path: Path) -> None:
+def test_transparent_16_bit_colours_lie_over_white(tmp_path):
     path = deep_png(tmp_path / "x.png", colours(RAMP, 0))
     assert (np.asarray(read_image(path, value_range=(0, 4095))) == 255).all()
 
 
-def test_16_bit_colours_are_read_without_a_word(tmp_path: Path) -> None:
+def test_16_bit_colours_are_read_without_a_word(tmp_path):
     path = deep_png(tmp_path / "x.png", colours(RAMP * 16))
     assert np.array_equal(
         np.asarray(read_image(path)), (colours(RAMP.astype(int) * 16) + 128) // 257
@@ -115,7 +113,7 @@ def test_16_bit_colours_are_read_without_a_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_float_and_signed_pixels_need_a_range(tmp_path: Path, dtype: type) -> None:
+def test_float_and_signed_pixels_need_a_range(tmp_path, dtype):
     values = (RAMP.astype(np.int32) - 2048).astype(dtype)
     Image.fromarray(values).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"8 or 16 bits.*from -2048 to 2047.*--value-range"):
@@ -131,8 +129,8 @@ def test_float_and_signed_pixels_need_a_range(tmp_path: Path, dtype: type) -> No
 )
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_8_bits_with_a_sign_and_32_without_are_read_as_the_tiff_says(
-    tmp_path: Path, dtype: type, low: int, high: int, order: str
-) -> None:
+    tmp_path, dtype, low, high, order
+):
     tifffile = pytest.importorskip("tifffile")
     values = np.linspace(low, high, 512).round().astype(dtype).reshape(16, 32)
     tifffile.imwrite(tmp_path / "x.tif", values, byteorder=order)
@@ -143,7 +141,7 @@ def test_8_bits_with_a_sign_and_32_without_are_read_as_the_tiff_says(
     assert np.abs(found[..., 0] - wanted).max() <= 0.5
 
 
-def test_a_range_must_rise_and_pixels_be_numbers() -> None:
+def test_a_range_must_rise_and_pixels_be_numbers():
     for ends in ((5, 5), (0, np.inf), (np.nan, 1)):
         with pytest.raises(ValueError, match="a low and a higher value; got ") as caught:
             read_image(RAMP, value_range=ends)
@@ -153,7 +151,7 @@ def test_a_range_must_rise_and_pixels_be_numbers() -> None:
 
 
 @pytest.mark.parametrize("planes", [True, False])
-def test_three_of_thirteen_bands_are_chosen(tmp_path: Path, planes: bool) -> None:
+def test_three_of_thirteen_bands_are_chosen(tmp_path, planes):
     tifffile = pytest.importorskip("tifffile")
     stack = np.stack([np.full((8, 9), 100 * band, np.uint16) for band in range(1, 14)])
     path = tmp_path / "x.tif"
@@ -172,9 +170,7 @@ def test_three_of_thirteen_bands_are_chosen(tmp_path: Path, planes: bool) -> Non
             read_image(path, bands=bands)
 
 
-def test_without_tifffile_the_error_names_what_reads_many_bands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_tifffile_the_error_names_what_reads_many_bands(tmp_path, monkeypatch):
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(
         tmp_path / "x.tif",
@@ -187,7 +183,7 @@ def test_without_tifffile_the_error_names_what_reads_many_bands(
         read_image(tmp_path / "x.tif")
 
 
-def test_bands_of_a_picture_are_those_of_the_file(tmp_path: Path) -> None:
+def test_bands_of_a_picture_are_those_of_the_file(tmp_path):
     Image.new("RGBA", (4, 4), (10, 20, 30, 40)).save(tmp_path / "x.png")
     assert read_image(tmp_path / "x.png", bands=(4, 3, 1)).getpixel((0, 0)) == (40, 30, 10)
     assert read_image(np.full((4, 4), 7, np.uint8), bands=(1, 1, 1)).getpixel((0, 0)) == (7, 7, 7)

@@ -41,7 +41,7 @@ def run(name: str, library: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", [name for name, row in MADE.items() if row[2]])
-def test_a_recipe_makes_what_it_says(name: str) -> None:
+def test_a_recipe_makes_what_it_says(name):
     library, variable, shape = MADE[name]
     made = run(name, library)[variable]
     assert made.shape == shape
@@ -49,13 +49,13 @@ def test_a_recipe_makes_what_it_says(name: str) -> None:
     assert made.std() > 0
 
 
-def test_the_pyramids_finest_level_has_the_images_size() -> None:
+def test_the_pyramids_finest_level_has_the_images_size():
     maps = run("torchvision_fpn", "torchvision")["maps"]
     sizes = [(32, 64 >> level, 96 >> level) for level in range(5)]
     assert [tuple(level.shape[1:]) for level in maps.values()] == sizes
 
 
-def test_a_model_answers_as_timms_feature_extractors_do() -> None:
+def test_a_model_answers_as_timms_feature_extractors_do():
     backbone = ModuleBackbone(nn.Conv2d(3, 5, 8, stride=8), feat_dim=5, patch_size=8)
     model = UpsampledBackbone(backbone, JBUStack()).eval()
     image = torch.randn(2, 3, 24, 32)
@@ -67,7 +67,7 @@ def test_a_model_answers_as_timms_feature_extractors_do() -> None:
         assert torch.equal(model.fold_head(nn.Conv2d(5, 2, 1)).forward_features(image), features)
 
 
-def test_mmsegmentations_registry_builds_the_neck_and_it_upsamples_the_last_level() -> None:
+def test_mmsegmentations_registry_builds_the_neck_and_it_upsamples_the_last_level():
     neck_class = run("mmseg_neck", "mmengine")["JBUNeck"]
     from mmengine.registry import MODELS
 
@@ -85,7 +85,7 @@ def test_mmsegmentations_registry_builds_the_neck_and_it_upsamples_the_last_leve
 
 
 @pytest.mark.slow
-def test_ray_extracts_a_folder_with_two_actors_and_goes_on_after_a_stop(tmp_path: Path) -> None:
+def test_ray_extracts_a_folder_with_two_actors_and_goes_on_after_a_stop(tmp_path):
     pytest.importorskip("ray")
     (tmp_path / "photos").mkdir()
     for n in range(10):
@@ -129,7 +129,7 @@ def test_ray_extracts_a_folder_with_two_actors_and_goes_on_after_a_stop(tmp_path
     torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_every_recipe_is_run_and_has_at_most_twenty_lines() -> None:
+def test_every_recipe_is_run_and_has_at_most_twenty_lines():
     files = {path.stem: path for path in FOLDER.glob("*.py")}
     assert set(files) == set(MADE)
     for path in files.values():

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from featup_hub.backbones import Backbone, ClipBackbone, MaskClipBackbone
+from featup_hub.backbones import ClipBackbone, MaskClipBackbone
 from tests.backbones import native
 
 NAME = "vit_xsmall_patch16_clip_224"
@@ -23,7 +23,7 @@ def donor() -> nn.Module:
 
 
 @torch.no_grad()
-def test_clip_projects_every_patch_token_as_clip_its_class_token(donor: nn.Module) -> None:
+def test_clip_projects_every_patch_token_as_clip_its_class_token(donor):
     image = torch.randn(2, 3, 224, 224)
     tokens = donor.forward_features(native(donor.pretrained_cfg, image))
     torch.testing.assert_close(donor.head(tokens[:, 0]), donor(native(donor.pretrained_cfg, image)))
@@ -38,7 +38,7 @@ def test_clip_projects_every_patch_token_as_clip_its_class_token(donor: nn.Modul
 @pytest.mark.parametrize(
     "name", [NAME, "eva02_base_patch16_clip_224", "eva_giant_patch14_clip_224"]
 )
-def test_maskclip_is_the_last_attention_of_every_token_to_itself_alone(name: str) -> None:
+def test_maskclip_is_the_last_attention_of_every_token_to_itself_alone(name):
     # A sequence of one token attends to itself with weight one: its value, whatever q and k are.
     small = {"depth": 2, "embed_dim": 64, "num_heads": 2}
     backbone = MaskClipBackbone(name, backbone_kwargs=small).eval()
@@ -55,7 +55,7 @@ def test_maskclip_is_the_last_attention_of_every_token_to_itself_alone(name: str
 
 @pytest.mark.parametrize("kind", [ClipBackbone, MaskClipBackbone])
 @torch.no_grad()
-def test_other_and_odd_sizes_are_taken(kind: type[Backbone]) -> None:
+def test_other_and_odd_sizes_are_taken(kind):
     backbone = kind(NAME).eval()  # type: ignore[call-arg]
     assert backbone(torch.randn(1, 3, 50, 97)).shape == (1, 512, 4, 7)
 
@@ -63,6 +63,6 @@ def test_other_and_odd_sizes_are_taken(kind: type[Backbone]) -> None:
 @pytest.mark.parametrize(
     "name", ["test_resnet", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"]
 )
-def test_what_is_no_clip_tower_is_refused(name: str) -> None:
+def test_what_is_no_clip_tower_is_refused(name):
     with pytest.raises(ValueError, match=f"a projection; timm's {name} lacks one"):
         ClipBackbone(name)

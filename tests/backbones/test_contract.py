@@ -20,19 +20,19 @@ class Seen(Backbone):
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47), (1, 1), (16, 5), (100, 17)])
 @pytest.mark.parametrize("patch", [14, 16, 32])
-def test_a_source_has_one_position_per_patch_begun(size: tuple[int, int], patch: int) -> None:
+def test_a_source_has_one_position_per_patch_begun(size, patch):
     source = Seen(feat_dim=3, patch_size=patch)(torch.randn(2, 3, *size))
     assert source.shape == (2, 3, -(-size[0] // patch), -(-size[1] // patch))
 
 
-def test_an_image_that_fits_is_not_touched() -> None:
+def test_an_image_that_fits_is_not_touched():
     backbone, image = Seen(feat_dim=3, patch_size=14), torch.randn(1, 3, 28, 42)
     backbone(image)
     assert backbone.image is image
 
 
 @pytest.mark.parametrize("width", [95, 90, 81])
-def test_a_source_covers_its_image_edge_to_edge(width: int) -> None:
+def test_a_source_covers_its_image_edge_to_edge(width):
     # On a ramp, every position must report the colour at the centre of its share of the image.
     ramp = (torch.arange(width) + 0.5).expand(1, 3, 64, width) / width
     source = Seen(feat_dim=3, patch_size=16)(ramp)
@@ -40,7 +40,7 @@ def test_a_source_covers_its_image_edge_to_edge(width: int) -> None:
     torch.testing.assert_close(source[0, 0, 0], centres, atol=2e-3, rtol=0)
 
 
-def test_a_network_sees_the_image_in_its_own_normalisation() -> None:
+def test_a_network_sees_the_image_in_its_own_normalisation():
     colours = torch.rand(1, 3, 16, 16)
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     backbone = Seen(feat_dim=3, patch_size=16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 1.0))
@@ -64,12 +64,12 @@ def test_a_network_sees_the_image_in_its_own_normalisation() -> None:
         ((1, 3, 0, 32), "$"),
     ],
 )
-def test_what_is_no_rgb_image_is_refused_with_the_mend(shape: tuple[int, ...], mend: str) -> None:
+def test_what_is_no_rgb_image_is_refused_with_the_mend(shape, mend):
     with pytest.raises(ValueError, match=rf"be RGB, \(B, 3, H, W\); got \([\d, ]+\){mend}"):
         Seen(feat_dim=3, patch_size=16)(torch.zeros(shape))
 
 
-def test_integer_images_are_refused_with_the_remedy() -> None:
+def test_integer_images_are_refused_with_the_remedy():
     with pytest.raises(TypeError, match=r"got torch.uint8; divide by 255, subtract model.mean"):
         Seen(feat_dim=3, patch_size=16)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
@@ -85,17 +85,17 @@ def test_integer_images_are_refused_with_the_remedy() -> None:
         ({"std": (1, 0, 1)}, r"none of std zero, such as .*; got .* and \(1, 0, 1\)"),
     ],
 )
-def test_options_that_describe_no_network_are_refused(options: dict, message: str) -> None:
+def test_options_that_describe_no_network_are_refused(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Backbone(**{"feat_dim": 3, "patch_size": 8, **options})
 
 
-def test_a_backbone_without_features_says_so() -> None:
+def test_a_backbone_without_features_says_so():
     with pytest.raises(NotImplementedError, match=r"Backbone must define features\(image\)"):
         Backbone(feat_dim=3, patch_size=1)(torch.zeros(1, 3, 4, 4))
 
 
-def test_the_channel_norm_standardises_each_position() -> None:
+def test_the_channel_norm_standardises_each_position():
     norm, source = ChannelNorm(7), 3 * torch.randn(2, 7, 4, 5) + 1
     with torch.no_grad():
         norm.weight.copy_(torch.randn(7))

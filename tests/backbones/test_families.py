@@ -68,13 +68,13 @@ def described(family: str, name: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
-def test_a_family_takes_its_native_size_and_odd_sizes_as_the_table_says(row: list[str]) -> None:
+def test_a_family_takes_its_native_size_and_odd_sizes_as_the_table_says(row):
     if not timm.is_model(row[1]):
         pytest.skip(f"timm {timm.__version__} has no {row[1]}")
     assert described(row[0], row[1]) == row
 
 
-def test_the_table_has_every_family_of_the_timm_it_was_made_with() -> None:
+def test_the_table_has_every_family_of_the_timm_it_was_made_with():
     if f"timm {timm.__version__}." not in TABLE.read_text(encoding="utf-8"):
         pytest.skip(f"the table was made with another timm than {timm.__version__}")
     assert [row[0] for row in rows()] == sorted(timm.models.list_modules())

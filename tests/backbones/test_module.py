@@ -41,13 +41,13 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_features_are_understood_in_every_form(form: str) -> None:
+def test_features_are_understood_in_every_form(form):
     module, image = Patches(FORMS[form]), torch.randn(2, 3, 32, 56)
     source = ModuleBackbone(module, feat_dim=5, patch_size=8)(image)
     torch.testing.assert_close(source, module.conv(image))
 
 
-def test_class_and_register_tokens_are_left_out_or_named() -> None:
+def test_class_and_register_tokens_are_left_out_or_named():
     module, image = Patches(lambda x: tokens(x, prefix=3)), torch.randn(2, 3, 16, 32)
     source = ModuleBackbone(module, feat_dim=5, patch_size=8, prefix_tokens=3)(image)
     torch.testing.assert_close(source, module.conv(image))
@@ -55,7 +55,7 @@ def test_class_and_register_tokens_are_left_out_or_named() -> None:
         ModuleBackbone(module, feat_dim=5, patch_size=8)(image)
 
 
-def test_outputs_of_transformers_are_understood() -> None:
+def test_outputs_of_transformers_are_understood():
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2WithRegistersConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -67,13 +67,13 @@ def test_outputs_of_transformers_are_understood() -> None:
     torch.testing.assert_close(source.flatten(2).mT, expected)
 
 
-def test_the_network_can_be_called_in_ones_own_way() -> None:
+def test_the_network_can_be_called_in_ones_own_way():
     module, image = Patches(), torch.randn(1, 3, 16, 16)
     backbone = ModuleBackbone(module, feat_dim=5, patch_size=8, call=lambda m, x: -m.conv(x))
     torch.testing.assert_close(backbone(image), -module.conv(image))
 
 
-def test_a_convolution_without_padding_is_refused_until_the_image_is_padded() -> None:
+def test_a_convolution_without_padding_is_refused_until_the_image_is_padded():
     conv, image = nn.Conv2d(3, 5, 11, stride=8), torch.randn(1, 3, 32, 32)
     backbone = ModuleBackbone(conv, feat_dim=5, patch_size=8)
     with pytest.raises(ValueError, match=r"got \(1, 5, 3, 3\); .* loses cells .*: pad the"):
@@ -84,7 +84,7 @@ def test_a_convolution_without_padding_is_refused_until_the_image_is_padded() ->
 
 
 @pytest.mark.parametrize("form", ["NCHW", "NHWC"])
-def test_a_map_of_as_many_rows_and_columns_as_channels_is_taken_rightly(form: str) -> None:
+def test_a_map_of_as_many_rows_and_columns_as_channels_is_taken_rightly(form):
     module, image = Patches(FORMS[form]), torch.randn(2, 3, 40, 40)  # 5 channels, 5×5 cells
     first = ModuleBackbone(module, feat_dim=5, patch_size=8)
     torch.testing.assert_close(first(image), module.conv(image))
@@ -95,7 +95,7 @@ def test_a_map_of_as_many_rows_and_columns_as_channels_is_taken_rightly(form: st
 
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("last", [False, True])
-def test_as_many_tokens_as_channels_are_taken_rightly(prefix: int, last: bool) -> None:
+def test_as_many_tokens_as_channels_are_taken_rightly(prefix, last):
     module = Patches(lambda x: tokens(x, prefix=prefix).movedim(1, 2 if last else 1))
     image = torch.randn(2, 3, 8 * (5 - prefix), 8)
     source = ModuleBackbone(module, feat_dim=5, patch_size=8, prefix_tokens=prefix)(image)
@@ -103,7 +103,7 @@ def test_as_many_tokens_as_channels_are_taken_rightly(prefix: int, last: bool) -
 
 
 @pytest.mark.parametrize("form", ["NCHW", "NHWC"])
-def test_a_map_that_could_be_either_is_taken_as_said_or_refused(form: str) -> None:
+def test_a_map_that_could_be_either_is_taken_as_said_or_refused(form):
     module, image = Patches(FORMS[form]), torch.randn(1, 3, 40, 40)
     options: dict[str, Any] = {"feat_dim": 5, "patch_size": 8, "fixed_size": (40, 40)}
     with pytest.raises(ValueError, match=r"of 5 channels and as many .*: layout='nchw' or "):
@@ -113,7 +113,7 @@ def test_a_map_that_could_be_either_is_taken_as_said_or_refused(form: str) -> No
     torch.testing.assert_close(source, module.conv(image))
 
 
-def test_a_layout_that_is_said_is_held_to() -> None:
+def test_a_layout_that_is_said_is_held_to():
     backbone = ModuleBackbone(Patches(), feat_dim=5, patch_size=8, layout="nhwc")
     with pytest.raises(ValueError, match=r"needed features \(B, 5, 2, 3\)"):
         backbone(torch.randn(1, 3, 16, 24))
@@ -121,14 +121,14 @@ def test_a_layout_that_is_said_is_held_to() -> None:
         ModuleBackbone(Patches(), feat_dim=5, patch_size=8, layout="NHWC")  # type: ignore[arg-type]
 
 
-def test_a_network_of_one_size_sees_the_image_resized_to_it() -> None:
+def test_a_network_of_one_size_sees_the_image_resized_to_it():
     module, image = Patches(), torch.randn(1, 3, 40, 90)
     source = ModuleBackbone(module, feat_dim=5, patch_size=8, fixed_size=(32, 48))(image)
     seen = F.interpolate(image, (32, 48), mode="bicubic", antialias=True)
     torch.testing.assert_close(source, module.conv(seen))
 
 
-def test_images_of_other_bands_are_passed_on_as_they_are() -> None:
+def test_images_of_other_bands_are_passed_on_as_they_are():
     module, image = nn.Conv2d(13, 5, 8, stride=8), torch.randn(1, 13, 16, 24)
     backbone = ModuleBackbone(
         module, feat_dim=5, patch_size=8, in_chans=13, mean=(0.5, 0.5, 0.5), std=(1, 1, 1)
@@ -146,9 +146,7 @@ def test_images_of_other_bands_are_passed_on_as_they_are() -> None:
         (5, 8, lambda x: x.mean((2, 3))),
     ],
 )
-def test_features_unlike_those_announced_are_refused(
-    feat_dim: int, patch: int, form: Callable[[Tensor], Any]
-) -> None:
+def test_features_unlike_those_announced_are_refused(feat_dim, patch, form):
     backbone = ModuleBackbone(Patches(form), feat_dim=feat_dim, patch_size=patch)
     with pytest.raises(ValueError, match=r"an image of \(64, 64\); got .*; correct them, or sel"):
         backbone(torch.randn(1, 3, 64, 64))
@@ -158,7 +156,7 @@ def test_features_unlike_those_announced_are_refused(
     ("output", "got"),
     [({"a": 1, "b": 2}, "a dictionary of a, b"), (None, "NoneType"), ([], "list"), ("x", "str")],
 )
-def test_what_holds_no_features_is_refused(output: object, got: str) -> None:
+def test_what_holds_no_features_is_refused(output, got):
     backbone = ModuleBackbone(Patches(lambda _: output), feat_dim=5, patch_size=8)
     with pytest.raises(TypeError, match=f"needed a tensor of features.*; got {got}; select"):
         backbone(torch.randn(1, 3, 16, 16))

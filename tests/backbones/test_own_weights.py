@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,9 +63,7 @@ def randomised(name: str, **options: Any) -> nn.Module:
         ("vit_small_patch16_dinov3", metas_dinov3),
     ],
 )
-def test_metas_own_files_give_the_features_of_timms(
-    tmp_path: Path, name: str, convert: Callable[[State], State], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metas_own_files_give_the_features_of_timms(tmp_path, name, convert, capsys):
     short = {"depth": 2}
     donor = randomised(name, **short)
     torch.save(convert(dict(donor.state_dict())), tmp_path / "meta.pth")
@@ -77,7 +74,7 @@ def test_metas_own_files_give_the_features_of_timms(
     assert capsys.readouterr().out == ""
 
 
-def test_a_dinov3_file_with_biases_names_the_network_that_has_them(tmp_path: Path) -> None:
+def test_a_dinov3_file_with_biases_names_the_network_that_has_them(tmp_path):
     donor = timm.create_model("vit_small_patch16_dinov3", depth=1)
     state = metas_dinov3(dict(donor.state_dict()))
     state["blocks.0.attn.qkv.bias"][-1] = 1
@@ -93,7 +90,7 @@ def test_a_dinov3_file_with_biases_names_the_network_that_has_them(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
 @pytest.mark.parametrize("classes", [0, 10, 1000])
-def test_fine_tuned_weights_fit_with_any_number_of_classes(name: str, classes: int) -> None:
+def test_fine_tuned_weights_fit_with_any_number_of_classes(name, classes):
     donor = timm.create_model(name, num_classes=classes).eval()
     backbone = TimmBackbone(name, weights=donor.state_dict()).eval()
     loaded = backbone.model.state_dict()
@@ -125,7 +122,7 @@ FORMS: dict[str, Callable[[State], object]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_checkpoints_of_trainers_are_understood(tmp_path: Path, form: str) -> None:
+def test_checkpoints_of_trainers_are_understood(tmp_path, form):
     state = timm.create_model("test_vit").state_dict()
     torch.save(FORMS[form](state), tmp_path / "file.pth")
     found = read_state(tmp_path / "file.pth")
@@ -133,12 +130,12 @@ def test_checkpoints_of_trainers_are_understood(tmp_path: Path, form: str) -> No
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
-def test_prefixes_in_safetensors_are_left_out_too(tmp_path: Path) -> None:
+def test_prefixes_in_safetensors_are_left_out_too(tmp_path):
     save_file({"_orig_mod.a": torch.ones(1)}, tmp_path / "file.safetensors")
     assert read_state(tmp_path / "file.safetensors").keys() == {"a"}
 
 
-def test_without_tensors_nothing_is_downloaded_in_their_place(tmp_path: Path) -> None:
+def test_without_tensors_nothing_is_downloaded_in_their_place(tmp_path):
     with pytest.raises(ValueError, match="weights must be tensors by name; got an empty mapping"):
         TimmBackbone("test_vit", weights={})
     save_file({}, tmp_path / "file.safetensors")
@@ -148,20 +145,20 @@ def test_without_tensors_nothing_is_downloaded_in_their_place(tmp_path: Path) ->
         load_backbone("test_vit", weights=tmp_path / "file.safetensors")
 
 
-def test_weights_stored_as_8_bit_integers_are_refused() -> None:
+def test_weights_stored_as_8_bit_integers_are_refused():
     state = timm.create_model("test_vit").state_dict()
     state["blocks.0.attn.qkv.weight"] = torch.ones(192, 64, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight of torch.int8"):
         TimmBackbone("test_vit", weights=state)
 
 
-def test_a_single_name_that_looks_wrapped_hides_no_others(tmp_path: Path) -> None:
+def test_a_single_name_that_looks_wrapped_hides_no_others(tmp_path):
     state = {"backbone.extra": torch.ones(1), "a": torch.ones(2), "b": torch.ones(3)}
     torch.save(state, tmp_path / "file.pth")
     assert read_state(tmp_path / "file.pth").keys() == state.keys()
 
 
-def test_the_old_format_of_torch_save_and_safetensors_of_any_name_are_read(tmp_path: Path) -> None:
+def test_the_old_format_of_torch_save_and_safetensors_of_any_name_are_read(tmp_path):
     state = {"weight": torch.arange(3.0)}
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     save_file(state, tmp_path / "weights.bin")
@@ -183,9 +180,7 @@ class Custom:
         (b"hello" * 5, "no file of torch"),
     ],
 )
-def test_files_without_weights_are_refused_by_what_they_are(
-    tmp_path: Path, content: object, message: str
-) -> None:
+def test_files_without_weights_are_refused_by_what_they_are(tmp_path, content, message):
     if isinstance(content, bytes):
         (tmp_path / "file.pth").write_bytes(content)
     else:

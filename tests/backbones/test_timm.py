@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -23,7 +21,7 @@ VITS = [
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_a_vit_gives_its_normalised_patch_tokens(name: str) -> None:
+def test_a_vit_gives_its_normalised_patch_tokens(name):
     donor = timm.create_model(name).eval()
     size = donor.pretrained_cfg["input_size"][-1]
     backbone = TimmBackbone(name, weights=donor.state_dict()).eval()
@@ -37,10 +35,10 @@ def test_a_vit_gives_its_normalised_patch_tokens(name: str) -> None:
         torch.testing.assert_close(source.flatten(2).mT, tokens, atol=1e-4, rtol=1e-4)
 
 
-def test_pretrained_false_holds_whatever_timm_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_false_holds_whatever_timm_is_given(monkeypatch):
     asked = []
 
-    def create_model(name: str, *, pretrained: bool, **kwargs: object) -> torch.nn.Module:
+    def create_model(name, *, pretrained, **kwargs):
         asked.append(pretrained)
         return make(name, **kwargs)
 
@@ -51,7 +49,7 @@ def test_pretrained_false_holds_whatever_timm_is_given(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("size", [(64, 96), (240, 112)])
-def test_position_embeddings_follow_the_image(size: tuple[int, int]) -> None:
+def test_position_embeddings_follow_the_image(size):
     donor = timm.create_model("test_vit")
     tensors = donor.state_dict()
     fixed = timm.create_model(
@@ -71,7 +69,7 @@ def test_position_embeddings_follow_the_image(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("layer", [0, 3, -2])
 @pytest.mark.parametrize("norm", [True, False])
-def test_the_chosen_block_is_the_one_taken(layer: int, norm: bool) -> None:
+def test_the_chosen_block_is_the_one_taken(layer, norm):
     donor = timm.create_model("test_vit").eval()
     torch.nn.init.normal_(donor.norm.weight)
     seen: list[Tensor] = []
@@ -88,7 +86,7 @@ def test_the_chosen_block_is_the_one_taken(layer: int, norm: bool) -> None:
 
 
 @pytest.mark.parametrize(("stride", "feat_dim"), [(8, 40), (16, 112), (32, 320)])
-def test_a_cnn_gives_the_deepest_features_of_a_stride(stride: int, feat_dim: int) -> None:
+def test_a_cnn_gives_the_deepest_features_of_a_stride(stride, feat_dim):
     donor = timm.create_model("tf_efficientnet_lite0").eval()
     backbone = TimmBackbone(
         "tf_efficientnet_lite0", weights=donor.state_dict(), stride=stride
@@ -104,7 +102,7 @@ def test_a_cnn_gives_the_deepest_features_of_a_stride(stride: int, feat_dim: int
     torch.testing.assert_close(source, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_lies_behind_the_features_is_removed() -> None:
+def test_what_lies_behind_the_features_is_removed():
     whole = sum(p.numel() for p in timm.create_model("tf_efficientnet_lite0").parameters())
     left = sum(p.numel() for p in TimmBackbone("tf_efficientnet_lite0", stride=16).parameters())
     assert left < 0.3 * whole
@@ -121,16 +119,14 @@ def test_what_lies_behind_the_features_is_removed() -> None:
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(
-    change: dict[str, Tensor | None], message: str
-) -> None:
+def test_weights_that_do_not_fit_are_refused(change, message):
     tensors = {**timm.create_model("test_vit").state_dict(), **change}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with pytest.raises(ValueError, match=f"not those of timm's test_vit: {message} check that"):
         TimmBackbone("test_vit", weights=tensors)
 
 
-def test_weights_of_another_network_are_refused_with_counts_and_a_few_names() -> None:
+def test_weights_of_another_network_are_refused_with_counts_and_a_few_names():
     tensors = timm.create_model("test_resnet").state_dict()
     with pytest.raises(ValueError, match="are not those of timm's test_vit: ") as caught:
         TimmBackbone("test_vit", weights=tensors)
@@ -140,10 +136,8 @@ def test_weights_of_another_network_are_refused_with_counts_and_a_few_names() ->
     assert len(str(caught.value)) < 600
 
 
-def test_weights_that_timm_cannot_even_convert_are_refused_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def convert(*_: object, **__: object) -> None:
+def test_weights_that_timm_cannot_even_convert_are_refused_with_its_reason(monkeypatch):
+    def convert(*_, **__):
         raise KeyError("patch_embed.proj.weight")
 
     monkeypatch.setattr(timm, "create_model", convert)
@@ -161,35 +155,27 @@ def test_weights_that_timm_cannot_even_convert_are_refused_with_its_reason(
         ("test_resnet", {"layer": 1, "stride": 16}, "or by stride; got layer=1 and stride=16"),
     ],
 )
-def test_what_timm_or_a_network_lacks_is_refused_with_what_there_is(
-    name: str, options: dict[str, int], message: str
-) -> None:
+def test_what_timm_or_a_network_lacks_is_refused_with_what_there_is(name, options, message):
     with pytest.raises(ValueError, match=message):
         TimmBackbone(name, **options)  # type: ignore[arg-type]
 
 
-def test_networks_without_intermediate_features_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_networks_without_intermediate_features_are_refused(monkeypatch):
     monkeypatch.delattr(timm.models.MobileNetV3, "forward_intermediates")
     with pytest.raises(ValueError, match=r"mobilenetv3_small_050 does not offer .*ModuleBackbone"):
         TimmBackbone("mobilenetv3_small_050")
 
 
-def test_a_timm_that_counts_layers_otherwise_is_noticed() -> None:
+def test_a_timm_that_counts_layers_otherwise_is_noticed():
     backbone = TimmBackbone("test_resnet").eval()
     backbone.layer -= 1  # as timm 1.0.9 does in ConvNeXt
     with pytest.raises(RuntimeError, match=r"announces \d+ channels in layer 3 .*; got .*; upg"):
         backbone(torch.randn(1, 3, 64, 64))
 
 
-def test_a_network_without_padding_has_each_cell_at_the_centre_of_what_it_sees(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_network_without_padding_has_each_cell_at_the_centre_of_what_it_sees(monkeypatch):
     # With equal weights and averages for maxima, the gradient is centred on the receptive field.
-    def average(
-        x: Tensor, kernel_size: int, stride: int, padding: int = 0, *_: int, **__: bool
-    ) -> Tensor:
+    def average(x, kernel_size, stride, padding=0, *_, **__):
         return F.avg_pool2d(x, kernel_size, stride, padding)
 
     monkeypatch.setattr(F, "max_pool2d", average)
@@ -214,9 +200,7 @@ def test_a_network_without_padding_has_each_cell_at_the_centre_of_what_it_sees(
         ("gcvit_xxtiny", {"img_size": (256, 320)}, (512, 8, 10)),  # a fixed size, chosen
     ],
 )
-def test_unusual_networks_give_what_they_announce(
-    name: str, options: dict[str, object], source: tuple[int, ...]
-) -> None:
+def test_unusual_networks_give_what_they_announce(name, options, source):
     with torch.device("meta"):
         backbone = TimmBackbone(name, backbone_kwargs=options).eval()
         assert backbone(torch.empty(1, 3, 97, 131)).shape == (1, *source)
@@ -224,7 +208,7 @@ def test_unusual_networks_give_what_they_announce(
 
 
 @torch.no_grad()
-def test_a_network_of_other_bands_takes_them_as_they_are() -> None:
+def test_a_network_of_other_bands_takes_them_as_they_are():
     backbone = TimmBackbone("test_resnet", backbone_kwargs={"in_chans": 13}).eval()
     image = torch.randn(1, 13, 64, 64)
     (expected,) = backbone.model.forward_intermediates(
@@ -235,14 +219,14 @@ def test_a_network_of_other_bands_takes_them_as_they_are() -> None:
         backbone(torch.randn(1, 3, 64, 64))
 
 
-def test_a_card_can_be_made_for_any_network_of_timm() -> None:
+def test_a_card_can_be_made_for_any_network_of_timm():
     row = timm_card("convnext_tiny.fb_in1k")
     assert (row.name, row.image_size) == ("timm/convnext_tiny.fb_in1k", 224)
     assert (row.backbone, row.licence) == ("convnext_tiny.fb_in1k", "apache-2.0")
 
 
 @pytest.mark.shared
-def test_real_vit_weights_give_the_same_structure_at_any_size(shared: Path) -> None:
+def test_real_vit_weights_give_the_same_structure_at_any_size(shared):
     tensors = read(shared / "backbones" / "dinov2_vits14_saliency_ft.safetensors")
     backbone = TimmBackbone("vit_small_patch14_dinov2", weights=tensors).eval()
     image = F.interpolate(torch.randn(1, 3, 6, 8), (210, 280), mode="bicubic")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from featup_hub import JBUStack
 from featup_hub.weights import read
-from tests.cli.conftest import Command
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_convert_makes_a_file_that_upsample_takes(
-    norm: bool, photos: Path, command: Command
-) -> None:
+def test_convert_makes_a_file_that_upsample_takes(norm, photos, command):
     stack = JBUStack(112).state_dict()
     state = {f"upsampler.{name}": tensor for name, tensor in stack.items()}
     if norm:
@@ -31,7 +26,7 @@ def test_convert_makes_a_file_that_upsample_takes(
     assert command("upsample photos/a.jpg", flags).code == 0
 
 
-def test_convert_refuses_what_it_cannot_read_or_write(photos: Path, command: Command) -> None:
+def test_convert_refuses_what_it_cannot_read_or_write(photos, command):
     done = command("convert missing.ckpt x.safetensors")
     assert done.code == 1
     assert "no weights file missing.ckpt" in done.err

@@ -16,9 +16,7 @@ from featup_hub.cli.upsample import _IMPLEMENTATIONS
 from featup_hub.ops.choice import ImplementationStatus
 
 
-def test_env_shows_versions_and_why_an_implementation_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_env_shows_versions_and_why_an_implementation_runs(capsys, monkeypatch):
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"featup_hub: {__version__}"
@@ -45,7 +43,7 @@ def test_env_shows_versions_and_why_an_implementation_runs(
     assert (row["impl"], row["reason"]) == ("cuda", None)
 
 
-def test_implementations_to_choose_from_are_those_there_are() -> None:
+def test_implementations_to_choose_from_are_those_there_are():
     from typing import get_args
 
     from featup_hub.ops import Implementation
@@ -54,7 +52,7 @@ def test_implementations_to_choose_from_are_those_there_are() -> None:
 
 
 @pytest.mark.parametrize("line", ["--version", "--help", "upsample --help", "upsample --size"])
-def test_help_and_mistyped_flags_are_answered_without_torch(line: str) -> None:
+def test_help_and_mistyped_flags_are_answered_without_torch(line):
     program = f"""
 import sys
 from featup_hub.cli import main
@@ -69,7 +67,7 @@ assert not slow, slow
     assert done.returncode == 0, done.stderr
 
 
-def test_a_script_for_shell_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_for_shell_completion_is_printed(capsys):
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit, match="0"):
         main(["--print-completion", "bash"])

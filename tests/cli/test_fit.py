@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Command
-
 STAGES, OWN = "start.safetensors", "own.safetensors"
 
 
@@ -39,8 +37,8 @@ def folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_an_output_that_would_replace_an_input_is_refused_before_the_work(
-    line: str, message: str, folder: Path, command: Command
-) -> None:
+    line, message, folder, command
+):
     (folder / "new.png").write_text("an image of an odd name")
     (folder / "c.png").symlink_to(folder / "new.png")
     (folder / "d.png").mkdir()
@@ -55,15 +53,13 @@ def test_an_output_that_would_replace_an_input_is_refused_before_the_work(
     "line",
     ["a.jpg", "b.png --no-picture", "b.png --out c.safetensors", f"a.jpg --upsampler {STAGES}"],
 )
-def test_an_output_of_its_own_is_not_refused(line: str, command: Command) -> None:
+def test_an_output_of_its_own_is_not_refused(line, command):
     with pytest.raises(AssertionError, match="the work began"):
         command("fit", line)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.png"])
-def test_an_output_that_exists_is_replaced_only_when_asked(
-    name: str, folder: Path, command: Command
-) -> None:
+def test_an_output_that_exists_is_replaced_only_when_asked(name, folder, command):
     (folder / name).write_text("somebody's")
     done = command("fit a.jpg")
     assert done.code == 2

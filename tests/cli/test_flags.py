@@ -42,7 +42,7 @@ def parser_of_run() -> argparse.ArgumentParser:
     return parser
 
 
-def test_flags_set_fields_of_every_kind() -> None:
+def test_flags_set_fields_of_every_kind():
     line = (
         "--steps 7 --rate .5 --mode b --sides 4 --sides 6 --model x y --no-fast --out o --limit 2"
     )
@@ -60,7 +60,7 @@ def test_flags_set_fields_of_every_kind() -> None:
     assert from_flags(Run, parser_of_run().parse_args([])) == Run()
 
 
-def test_flags_take_their_help_from_the_docstring() -> None:
+def test_flags_take_their_help_from_the_docstring():
     text = " ".join(parser_of_run().format_help().split())
     assert "How many steps, at 100 % (default: 5)" in text
     assert "See steps and this (default: 0.001)" in text

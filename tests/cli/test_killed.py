@@ -21,9 +21,7 @@ IMAGES = 12
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
-def test_a_run_that_was_killed_ends_in_the_results_of_one_that_was_not(
-    tmp_path: Path, stages: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_was_killed_ends_in_the_results_of_one_that_was_not(tmp_path, stages, capsys):
     photos, whole, out = (tmp_path / name for name in ("photos", "whole", "out"))
     photos.mkdir()
     for shade in range(IMAGES):

@@ -13,7 +13,6 @@ import pytest
 from featup_hub import __version__
 from featup_hub.cli import main
 from featup_hub.cli.arguments import UsageError
-from tests.cli.conftest import Command
 
 
 @pytest.mark.parametrize(
@@ -62,9 +61,7 @@ from tests.cli.conftest import Command
         ),
     ],
 )
-def test_what_cannot_work_is_one_line_and_exit_code_2(
-    line: str, message: str, photos: Path, command: Command
-) -> None:
+def test_what_cannot_work_is_one_line_and_exit_code_2(line, message, photos, command):
     done = command(line)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: ")
@@ -75,7 +72,7 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(
         command(line, "--debug")
 
 
-def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
+def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text(
         "import os, time\n"
         "try:\n"
@@ -96,19 +93,19 @@ def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-def test_without_a_command_the_help_is_shown(command: Command) -> None:
+def test_without_a_command_the_help_is_shown(command):
     done = command()
     assert done.code == 2
     assert all(name in done.err for name in ("models", "upsample", "train", "convert"))
 
 
-def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_the_package_s(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"featup_hub {__version__}\n"
 
 
-def test_python_m_runs_the_command_line_and_a_closed_pipe_is_no_error() -> None:
+def test_python_m_runs_the_command_line_and_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m featup_hub models | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert done.stdout.startswith("name ")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from featup_hub.cli import main
 
 
-def test_models_are_listed_with_where_their_weights_are(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_are_listed_with_where_their_weights_are(capsys, monkeypatch):
     cached: dict[str, str] = {"timm/vit_small_patch16_224.dino": "/cache/file"}
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache", lambda repo_id, *_, **__: cached.get(repo_id)

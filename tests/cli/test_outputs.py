@@ -10,12 +10,9 @@ from PIL import Image
 
 from featup_hub import JBUStack
 from featup_hub.weights import write
-from tests.cli.conftest import Command
 
 
-def test_a_second_run_keeps_what_is_finished_and_makes_what_is_missing(
-    upsample: Command, loads: list[str]
-) -> None:
+def test_a_second_run_keeps_what_is_finished_and_makes_what_is_missing(upsample, loads):
     upsample("photos photos/a.jpg")
     first = Path("out/a.safetensors").stat().st_mtime_ns
     Path("out/b.png").unlink()
@@ -40,9 +37,7 @@ def test_a_second_run_keeps_what_is_finished_and_makes_what_is_missing(
         ("", "is not a safetensors file; --overwrite replaces it"),
     ],
 )
-def test_outputs_of_other_settings_are_neither_kept_nor_replaced(
-    upsample: Command, changed: str, message: str
-) -> None:
+def test_outputs_of_other_settings_are_neither_kept_nor_replaced(upsample, changed, message):
     upsample("photos/a.jpg")
     torch.manual_seed(99)  # other weights than those of the stages
     write(JBUStack().state_dict(), "other.safetensors")
@@ -57,7 +52,7 @@ def test_outputs_of_other_settings_are_neither_kept_nor_replaced(
     assert upsample("photos/a.jpg --overwrite", changed).code == 0
 
 
-def test_outputs_of_another_photograph_of_the_same_name_are_not_kept(upsample: Command) -> None:
+def test_outputs_of_another_photograph_of_the_same_name_are_not_kept(upsample):
     upsample("photos/a.jpg")
     Image.new("RGB", (48, 32), "red").save("a.jpg")
     done = upsample("a.jpg")
@@ -66,9 +61,9 @@ def test_outputs_of_another_photograph_of_the_same_name_are_not_kept(upsample: C
 
 
 def test_an_interruption_keeps_what_is_finished_and_leaves_nothing_half_written(
-    upsample: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object, **__: object) -> None:
+    upsample, monkeypatch
+):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     upsample("photos/a.jpg")
@@ -80,7 +75,7 @@ def test_an_interruption_keeps_what_is_finished_and_leaves_nothing_half_written(
 
 
 @pytest.mark.parametrize("form", ["safetensors", "npy"])
-def test_a_picture_of_somebody_else_s_is_not_replaced(form: str, upsample: Command) -> None:
+def test_a_picture_of_somebody_else_s_is_not_replaced(form, upsample):
     picture, others = Path("a.png"), Path("photos/b.png").read_bytes()
     picture.write_bytes(others)
     line = f"photos/a.jpg --out . --format {form}"
@@ -95,15 +90,13 @@ def test_a_picture_of_somebody_else_s_is_not_replaced(form: str, upsample: Comma
     assert picture.read_bytes() != others
 
 
-def test_a_picture_of_features_in_the_other_format_is_made_anew(upsample: Command) -> None:
+def test_a_picture_of_features_in_the_other_format_is_made_anew(upsample):
     assert upsample("photos/a.jpg --format npy").code == 0
     assert upsample("photos/a.jpg").code == 0
     assert Path("out/a.safetensors").exists()
 
 
-def test_outputs_that_cannot_be_made_are_refused_before_any_work(
-    upsample: Command, tmp_path: Path, loads: list[str]
-) -> None:
+def test_outputs_that_cannot_be_made_are_refused_before_any_work(upsample, tmp_path, loads):
     (tmp_path / "empty").mkdir()
     (tmp_path / "twins").mkdir()
     for name in ("a.jpg", "a.png"):
@@ -124,6 +117,6 @@ def test_outputs_that_cannot_be_made_are_refused_before_any_work(
     assert not Path("out").exists()
 
 
-def test_pictures_of_an_earlier_run_are_not_upsampled(upsample: Command) -> None:
+def test_pictures_of_an_earlier_run_are_not_upsampled(upsample):
     upsample("photos --out photos/features")
     assert "0 written, 3 kept" in upsample("photos --out photos/features").out

@@ -12,19 +12,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from featup_hub import JBUStack, __version__, load
 from featup_hub.image import preprocess, read_image
 from featup_hub.weights import metadata, read, write
-from tests.cli.conftest import Command
 from tests.conftest import full_disk
 from tests.evaluation.conftest import MeanColour
 
 FEATURES = Path("out/a.safetensors")
 
 
-def test_one_image_makes_features_and_a_picture(upsample: Command) -> None:
+def test_one_image_makes_features_and_a_picture(upsample):
     done = upsample("photos/a.jpg")
     assert done.code == 0
     assert done.out.startswith("wrote out/a.safetensors and a.png: 3 x 32 x 48 in")
@@ -40,9 +38,7 @@ def test_one_image_makes_features_and_a_picture(upsample: Command) -> None:
         assert picture.mode == "RGB"
 
 
-def test_features_are_those_of_the_model(
-    command: Command, root: Path, stages: Path, tmp_path: Path
-) -> None:
+def test_features_are_those_of_the_model(command, root, stages, tmp_path):
     photo = root / "tests/data/chelsea.jpg"
     flags = "--size 64x96 --no-picture --format npy --impl reference"
     assert command("upsample", photo, "--upsampler", stages, "--out", tmp_path, flags).code == 0
@@ -56,8 +52,8 @@ def test_features_are_those_of_the_model(
 
 
 def test_a_folder_keeps_its_structure_and_the_model_is_loaded_once(
-    upsample: Command, photos: Path, tmp_path: Path, loads: list[str]
-) -> None:
+    upsample, photos, tmp_path, loads
+):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/linked").symlink_to(photos)
     done = upsample("data --no-picture")
@@ -70,9 +66,7 @@ def test_a_folder_keeps_its_structure_and_the_model_is_loaded_once(
     assert lines[3].startswith("3 written, 0 kept, 0 failed in ")
 
 
-def test_bad_images_are_reported_and_the_others_go_on(
-    upsample: Command, photos: Path, root: Path
-) -> None:
+def test_bad_images_are_reported_and_the_others_go_on(upsample, photos, root):
     (photos / "page.jpg").write_text("<html>")
     whole = (root / "tests/data/chelsea.jpg").read_bytes()
     (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
@@ -91,9 +85,7 @@ def test_bad_images_are_reported_and_the_others_go_on(
     assert made == {f"{name}.{suffix}" for name in "abc" for suffix in ("safetensors", "png")}
 
 
-def test_a_single_image_that_is_missing_needs_no_summary_no_model_and_no_folder(
-    upsample: Command, loads: list[str]
-) -> None:
+def test_a_single_image_that_is_missing_needs_no_summary_no_model_and_no_folder(upsample, loads):
     assert upsample("photos/nothing.jpg") == (1, "", "error: no such file: photos/nothing.jpg\n")
     assert not loads
     assert not Path("out").exists()
@@ -108,9 +100,9 @@ def test_a_single_image_that_is_missing_needs_no_summary_no_model_and_no_folder(
     ],
 )
 def test_a_failure_names_its_image_and_what_to_do_about_memory(
-    upsample: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
-    def fail(*_: object) -> Tensor:
+    upsample, monkeypatch, error, message
+):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(MeanColour, "features", fail)
@@ -121,9 +113,7 @@ def test_a_failure_names_its_image_and_what_to_do_about_memory(
         upsample("photos/a.jpg --debug")
 
 
-def test_errors_of_loading_advise_flags(
-    command: Command, photos: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_loading_advise_flags(command, photos, stages, monkeypatch):
     norm = {"norm.weight": torch.ones(112), "norm.bias": torch.zeros(112)}
     write(JBUStack(112).state_dict(), "bare.safetensors")
     write({**JBUStack(112).state_dict(), **norm}, "normed.safetensors")
@@ -148,8 +138,8 @@ def test_errors_of_loading_advise_flags(
     ],
 )
 def test_a_size_the_network_cannot_take_is_refused_before_weights_are_loaded(
-    upsample: Command, loads: list[str], flags: str, multiple: int, near: str
-) -> None:
+    upsample, loads, flags, multiple, near
+):
     code, _, error = upsample(f"photos --size 42 {flags}")
     assert code == 2
     assert f"size must be a positive multiple of {multiple}; got 42; try {near}" in error
@@ -157,8 +147,8 @@ def test_a_size_the_network_cannot_take_is_refused_before_weights_are_loaded(
 
 
 def test_without_a_size_the_stride_s_multiple_nearest_to_the_card_s_is_taken(
-    command: Command, stages: Path, photos: Path
-) -> None:
+    command, stages, photos
+):
     # LeViT's images have 224 pixels a side, and its deepest features a stride of 64.
     torch.save(timm.create_model("levit_128s").state_dict(), "own.pth")
     flags = f"--model levit_128s=own.pth --upsampler {stages} --out out --no-picture"
@@ -169,9 +159,7 @@ def test_without_a_size_the_stride_s_multiple_nearest_to_the_card_s_is_taken(
     assert "kept" in command(line).out
 
 
-def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(
-    upsample: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(upsample, monkeypatch):
     assert upsample("photos/a.jpg --no-picture --dtype float16").code == 0
     assert read(FEATURES)["features"].dtype == torch.float16
     other = upsample("photos/a.jpg --no-picture")
@@ -183,9 +171,7 @@ def test_half_precision_halves_the_file_and_refuses_what_it_cannot_hold(
     assert "float16 holds values up to 65504; features reach" in large.err
 
 
-def test_pixels_of_12_bits_are_warned_of_in_a_line_and_a_range_keeps_their_levels(
-    upsample: Command,
-) -> None:
+def test_pixels_of_12_bits_are_warned_of_in_a_line_and_a_range_keeps_their_levels(upsample):
     ramp = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(ramp).save("deep.png")
     with warnings.catch_warnings():
@@ -201,17 +187,13 @@ def test_pixels_of_12_bits_are_warned_of_in_a_line_and_a_range_keeps_their_level
 
 @pytest.mark.parametrize("form", ["safetensors", "npy"])
 @pytest.mark.parametrize("name", ["é" * 115 + ".jpg", os.fsdecode(b"caf\xe9.jpg")])
-def test_long_names_and_names_in_another_encoding_are_worked_on(
-    upsample: Command, photos: Path, name: str, form: str
-) -> None:
+def test_long_names_and_names_in_another_encoding_are_worked_on(upsample, photos, name, form):
     (photos / "a.jpg").rename(name)
     assert upsample(name, "--format", form).code == 0
     assert Path("out", name).with_suffix(f".{form}").exists()
 
 
-def test_a_full_disk_is_named_with_the_file_and_nothing_is_left_half_written(
-    upsample: Command,
-) -> None:
+def test_a_full_disk_is_named_with_the_file_and_nothing_is_left_half_written(upsample):
     with full_disk(5000):
         done = upsample("photos/a.jpg")
     assert done.code == 1
@@ -219,9 +201,7 @@ def test_a_full_disk_is_named_with_the_file_and_nothing_is_left_half_written(
     assert not list(Path("out").iterdir())
 
 
-def test_on_a_terminal_progress_is_one_line(
-    upsample: Command, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_terminal_progress_is_one_line(upsample, photos, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     (photos / "c.jpg").write_text("no image")
     done = upsample("photos")

@@ -168,7 +168,7 @@ def test_upstream_s_checkpoint_is_read_and_shrinks_features_unless_unit(shared, 
     torch.testing.assert_close(unit, torch.ones_like(unit))
 
 
-def test_a_stack_smooths_each_of_four_looks_by_itself() -> None:
+def test_a_stack_smooths_each_of_four_looks_by_itself():
     source, image = torch.randn(1, 5, 8, 12), torch.randn(1, 3, 64, 96)
     stack = load_upsampler()
     stack.looks_per_side = 2

@@ -129,14 +129,14 @@ FAULTS: dict[str, tuple[Break, str]] = {
 }
 
 
-def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word() -> None:
+def test_where_all_is_well_auto_and_cuda_take_the_kernels_without_a_word():
     assert [choose(impl) for impl in ("auto", "cuda", "torch")] == ["cuda", "cuda", "torch"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_auto_falls_back_with_one_warning_a_named_one_never_does_and_the_status_says_the_same(
-    monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+    monkeypatch, fault
+):
     break_it, words = FAULTS[fault]
     break_it(monkeypatch)
     with pytest.warns(UserWarning, match=f"without the fused CUDA kernels: .*{words}") as caught:
@@ -149,10 +149,10 @@ def test_auto_falls_back_with_one_warning_a_named_one_never_does_and_the_status_
     assert re.search(words, str(status))
 
 
-def test_what_went_wrong_is_found_out_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_went_wrong_is_found_out_once_per_device(monkeypatch):
     calls = []
 
-    def load() -> None:
+    def load():
         calls.append(1)
         raise nvrtc.NvrtcError("missing")
 
@@ -162,10 +162,10 @@ def test_what_went_wrong_is_found_out_once_per_device(monkeypatch: pytest.Monkey
     assert len(calls) == 1
 
 
-def test_a_failure_to_load_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_to_load_is_not_kept(monkeypatch):
     answers = iter([CudaDriverError("error 2 in loading: out of memory"), None])
 
-    def load(self: Driver, *args: Any) -> dict[str, Any]:
+    def load(self, *args):
         if error := next(answers):
             raise error
         return {name: name for name in args[2]}
@@ -177,13 +177,13 @@ def test_a_failure_to_load_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("device", "code"), [(90, 90), (89, 80), (121, 120)])
-def test_a_newer_minor_version_runs_code_for_an_older_one(device: int, code: int) -> None:
+def test_a_newer_minor_version_runs_code_for_an_older_one(device, code):
     path = programs.compile_program(backend.usual_programs()[0], device)[1]
     assert path is not None
     assert f"-sm_{code}-" in path.name
 
 
-def test_tensors_on_the_cpu_take_the_torch_backend_silently_unless_cuda_is_named() -> None:
+def test_tensors_on_the_cpu_take_the_torch_backend_silently_unless_cuda_is_named():
     assert choose("auto", torch.zeros(1, 8, 4, 4)) == "torch"  # warnings are errors here
     with pytest.raises(RuntimeError, match="need tensors on a CUDA device; got cpu; move them"):
         choose("cuda", torch.zeros(1, 8, 4, 4))
@@ -201,7 +201,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_backend(case: str) -> None:
+def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_backend(case):
     tensors, words = UNSUPPORTED[case]
     with pytest.warns(UserWarning, match=words):
         assert choose("auto", *tensors) == "torch"
@@ -213,15 +213,13 @@ def test_what_the_kernels_were_not_made_for_is_left_to_the_torch_backend(case: s
 
 
 @pytest.mark.parametrize("stage", [JBUStage(radius=2), JBUStage(key_dim=16), JBUStage(15)])
-def test_stages_of_another_make_are_left_to_the_torch_backend(stage: JBUStage) -> None:
+def test_stages_of_another_make_are_left_to_the_torch_backend(stage):
     guidance = on_cuda(1, stage.range_proj[0].in_channels, 8, 8)
     with pytest.warns(UserWarning, match="made for 7×7 taps, 32 key channels and at most 14"):
         assert chosen("auto", "kernel", guidance, stage.weights()) == "torch"
 
 
-def test_an_unwritable_cache_is_no_obstacle(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_unwritable_cache_is_no_obstacle(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="set FEATUP_HUB_CACHE to a writable folder") as caught:
@@ -230,7 +228,7 @@ def test_an_unwritable_cache_is_no_obstacle(
     assert "kept in memory only" in str(ops.implementations()[1])
 
 
-def test_the_status_names_device_compiler_and_cubin(tmp_path: Path) -> None:
+def test_the_status_names_device_compiler_and_cubin(tmp_path):
     cpu, card = ops.implementations()
     assert (cpu.device, cpu.impl) == ("cpu", "torch")
     assert (card.device, card.impl, card.reason) == ("cuda:0 (Some Card)", "cuda", None)

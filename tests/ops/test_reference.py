@@ -14,7 +14,7 @@ from tests.ops.formulations import randomise, stage_apply, stage_kernel
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 3), (3, 3), (4, 5), (11, 8)])
 @pytest.mark.parametrize("radius", [1, 3])
-def test_kernels_are_those_of_the_unfold_formulation(size: tuple[int, int], radius: int) -> None:
+def test_kernels_are_those_of_the_unfold_formulation(size, radius):
     stage = randomise(JBUStage(3, 8, radius).double())
     guidance = torch.randn(2, 3, *size, dtype=torch.float64)
     kernel = reference.jbu_kernel(guidance, stage.weights())
@@ -24,16 +24,14 @@ def test_kernels_are_those_of_the_unfold_formulation(size: tuple[int, int], radi
 @pytest.mark.parametrize(
     ("source", "output"), [((1, 1), (2, 2)), ((3, 4), (6, 8)), ((3, 5), (5, 7))]
 )
-def test_filtering_is_that_of_the_unfold_formulation(
-    source: tuple[int, int], output: tuple[int, int]
-) -> None:
+def test_filtering_is_that_of_the_unfold_formulation(source, output):
     features = torch.randn(2, 3, *source, dtype=torch.float64)
     kernel = torch.randn(2, 49, *output, dtype=torch.float64)
     filtered = reference.jbu_apply(features, kernel)
     torch.testing.assert_close(filtered, stage_apply(features, kernel), rtol=0, atol=1e-12)
 
 
-def test_a_kernel_of_one_in_the_middle_is_bicubic_interpolation() -> None:
+def test_a_kernel_of_one_in_the_middle_is_bicubic_interpolation():
     source = torch.randn(1, 4, 5, 6, dtype=torch.float64)
     kernel = torch.zeros(1, 49, 10, 12, dtype=torch.float64)
     kernel[:, 24] = 1
@@ -41,7 +39,7 @@ def test_a_kernel_of_one_in_the_middle_is_bicubic_interpolation() -> None:
     torch.testing.assert_close(reference.jbu_apply(source, kernel), expected)
 
 
-def test_tap_t_reads_row_t_div_7_and_column_t_mod_7() -> None:
+def test_tap_t_reads_row_t_div_7_and_column_t_mod_7():
     source = torch.arange(64.0).view(1, 1, 8, 8)
     kernel = torch.zeros(1, 49, 8, 8)
     kernel[:, 7 * 1 + 5] = 1  # two up, two right
@@ -49,9 +47,7 @@ def test_tap_t_reads_row_t_div_7_and_column_t_mod_7() -> None:
     assert shifted[0, 0, 4, 3] == source[0, 0, 2, 5]
 
 
-def test_before_the_correction_kernels_sum_to_one_and_uniform_guidance_gives_the_spatial_term() -> (
-    None
-):
+def test_before_the_correction_kernels_sum_to_one_and_uniform_guidance_gives_the_spatial_term():
     stage = JBUStage()
     with torch.no_grad():
         for parameter in stage.fixup_proj.parameters():
@@ -62,7 +58,7 @@ def test_before_the_correction_kernels_sum_to_one_and_uniform_guidance_gives_the
     torch.testing.assert_close(kernel.sum(1), torch.ones(1, 9, 9))
 
 
-def test_a_vanishing_spatial_term_is_clamped_and_not_renormalised() -> None:
+def test_a_vanishing_spatial_term_is_clamped_and_not_renormalised():
     stage = randomise(JBUStage(3, 8).double())
     with torch.no_grad():
         stage.sigma_spatial.fill_(0.02)
@@ -76,7 +72,7 @@ def test_a_vanishing_spatial_term_is_clamped_and_not_renormalised() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 2), (3, 5), (4, 4), (9, 7)])
-def test_padding_mirrors_as_numpy_does(size: tuple[int, int]) -> None:
+def test_padding_mirrors_as_numpy_does(size):
     x = torch.randn(1, 1, *size)
     padded = reference.reflect_pad(x, 3)[0, 0].numpy()
     expected = x[0, 0].numpy()
@@ -88,7 +84,7 @@ def test_padding_mirrors_as_numpy_does(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(5, 7), (32, 28), (37, 53), (64, 80)])
-def test_pooling_by_matrices_is_adaptive_average_pooling(size: tuple[int, int]) -> None:
+def test_pooling_by_matrices_is_adaptive_average_pooling(size):
     image = torch.rand(2, 3, 37, 53, dtype=torch.float64)
     expected = F.adaptive_avg_pool2d(image, size)
     torch.testing.assert_close(reference.pool_guidance(image, size), expected)

@@ -50,9 +50,7 @@ def sample(operation: str, dtype: torch.dtype) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     "operation", ["jbu_kernel", "jbu_kernel_backward", "jbu_apply", "jbu_apply_backward"]
 )
-def test_schema_and_fake_agree_with_what_the_operation_does(
-    operation: str, dtype: torch.dtype
-) -> None:
+def test_schema_and_fake_agree_with_what_the_operation_does(operation, dtype):
     torch.library.opcheck(
         getattr(OPS, operation),
         sample(operation, dtype),
@@ -62,9 +60,7 @@ def test_schema_and_fake_agree_with_what_the_operation_does(
 
 @pytest.mark.parametrize("size", [(3, 4), (6, 8), (5, 3), (1, 1)], ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_fakes_agree_for_every_ratio_and_partial_backward(
-    needs: tuple[bool, bool], size: tuple[int, int]
-) -> None:
+def test_fakes_agree_for_every_ratio_and_partial_backward(needs, size):
     source, kernel, bias = torch.randn(2, 4, *size), torch.randn(2, 49, 6, 8), torch.randn(4)
     for operation, args in (
         (OPS.jbu_apply, (source, kernel, bias, "torch")),
@@ -74,7 +70,7 @@ def test_fakes_agree_for_every_ratio_and_partial_backward(
 
 
 @pytest.mark.parametrize("operation", ["jbu_kernel", "jbu_apply"])
-def test_opcheck_passes_with_gradients_static_and_dynamic(operation: str) -> None:
+def test_opcheck_passes_with_gradients_static_and_dynamic(operation):
     args = [
         arg.requires_grad_() if isinstance(arg, Tensor) else arg
         for arg in sample(operation, torch.float32)
@@ -90,8 +86,8 @@ def joint_inputs() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
-def test_the_joint_kernels_gradients_pass_gradcheck(impl: str) -> None:
-    def kernels(*inputs: Tensor) -> Tensor:
+def test_the_joint_kernels_gradients_pass_gradcheck(impl):
+    def kernels(*inputs):
         return joint_kernel(*inputs, cells=(3, 4), radius=2, impl=impl)
 
     shapes = ((1, 2, 5, 6), (1, 2, 3, 4), (), ())
@@ -102,7 +98,7 @@ def test_the_joint_kernels_gradients_pass_gradcheck(impl: str) -> None:
 @pytest.mark.parametrize(
     ("operation", "args"), [("joint_kernel", (4, 6, 3)), ("pool_guidance", (3, 14))]
 )
-def test_opcheck_passes_with_sizes_as_arguments(operation: str, args: tuple[int, ...]) -> None:
+def test_opcheck_passes_with_sizes_as_arguments(operation, args):
     image = torch.rand(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)
     inputs = joint_inputs() if operation == "joint_kernel" else (image,)
     with warnings.catch_warnings():
@@ -110,12 +106,12 @@ def test_opcheck_passes_with_sizes_as_arguments(operation: str, args: tuple[int,
         torch.library.opcheck(getattr(OPS, operation), (*inputs, *args))
 
 
-def test_the_poolings_gradient_passes_gradcheck() -> None:
+def test_the_poolings_gradient_passes_gradcheck():
     image = torch.rand(1, 2, 8, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda image: OPS.pool_guidance(image, 3, 14), image)
 
 
-def test_modules_of_the_operations_can_be_reloaded() -> None:
+def test_modules_of_the_operations_can_be_reloaded():
     code = """if True:
         import importlib, sys, torch
         from featup_hub import load_upsampler
@@ -135,7 +131,7 @@ def test_modules_of_the_operations_can_be_reloaded() -> None:
     assert (done.stdout, done.stderr) == ("True True\n", "")
 
 
-def test_a_forward_pass_of_the_default_upsampler_is_few_operators() -> None:
+def test_a_forward_pass_of_the_default_upsampler_is_few_operators():
     upsampler, inputs = load_upsampler(), (torch.randn(1, 8, 4, 4), torch.randn(1, 3, 64, 64))
     with torch.no_grad():
         upsampler(*inputs)  # the first call also looks at the image's values
@@ -147,7 +143,7 @@ def test_a_forward_pass_of_the_default_upsampler_is_few_operators() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.jvp itself
-def test_forward_mode_derivatives_are_those_of_the_definition() -> None:
+def test_forward_mode_derivatives_are_those_of_the_definition():
     stack = randomise(JBUStack(num_stages=1, radius=1, joint_first=True)).double().eval()
     stack.requires_grad_(False)  # a registered operator would take the derivative for zero
     source, image = torch.randn(1, 4, 3, 4).double(), torch.randn(1, 3, 12, 15).double()
@@ -160,7 +156,7 @@ def test_forward_mode_derivatives_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="torch before 2.5")
-def test_vmap_is_a_loop_over_samples_whatever_is_mapped() -> None:
+def test_vmap_is_a_loop_over_samples_whatever_is_mapped():
     guidance, source, kernel, bias = (torch.stack([x, 2 * x, -x]) for x in maps())
     weights = stage_weights()
     both = torch.vmap(lambda s, k: jbu_apply(s, k, bias[0], impl="torch"), in_dims=(1, 0))(
@@ -181,11 +177,11 @@ def test_vmap_is_a_loop_over_samples_whatever_is_mapped() -> None:
         assert torch.equal(hotter[i], expected)
 
 
-def test_second_derivatives_are_refused_by_the_fast_path_and_given_by_the_definition() -> None:
+def test_second_derivatives_are_refused_by_the_fast_path_and_given_by_the_definition():
     _, source, kernel, _ = maps()
     source.requires_grad_()
 
-    def slope(impl: Any) -> Tensor:
+    def slope(impl):
         loss = jbu_apply(source, kernel, impl=impl).pow(3).sum()
         return torch.autograd.grad(loss, source, create_graph=True)[0]
 
@@ -196,7 +192,7 @@ def test_second_derivatives_are_refused_by_the_fast_path_and_given_by_the_defini
 
 
 @pytest.mark.slow
-def test_a_stack_compiles_without_a_graph_break_and_has_the_same_gradients() -> None:
+def test_a_stack_compiles_without_a_graph_break_and_has_the_same_gradients():
     torch._dynamo.reset()
     stack = JBUStack(5, num_stages=1).eval()
     compiled = torch.compile(stack, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import random
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -28,9 +27,7 @@ from tests.ops.formulations import randomise
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_filtering_and_its_adjoints_are_the_definitions_at_40_random_sizes_and_ratios(
-    dtype: torch.dtype, limit: float
-) -> None:
+def test_filtering_and_its_adjoints_are_the_definitions_at_40_random_sizes_and_ratios(dtype, limit):
     chance = random.Random(0)
     for case in range(40):
         source = chance.randint(1, 50), chance.randint(1, 50)
@@ -58,9 +55,7 @@ BAD = [float("nan"), float("inf"), float("-inf"), 3e38, 1e-42]
 
 @pytest.mark.parametrize("sizes", [((8, 9), (16, 18)), ((8, 9), (15, 14)), ((9, 9), (9, 9))])
 @pytest.mark.parametrize("bad", BAD)
-def test_what_is_not_finite_reaches_what_the_definition_lets_it_reach(
-    bad: float, sizes: tuple[tuple[int, int], tuple[int, int]]
-) -> None:
+def test_what_is_not_finite_reaches_what_the_definition_lets_it_reach(bad, sizes):
     source, kernel = torch.randn(1, 2, *sizes[0]), torch.randn(1, 49, *sizes[1])
     source[0, 0, 4, 5] = bad
     for features, kernels in ((source, kernel), (torch.randn_like(source), kernel.clone())):
@@ -71,7 +66,7 @@ def test_what_is_not_finite_reaches_what_the_definition_lets_it_reach(
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_guidance_that_is_not_finite_gives_the_definitions_kernels(bad: float) -> None:
+def test_guidance_that_is_not_finite_gives_the_definitions_kernels(bad):
     stage, guidance = randomise(JBUStage()), torch.randn(1, 3, 12, 14)
     guidance[0, 1, 5, 6] = bad
     expected, ours = (
@@ -89,12 +84,7 @@ def test_guidance_that_is_not_finite_gives_the_definitions_kernels(bad: float) -
         (joint_kernel, [(1, 4, 12, 12), (1, 4, 6, 6)], {"cells": (6, 6), "radius": 3}),
     ],
 )
-def test_gradients_of_what_is_not_finite_are_the_definitions(
-    operation: Callable[..., torch.Tensor],
-    shapes: list[tuple[int, ...]],
-    others: dict[str, object],
-    bad: float,
-) -> None:
+def test_gradients_of_what_is_not_finite_are_the_definitions(operation, shapes, others, bad):
     widths = (torch.tensor(1.0), torch.tensor(0.5)) if operation is joint_kernel else ()
     for spoilt in range(len(shapes) + 1):  # the last is the gradient that arrives
         maps = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -111,9 +101,7 @@ def test_gradients_of_what_is_not_finite_are_the_definitions(
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 3), (4, 7), (20, 9)])
 @pytest.mark.parametrize("sigma", [0.8, 0.02])
-def test_kernels_and_their_gradients_are_the_definitions(
-    size: tuple[int, int], sigma: float
-) -> None:
+def test_kernels_and_their_gradients_are_the_definitions(size, sigma):
     stage = randomise(JBUStage(3, 8).double())
     with torch.no_grad():
         stage.sigma_spatial.fill_(sigma)  # the small one clamps the sum in many pixels
@@ -129,12 +117,12 @@ def test_kernels_and_their_gradients_are_the_definitions(
         torch.testing.assert_close(ours / scale, expected / scale, rtol=0, atol=1e-9)
 
 
-def test_results_do_not_depend_on_where_bands_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_where_bands_end(monkeypatch):
     stage = randomise(JBUStage(3, 8).double())
     guidance = torch.randn(2, 3, 18, 12, dtype=torch.float64)
     source, upstream = torch.randn(2, 6, 9, 6).double(), torch.randn(2, 6, 18, 12).double()
 
-    def run() -> list[torch.Tensor]:
+    def run():
         with torch.no_grad():
             weights = StageWeights(*stage.weights())
             kernel = torch_backend.kernel(guidance, weights)
@@ -154,15 +142,13 @@ def test_results_do_not_depend_on_where_bands_end(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_gradients_pass_gradcheck_for_source_guidance_and_every_parameter(impl: str) -> None:
+def test_gradients_pass_gradcheck_for_source_guidance_and_every_parameter(impl):
     stage = randomise(JBUStage(3, 4, 1).double())
     names = [name for name, _ in stage.named_parameters()]
     source = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
     guidance = torch.randn(1, 3, 4, 6, dtype=torch.float64, requires_grad=True)
 
-    def upsample(
-        source: torch.Tensor, guidance: torch.Tensor, *values: torch.Tensor
-    ) -> torch.Tensor:
+    def upsample(source, guidance, *values):
         parameters = dict(zip(names, values, strict=True))
         return torch.func.functional_call(stage, parameters, (source, guidance), {"impl": impl})
 
@@ -170,14 +156,14 @@ def test_gradients_pass_gradcheck_for_source_guidance_and_every_parameter(impl: 
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_every_one_of_49_taps_receives_a_gradient(impl: str) -> None:
+def test_every_one_of_49_taps_receives_a_gradient(impl):
     source = torch.randn(1, 3, 6, 6, dtype=torch.float64)
     kernel = torch.randn(1, 49, 12, 12, dtype=torch.float64, requires_grad=True)
     jbu_apply(source, kernel, impl=impl).square().sum().backward()
     assert kernel.grad.abs().sum((0, 2, 3)).all()
 
 
-def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> None:
+def test_nothing_larger_than_kernels_or_output_is_made_in_training_either():
     stage, channels = randomise(JBUStage()), 64
     source = torch.randn(1, channels, 48, 48, requires_grad=True)
     guidance = torch.randn(1, 3, 96, 96)
@@ -196,7 +182,7 @@ def test_nothing_larger_than_kernels_or_output_is_made_in_training_either() -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features_are_filtered_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_features_are_filtered_in_float32(dtype):
     source, kernel = torch.randn(1, 8, 6, 6).to(dtype), torch.randn(1, 49, 12, 12)
     expected = reference.jbu_apply(source.float(), kernel).to(dtype)
     for impl in ("torch", "reference"):
@@ -206,12 +192,10 @@ def test_half_precision_features_are_filtered_in_float32(dtype: torch.dtype) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for huge pages")
-def test_huge_pages_are_asked_for_within_a_large_map_and_only_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_huge_pages_are_asked_for_within_a_large_map_and_only_there(monkeypatch):
     asked: list[tuple[int, int, int]] = []
 
-    def madvise(start: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:
+    def madvise(start, length, advice):
         asked.append((start.value or 0, length.value, advice))
         return -1  # as where they are disabled
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +49,7 @@ NETWORK = {"method": "network", "views": 6, "held_out": 2, "max_pad": 6, "steps"
 @pytest.mark.parametrize(
     "options", [EXACT, pytest.param({**NETWORK, "views": 20, "steps": 60}, marks=pytest.mark.slow)]
 )
-def test_a_fit_finds_the_features_that_were_averaged_better_than_bilinear(options: dict) -> None:
+def test_a_fit_finds_the_features_that_were_averaged_better_than_bilinear(options):
     image, backbone = picture(), Blur()
     fitted = fit(image, backbone, **options)
     truth = backbone.pixels(image)
@@ -70,7 +68,7 @@ class Spotted(Blur):
         return seen + 0.5 * pattern
 
 
-def test_a_pattern_that_does_not_move_with_the_image_is_averaged_out() -> None:
+def test_a_pattern_that_does_not_move_with_the_image_is_averaged_out():
     image, backbone = picture(), Spotted()
     clean = Blur()(image)
     noise = (backbone(image) - clean).square().mean()
@@ -80,9 +78,7 @@ def test_a_pattern_that_does_not_move_with_the_image_is_averaged_out() -> None:
 
 @pytest.mark.parametrize("size", [(33, 50), (8, 8)])
 @pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
-def test_any_size_is_fitted_in_evaluation_mode_and_knows_its_backbone(
-    size: tuple[int, int], options: dict
-) -> None:
+def test_any_size_is_fitted_in_evaluation_mode_and_knows_its_backbone(size, options):
     fitted = fit(picture(*size), Blur(), **{**options, "max_pad": 3})
     assert fitted.features().shape == (1, 5, *size)
     assert fitted.features().isfinite().all()
@@ -92,9 +88,7 @@ def test_any_size_is_fitted_in_evaluation_mode_and_knows_its_backbone(
 
 
 @pytest.mark.parametrize("options", [EXACT, NETWORK])
-def test_the_same_seed_gives_the_same_features_and_leaves_the_global_generator_alone(
-    options: dict,
-) -> None:
+def test_the_same_seed_gives_the_same_features_and_leaves_the_global_generator_alone(options):
     before = torch.get_rng_state()
     first, second, other = (
         fit(picture(), Blur(), seed=seed, **options).features() for seed in (0, 0, 1)
@@ -106,21 +100,21 @@ def test_the_same_seed_gives_the_same_features_and_leaves_the_global_generator_a
 
 @pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_fit_is_the_same_where_gradients_are_off(mode: Callable, options: dict) -> None:
+def test_a_fit_is_the_same_where_gradients_are_off(mode, options):
     with mode():
         fitted = fit(picture(), Blur(), **options)
     assert torch.equal(fitted.features(), fit(picture(), Blur(), **options).features())
 
 
 @pytest.mark.parametrize("options", [{"views": 20}, NETWORK])
-def test_a_fit_has_no_operation_without_a_deterministic_form(options: dict) -> None:
+def test_a_fit_has_no_operation_without_a_deterministic_form(options):
     with Recorder() as recorder:
         fit(picture(), Blur(), **options)
     assert "mm" in recorder.names
     assert not recorder.names.keys() & REFUSED
 
 
-def test_stages_of_the_callers_are_the_basis_and_stay_as_they_are() -> None:
+def test_stages_of_the_callers_are_the_basis_and_stay_as_they_are():
     stack = JBUStack().train()
     fitted = fit(picture(), Blur(), upsampler=stack, views=20, max_pad=6)
     for name, value in fitted.upsampler.state_dict().items():
@@ -129,9 +123,9 @@ def test_stages_of_the_callers_are_the_basis_and_stay_as_they_are() -> None:
     assert all(p.requires_grad for p in stack.parameters())
 
 
-def test_every_module_of_the_backbone_gets_its_own_mode_back() -> None:
+def test_every_module_of_the_backbone_gets_its_own_mode_back():
     class Failing(Blur):
-        def features(self, image: Tensor) -> Tensor:
+        def features(self, image):
             assert not any(module.training for module in self.modules())
             raise RuntimeError("out of memory")
 
@@ -144,7 +138,7 @@ def test_every_module_of_the_backbone_gets_its_own_mode_back() -> None:
     assert {name: module.training for name, module in backbone.named_modules()} == before
 
 
-def test_upstreams_recipe_has_upstreams_numbers() -> None:
+def test_upstreams_recipe_has_upstreams_numbers():
     recipe = PRESETS["upstream"]
     assert (recipe.method, recipe.views, recipe.components) == ("network", 3000, 128)
     assert (recipe.max_pad, recipe.max_zoom) == (30, 1.8)
@@ -155,19 +149,19 @@ def test_upstreams_recipe_has_upstreams_numbers() -> None:
 
 
 @pytest.mark.parametrize("method", ["least-squares", "network"])
-def test_an_image_whose_features_are_the_same_everywhere_is_refused(method: str) -> None:
+def test_an_image_whose_features_are_the_same_everywhere_is_refused(method):
     with pytest.raises(RuntimeError, match="needs features that differ from place to place"):
         fit(torch.zeros(1, 3, 32, 40), Blur(), method=method, views=3, held_out=1)
 
 
-def test_features_that_are_not_finite_and_a_loss_that_diverges_are_errors() -> None:
+def test_features_that_are_not_finite_and_a_loss_that_diverges_are_errors():
     with pytest.raises(RuntimeError, match="needs finite features; the backbone gave NaN or inf"):
         fit(picture() * math.nan, Blur(), views=20)
     with pytest.raises(RuntimeError, match=r"needs a finite loss; it diverged at step 2; lower lr"):
         fit(picture(), Blur(), **{**NETWORK, "lr": 1e30})
 
 
-def test_wrong_images_and_options_are_refused() -> None:
+def test_wrong_images_and_options_are_refused():
     with pytest.raises(ValueError, match=r"one normalised RGB image, \(1, 3, H, W\); got \(2, 3,"):
         fit(torch.zeros(2, 3, 16, 16), Blur())
     with pytest.raises(TypeError, match=r"as a float32 tensor; got torch.uint8; .* model.preproc"):
@@ -185,9 +179,7 @@ def test_wrong_images_and_options_are_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--preset", "upstream", "--steps", "2", "--batch", "1"]])
-def test_the_command_writes_a_fit_and_a_picture(
-    options: list[str], tmp_path: Path, photos: Path, monkeypatch, capsys
-) -> None:
+def test_the_command_writes_a_fit_and_a_picture(options, tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setattr("featup_hub.loading.load_backbone", lambda *_, **__: Blur())
     out = tmp_path / "one.safetensors"
     line = ["fit", str(photos / "p0.png"), "--out", str(out), "--size", "32", "--max-pad", "4"]

@@ -45,7 +45,7 @@ def equations(stack: JBUStack, dtype: torch.dtype = torch.float32) -> NormalEqua
 
 
 @pytest.mark.parametrize("name", ["jbu_denoise", "jbu_faithful"])
-def test_the_fit_of_views_of_a_known_map_returns_that_map(name: str) -> None:
+def test_the_fit_of_views_of_a_known_map_returns_that_map(name):
     stack, views = load_upsampler(name), jitters(60)
     source = torch.randn(1, 5, *SOURCE, generator=seeded(3))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_the_fit_of_views_of_a_known_map_returns_that_map(name: str) -> None:
 
 
 @pytest.mark.parametrize(("grid", "blocks"), [((6, 8), 1), ((3, 4), 1), ((23, 3), 4)])
-def test_sums_and_solution_are_those_of_dense_matrices(grid: tuple[int, int], blocks: int) -> None:
+def test_sums_and_solution_are_those_of_dense_matrices(grid, blocks):
     """Small grids, where one window holds the whole source, and grids of several blocks."""
     stack = JBUStack(num_stages=2).eval().double()
     size, source = (grid[0] * 4, grid[1] * 4), (grid[0] * 2, grid[1] * 2)
@@ -88,11 +88,11 @@ def test_sums_and_solution_are_those_of_dense_matrices(grid: tuple[int, int], bl
     assert found.error(z) == pytest.approx(float(residual.square().sum()), rel=1e-5)
 
 
-def test_gradients_reach_the_features_and_the_prior() -> None:
+def test_gradients_reach_the_features_and_the_prior():
     stack, views = JBUStack(num_stages=2).eval().double(), jitters(4)
     basis = equations(stack, torch.float64).basis
 
-    def solve(observed: Tensor, prior: Tensor) -> Tensor:
+    def solve(observed, prior):
         found = NormalEquations(basis)
         found.add(views, observed)
         return found.solve(0.1, prior)
@@ -103,7 +103,7 @@ def test_gradients_reach_the_features_and_the_prior() -> None:
     assert torch.autograd.gradcheck(solve, inputs, fast_mode=True)
 
 
-def test_the_held_out_views_choose_the_ridge() -> None:
+def test_the_held_out_views_choose_the_ridge():
     """Noisy views want a strong ridge; the error is that of the views, measured directly."""
     stack, views, unseen = load_upsampler("jbu_faithful"), jitters(12), jitters(9, 7)[1:]
     noise = torch.randn(20, 3, *GRID, generator=seeded(8))

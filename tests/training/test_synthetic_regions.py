@@ -18,7 +18,7 @@ def two_halves() -> torch.Tensor:
     return rgb
 
 
-def test_a_photograph_of_two_colours_has_two_regions_with_their_common_edge() -> None:
+def test_a_photograph_of_two_colours_has_two_regions_with_their_common_edge():
     regions = random_regions(two_halves(), 4, seeded(1))
     assert regions.shape == (1, 4, 32, 48)
     left, right = regions[0, :, :, :18], regions[0, :, :, 22:]
@@ -27,14 +27,14 @@ def test_a_photograph_of_two_colours_has_two_regions_with_their_common_edge() ->
     assert not torch.equal(left[:, 0, 0], right[:, 0, 0])
 
 
-def test_the_generator_decides_everything() -> None:
+def test_the_generator_decides_everything():
     rgb = torch.rand(2, 3, 24, 24, generator=seeded(2))
     once, again = (random_regions(rgb, 3, seeded(5)) for _ in range(2))
     assert torch.equal(once, again)
     assert not torch.equal(once, random_regions(rgb, 3, seeded(6)))
 
 
-def test_all_three_ways_down_occur_and_keep_what_is_constant() -> None:
+def test_all_three_ways_down_occur_and_keep_what_is_constant():
     regions = random_regions(two_halves(), 2, seeded(3))
     ways = {tuple(reduce_regions(regions, (4, 6), seeded(n))[0, 0, 0].tolist()) for n in range(20)}
     assert len(ways) == 3
@@ -46,7 +46,7 @@ def test_all_three_ways_down_occur_and_keep_what_is_constant() -> None:
         torch.testing.assert_close(reduced, constant[..., :4, :6])
 
 
-def test_a_field_is_smooth_of_unit_variance_and_resolved_by_its_grid() -> None:
+def test_a_field_is_smooth_of_unit_variance_and_resolved_by_its_grid():
     field = random_field((12, 16), (96, 128), (2, 3), seeded(4))
     assert field.shape == (2, 3, 96, 128)
     assert field.mean().abs() < 1e-5

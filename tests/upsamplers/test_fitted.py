@@ -28,7 +28,7 @@ def jbu_fit() -> JBUFit:
 KINDS = pytest.mark.parametrize("make", [jbu_fit, small_implicit.make])
 
 
-def test_a_jbu_fit_is_its_source_upsampled_by_its_stages() -> None:
+def test_a_jbu_fit_is_its_source_upsampled_by_its_stages():
     fitted = jbu_fit()
     expected = fitted.upsampler(fitted.source, fitted.image)
     assert torch.equal(fitted.features(), expected)
@@ -42,7 +42,7 @@ def test_a_jbu_fit_is_its_source_upsampled_by_its_stages() -> None:
 
 
 @KINDS
-def test_points_at_pixels_have_the_features_of_the_map(make) -> None:
+def test_points_at_pixels_have_the_features_of_the_map(make):
     fitted = make()
     points = torch.tensor([[0.0, 0.0], [8.0, 12.0], [3.0, 7.0]])
     found, whole = fitted.features_at(points), fitted.features()[0]
@@ -52,7 +52,7 @@ def test_points_at_pixels_have_the_features_of_the_map(make) -> None:
 
 
 @KINDS
-def test_points_between_pixels_have_the_features_of_a_larger_map(make) -> None:
+def test_points_between_pixels_have_the_features_of_a_larger_map(make):
     fitted = make()
     twice = fitted.features((18, 26))[0]
     # Pixel (2i, 2j) of twice the size lies a quarter of a pixel before the centre of (i, j).
@@ -61,7 +61,7 @@ def test_points_between_pixels_have_the_features_of_a_larger_map(make) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_points_stay_where_they_are_in_half_precision(dtype: torch.dtype) -> None:
+def test_points_stay_where_they_are_in_half_precision(dtype):
     image, source = torch.randn(1, 3, 3, 1500), torch.randn(1, 7, 3, 750)
     fitted = JBUFit(image, source, JBUStack(num_stages=1)).to(dtype).eval()
     points = torch.tensor([[0, 301], [1, 1177], [2, 1498], [2, 1499]])
@@ -71,7 +71,7 @@ def test_points_stay_where_they_are_in_half_precision(dtype: torch.dtype) -> Non
 
 
 @KINDS
-def test_wrong_queries_are_refused(make) -> None:
+def test_wrong_queries_are_refused(make):
     fitted = make()
     with pytest.raises(ValueError, match=r"points must be \(N, 2\), row and column; got \(3,\)"):
         fitted.features_at(torch.zeros(3))
@@ -85,7 +85,7 @@ def test_wrong_queries_are_refused(make) -> None:
             fitted.features(size)
 
 
-def test_wrong_parts_are_refused() -> None:
+def test_wrong_parts_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 3, H, W\); got \(2, 3, 4, 4\); fit one per image"):
         ImplicitUpsampler(torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.eye(2))
     with pytest.raises(TypeError, match=r"image must be a tensor; got PosixPath; model.preproc"):
@@ -95,7 +95,7 @@ def test_wrong_parts_are_refused() -> None:
 
 
 @KINDS
-def test_a_saved_file_gives_the_same_features_and_kind(make, tmp_path: Path) -> None:
+def test_a_saved_file_gives_the_same_features_and_kind(make, tmp_path):
     fitted = make()
     fitted.backbone, fitted.backbone_digest = "stem", "ab12"
     fitted.scores = {"held_out_error": 0.25}
@@ -114,7 +114,7 @@ def test_a_saved_file_gives_the_same_features_and_kind(make, tmp_path: Path) -> 
     assert first == second
 
 
-def test_a_fit_of_several_looks_loads_as_one(tmp_path: Path) -> None:
+def test_a_fit_of_several_looks_loads_as_one(tmp_path):
     fitted = jbu_fit()
     fitted.upsampler.looks_per_side = 2
     fitted.save(tmp_path / "x.safetensors")
@@ -127,13 +127,13 @@ def test_a_fit_of_several_looks_loads_as_one(tmp_path: Path) -> None:
 
 
 @KINDS
-def test_a_new_process_loads_a_file(make, tmp_path: Path) -> None:
+def test_a_new_process_loads_a_file(make, tmp_path):
     make().save(tmp_path / "x.safetensors")
     code = "from featup_hub import FittedFeatures; FittedFeatures.load('x.safetensors')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def test_foreign_files_are_refused(tmp_path: Path) -> None:
+def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"image": torch.zeros(1, 3, 4, 4)}, path)
     with pytest.raises(ValueError, match=r"jbu_fit/1 or .*implicit/2; got a file of other weights"):
@@ -171,9 +171,7 @@ def save_changed(fitted: FittedFeatures, path: Path, tensors: dict, notes: dict)
         (small_implicit.make, "directions", torch.zeros(4)),
     ],
 )
-def test_a_file_whose_tensors_are_missing_or_do_not_fit_is_refused(
-    make, name: str, value: torch.Tensor | None, tmp_path: Path
-) -> None:
+def test_a_file_whose_tensors_are_missing_or_do_not_fit_is_refused(make, name, value, tmp_path):
     save_changed(make(), tmp_path / "x.safetensors", {name: value}, {})
     with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again|does not fit"):
         FittedFeatures.load(tmp_path / "x.safetensors")
@@ -187,22 +185,20 @@ def test_a_file_whose_tensors_are_missing_or_do_not_fit_is_refused(
         *((note, None) for note in ("backbone", "backbone_digest")),
     ],
 )
-def test_a_file_whose_notes_are_spoilt_or_missing_is_refused(
-    note: str, spoilt: str | None, tmp_path: Path
-) -> None:
+def test_a_file_whose_notes_are_spoilt_or_missing_is_refused(note, spoilt, tmp_path):
     save_changed(small_implicit.make(), tmp_path / "x.safetensors", {}, {note: spoilt})
     with pytest.raises(ValueError, match=r"missing or wrong: .*; save it again"):
         FittedFeatures.load(tmp_path / "x.safetensors")
 
 
-def test_a_file_in_double_precision_tells_the_same(tmp_path: Path) -> None:
+def test_a_file_in_double_precision_tells_the_same(tmp_path):
     path, module = tmp_path / "x.safetensors", small_implicit.make(base=True)
     module.save(path)
     write({k: v.double() for k, v in read(path).items()}, path, metadata=metadata(path))
     assert torch.equal(ImplicitUpsampler.load(path).features(), module.features())
 
 
-def test_scores_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+def test_scores_that_are_not_finite_are_not_saved(tmp_path):
     fitted = jbu_fit()
     for score, message in ((math.nan, "not JSON compliant"), ("b", "convert string to float: 'b'")):
         fitted.scores = {"a": score}

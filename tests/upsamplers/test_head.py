@@ -16,9 +16,7 @@ from tests.ops.formulations import randomise
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [None, (3, 4)])
 @pytest.mark.parametrize("joint_first", [False, True])
-def test_a_folded_head_is_the_head_behind_the_upsampler(
-    feat_dim: int | None, bias: bool, size: tuple[int, int] | None, joint_first: bool
-) -> None:
+def test_a_folded_head_is_the_head_behind_the_upsampler(feat_dim, bias, size, joint_first):
     stack = randomise(JBUStack(feat_dim, joint_first=joint_first).double())
     head = nn.Conv2d(6, 3, 1, bias=bias).double()
     source, image = torch.randn(2, 6, 3, 4).double(), torch.randn(2, 3, 11, 16).double()
@@ -54,7 +52,7 @@ class Tripled(nn.Linear):
         prune.l1_unstructured(nn.Conv2d(4, 4, 1), "weight", 0.5),
     ],
 )
-def test_only_a_linear_head_can_be_folded(head: nn.Module) -> None:
+def test_only_a_linear_head_can_be_folded(head):
     with pytest.raises(ValueError, match="only a linear head commutes"):
         JBUStack().fold_head(head)
 
@@ -68,7 +66,7 @@ def test_only_a_linear_head_can_be_folded(head: nn.Module) -> None:
         parametrizations.weight_norm(nn.Linear(4, 3)),
     ],
 )
-def test_linear_layers_and_heads_without_padding_are_folded(head: nn.Module) -> None:
+def test_linear_layers_and_heads_without_padding_are_folded(head):
     stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 2), torch.randn(1, 3, 32, 32)
     weight, bias = head.weight.flatten(1)[:, :, None, None], head.bias
     expected = F.conv2d(stack(source, image), weight, bias)
@@ -76,7 +74,7 @@ def test_linear_layers_and_heads_without_padding_are_folded(head: nn.Module) -> 
         torch.testing.assert_close(stack.fold_head(head)(source, image, impl=impl), expected)
 
 
-def test_features_and_heads_of_other_channels_are_refused() -> None:
+def test_features_and_heads_of_other_channels_are_refused():
     source, image = torch.randn(1, 8, 2, 2), torch.randn(1, 3, 32, 32)
     head, message = nn.Linear(4, 3), "features of 8 channels is needed; got one that takes 4"
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from tests.upsamplers.small_implicit import make
 
 
 @pytest.mark.parametrize("base", [False, True])
-def test_features_are_the_formula_written_out_for_one_pixel(base: bool) -> None:
+def test_features_are_the_formula_written_out_for_one_pixel(base):
     module = make(base=base)
     frequencies = [math.exp(-1), math.exp(0.5), math.exp(2)]  # of log_range=(-1, 2)
     torch.testing.assert_close(module.fourier.frequency, torch.tensor(frequencies))
@@ -42,7 +42,7 @@ def test_features_are_the_formula_written_out_for_one_pixel(base: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [None, (5, 6), (20, 11), (1, 1)])
-def test_tiles_do_not_change_the_features(size: tuple[int, int] | None) -> None:
+def test_tiles_do_not_change_the_features(size):
     module = make()
     whole = module.features(size)
     assert whole.shape[2:] == (size or (9, 13))
@@ -53,7 +53,7 @@ def test_tiles_do_not_change_the_features(size: tuple[int, int] | None) -> None:
     torch.testing.assert_close(torch.cat(list(strips.values()), 2), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_leaves_the_same_inputs_out_at_all_points_and_none_in_evaluation() -> None:
+def test_dropout_leaves_the_same_inputs_out_at_all_points_and_none_in_evaluation():
     module = make(dropout=0.5)
     module.directions, module.mean = torch.eye(4), torch.zeros(4)
     position = torch.full((6, 2), 0.4)
@@ -63,14 +63,14 @@ def test_dropout_leaves_the_same_inputs_out_at_all_points_and_none_in_evaluation
     assert torch.equal(module.eval().coordinates(position), module.coordinates(position))
 
 
-def test_gradients_reach_every_parameter() -> None:
+def test_gradients_reach_every_parameter():
     module = make()
     module.coordinates(torch.rand(50, 2)).square().sum().backward()
     for name, parameter in module.named_parameters():
         assert (parameter.grad != 0).any(), name
 
 
-def test_a_wrong_tile_or_dropout_is_refused() -> None:
+def test_a_wrong_tile_or_dropout_is_refused():
     for tile in (0, -1):
         with pytest.raises(ValueError, match=f"tile must be at least 1, .*; got {tile}"):
             make().features(tile=tile)
@@ -80,9 +80,7 @@ def test_a_wrong_tile_or_dropout_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (64, 3)])
-def test_samples_are_grid_samples_with_borders_which_some_devices_lack(
-    size: tuple[int, int], monkeypatch
-) -> None:
+def test_samples_are_grid_samples_with_borders_which_some_devices_lack(size, monkeypatch):
     x, position = torch.randn(1, 3, *size), torch.rand(500, 2)
     position[:4] = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     grid = (2 * position - 1).flip(1)[None, None]
@@ -94,7 +92,7 @@ def test_samples_are_grid_samples_with_borders_which_some_devices_lack(
     torch.testing.assert_close(sample(x, position), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_does_not_darken_the_edges() -> None:
+def test_half_precision_does_not_darken_the_edges():
     x, edge = torch.ones(1, 2, 300, 300), torch.tensor([[1.0, 1.0], [0.0, 0.999], [0.9999, 0.5]])
     for low in (torch.float16, torch.bfloat16):
         torch.testing.assert_close(sample(x.to(low), edge), torch.ones(3, 2), atol=1e-4, rtol=0)

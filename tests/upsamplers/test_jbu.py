@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from featup_hub.ops import jbu_apply
 from featup_hub.upsamplers import JBUStack, JBUStage, stage_sizes
@@ -37,14 +34,7 @@ def doubled(h: int, w: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("batch", "height", "width", "scale"), SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_the_stack_is_the_unfold_formulation(
-    batch: int,
-    height: int,
-    width: int,
-    scale: tuple[int, int],
-    dtype: torch.dtype,
-    tolerance: float,
-) -> None:
+def test_the_stack_is_the_unfold_formulation(batch, height, width, scale, dtype, tolerance):
     stack = randomise(JBUStack(5).to(dtype))
     source = torch.randn(batch, 5, height, width, dtype=dtype)
     image = torch.randn(batch, 3, scale[0] * height, scale[1] * width, dtype=dtype)
@@ -64,9 +54,7 @@ def test_the_stack_is_the_unfold_formulation(
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_published_checkpoints_load_strictly_and_give_upstreams_numbers(
-    shared: Path, name: str
-) -> None:
+def test_published_checkpoints_load_strictly_and_give_upstreams_numbers(shared, name):
     channels = CHECKPOINTS[name]
     stack = JBUStack(channels).eval()
     checkpoint = convert_upstream(shared / "checkpoints" / name)
@@ -82,7 +70,7 @@ def test_published_checkpoints_load_strictly_and_give_upstreams_numbers(
         assert (upsampled - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_stages_alone_have_upstreams_number_of_parameters() -> None:
+def test_stages_alone_have_upstreams_number_of_parameters():
     assert sum(p.numel() for p in JBUStack().parameters()) == 24_932
     assert len(JBUStack(7).state_dict()) == 42
 
@@ -97,13 +85,11 @@ def test_stages_alone_have_upstreams_number_of_parameters() -> None:
         ((30, 30), (31, 60), [(31, 60)]),
     ],
 )
-def test_stages_are_planned_backwards_from_the_output(
-    source: tuple[int, int], output: tuple[int, int], expected: list[tuple[int, int]]
-) -> None:
+def test_stages_are_planned_backwards_from_the_output(source, output, expected):
     assert stage_sizes(source, output) == expected
 
 
-def test_a_plan_never_shrinks_and_no_stage_more_than_doubles() -> None:
+def test_a_plan_never_shrinks_and_no_stage_more_than_doubles():
     for h in range(1, 9):
         for height in range(h, 70):
             sizes = [(h, 1), *stage_sizes((h, 1), (height, 1))]
@@ -113,7 +99,7 @@ def test_a_plan_never_shrinks_and_no_stage_more_than_doubles() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
-def test_the_last_stages_are_used_and_the_first_repeats(count: int) -> None:
+def test_the_last_stages_are_used_and_the_first_repeats(count):
     stack = JBUStack()
     names = {id(getattr(stack, f"up{i}")): i for i in (1, 2, 3, 4)}
     used = [names[id(stage)] for stage in stack.stages(count)]
@@ -121,7 +107,7 @@ def test_the_last_stages_are_used_and_the_first_repeats(count: int) -> None:
 
 
 @pytest.mark.parametrize("joint_first", [False, True])
-def test_samples_of_a_batch_do_not_see_each_other(joint_first: bool) -> None:
+def test_samples_of_a_batch_do_not_see_each_other(joint_first):
     stack = randomise(JBUStack(4, joint_first=joint_first)).double()
     source, image = torch.randn(3, 4, 3, 5).double(), torch.randn(3, 3, 48, 80).double()
     with torch.no_grad():
@@ -131,7 +117,7 @@ def test_samples_of_a_batch_do_not_see_each_other(joint_first: bool) -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_features_can_be_changed_in_place_before_the_backward_pass(impl: str) -> None:
+def test_features_can_be_changed_in_place_before_the_backward_pass(impl):
     stack, image = JBUStack().eval(), torch.randn(1, 3, 16, 24)
     source = torch.randn(1, 5, 4, 6, requires_grad=True)
     features = stack(source, image, impl=impl)
@@ -142,7 +128,7 @@ def test_features_can_be_changed_in_place_before_the_backward_pass(impl: str) ->
     torch.testing.assert_close(found, expected)
 
 
-def test_kernels_computed_once_serve_many_feature_maps() -> None:
+def test_kernels_computed_once_serve_many_feature_maps():
     stack = randomise(JBUStack())
     image = torch.randn(1, 3, 64, 48)
     with torch.no_grad():
@@ -155,7 +141,7 @@ def test_kernels_computed_once_serve_many_feature_maps() -> None:
 
 
 @pytest.mark.parametrize("feat_dim", [None, 5])
-def test_a_pyramid_holds_what_each_stage_makes(feat_dim: int | None) -> None:
+def test_a_pyramid_holds_what_each_stage_makes(feat_dim):
     stack = randomise(JBUStack(feat_dim))
     source, image = torch.randn(2, 5, 3, 4), torch.randn(2, 3, 48, 64)
     with torch.no_grad():
@@ -188,13 +174,13 @@ SOURCE, IMAGE = torch.ones(1, 4, 2, 2), torch.zeros(1, 3, 32, 32)
     ],
 )
 def test_what_is_not_features_and_their_image_is_refused_with_what_to_do(
-    source: Tensor, guidance: Any, error: type[Exception], message: str
-) -> None:
+    source, guidance, error, message
+):
     with pytest.raises(error, match=message):
         JBUStack().eval()(source, guidance)
 
 
-def test_wrong_sizes_and_kernels_are_refused() -> None:
+def test_wrong_sizes_and_kernels_are_refused():
     stack = JBUStack().eval()
     for size in ("32", 32.0, (32,), (32, 32, 1), ("32", "32"), (None, 32)):
         with pytest.raises(TypeError, match=r"size must be a number of pixels, or .*; got "):
@@ -219,18 +205,18 @@ def test_wrong_sizes_and_kernels_are_refused() -> None:
     ("name", "value"),
     [("num_stages", 0), ("key_dim", 1.5), ("feat_dim", "a"), ("guidance_dim", 0), ("feat_dim", -1)],
 )
-def test_numbers_that_make_no_stack_are_refused(name: str, value: Any) -> None:
+def test_numbers_that_make_no_stack_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, a whole .*got {value!r}"):
         JBUStack(**{name: value})
 
 
-def test_one_number_is_the_short_side_of_the_output() -> None:
+def test_one_number_is_the_short_side_of_the_output():
     stack, source, image = JBUStack().eval(), torch.randn(1, 4, 2, 3), torch.randn(1, 3, 32, 48)
     assert stack(source, image, size=20).shape == (1, 4, 20, 30)
     assert stack.kernels(image, (2, 3), size=20).stages[-1].shape[2:] == (20, 30)
 
 
-def test_dropout_in_training_drops_whole_hidden_channels_of_a_sample() -> None:
+def test_dropout_in_training_drops_whole_hidden_channels_of_a_sample():
     stage = randomise(JBUStage(dropout=0.5).double()).train()
     guidance = torch.randn(1, 3, 6, 6).double()
     torch.manual_seed(3)

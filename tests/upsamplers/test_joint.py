@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def check(
         torch.testing.assert_close(kernel[:, y, x], expected, rtol=0.05, atol=5e-3)
 
 
-def test_embeddings_stand_for_a_gaussian_kernel() -> None:
+def test_embeddings_stand_for_a_gaussian_kernel():
     stage = JointBilateralStage(embedding_dim=4096, bandwidth=0.4)
     colours = torch.rand(1, 3, 1, 40)
     embedded = stage.embed(colours)[0, :, 0].t()
@@ -65,7 +64,7 @@ def test_embeddings_stand_for_a_gaussian_kernel() -> None:
     assert (embedded @ embedded.t() - expected).abs().max() < 0.08  # of 4096 samples
 
 
-def test_smoothing_compares_cells_by_place_and_distribution() -> None:
+def test_smoothing_compares_cells_by_place_and_distribution():
     stage = JointBilateralStage(
         radius=1, embedding_dim=4096, smoothing_spatial=0.9, smoothing_range=0.4, bandwidth=0.5
     )
@@ -73,7 +72,7 @@ def test_smoothing_compares_cells_by_place_and_distribution() -> None:
     kernel = stage.kernels(image, (4, 5), [flat((8, 10), 1)]).smoothing[0]
     cells = patches(image, 4, 5)
 
-    def weight(y: int, x: int, dy: int, dx: int) -> float:
+    def weight(y, x, dy, dx):
         apart = unlike(cells[y, x], cells[y + dy, x + dx], 0.5)
         return math.exp(-(dy**2 + dx**2) / (2 * 0.9**2) - apart / (2 * 0.4**2))
 
@@ -81,9 +80,7 @@ def test_smoothing_compares_cells_by_place_and_distribution() -> None:
 
 
 @pytest.mark.parametrize("earlier", [0, 1])
-def test_a_pass_compares_with_pixels_of_the_one_before_at_distances_in_cells_of_the_source(
-    earlier: int,
-) -> None:
+def test_a_pass_compares_with_pixels_of_the_one_before_at_distances_in_cells_of_the_source(earlier):
     stage = JointBilateralStage(radius=1, embedding_dim=4096, spatial=0.4, range=0.5, bandwidth=0.5)
     blocks = torch.rand(1, 3, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     image = (blocks + torch.rand(1, 3, 16, 24)) / 2  # both passes' pixels differ
@@ -92,7 +89,7 @@ def test_a_pass_compares_with_pixels_of_the_one_before_at_distances_in_cells_of_
     rows, columns = kernel.shape[1:]
     pixels, coarser = patches(image, rows, columns), patches(image, rows // 2, columns // 2)
 
-    def weight(y: int, x: int, dy: int, dx: int) -> float:
+    def weight(y, x, dy, dx):
         row, column = (y + dy) // 2, (x + dx) // 2
         away = ((y + 0.5) / 2 - row - 0.5) ** 2 + ((x + 0.5) / 2 - column - 0.5) ** 2
         apart = unlike(pixels[y, x], coarser[row, column], 0.5)
@@ -104,7 +101,7 @@ def test_a_pass_compares_with_pixels_of_the_one_before_at_distances_in_cells_of_
 @pytest.mark.parametrize(
     ("source", "size"), [((1, 1), (2, 2)), ((2, 3), (3, 5)), ((7, 9), (14, 18)), ((4, 4), (4, 7))]
 )
-def test_constants_stay_at_any_size(source: tuple[int, int], size: tuple[int, int]) -> None:
+def test_constants_stay_at_any_size(source, size):
     stage = JointBilateralStage()
     kernels = stage.kernels(torch.randn(2, 3, 50, 60), source, [flat(size, batch=2)])
     assert all((kernel >= 0).all() for kernel in (kernels.smoothing, *kernels.upsampling))
@@ -113,7 +110,7 @@ def test_constants_stay_at_any_size(source: tuple[int, int], size: tuple[int, in
         torch.testing.assert_close(output, torch.ones(2, 5, *size))
 
 
-def test_pixels_take_the_features_of_cells_that_look_like_them() -> None:
+def test_pixels_take_the_features_of_cells_that_look_like_them():
     source = (
         (torch.arange(6) > 2).float().expand(1, 1, 6, 6)
     )  # the fourth cell: one, but half black
@@ -133,9 +130,7 @@ def test_pixels_take_the_features_of_cells_that_look_like_them() -> None:
         ((4, 4), (32, 32), 1),
     ],
 )
-def test_a_stack_goes_on_with_the_stages_that_are_left(
-    source_size: tuple[int, int], size: tuple[int, int], joint_passes: int
-) -> None:
+def test_a_stack_goes_on_with_the_stages_that_are_left(source_size, size, joint_passes):
     joint = randomise(JBUStack(joint_first=True)).double()
     learned = JBUStack().double().eval()
     assert joint.first is not None
@@ -159,18 +154,18 @@ def test_a_stack_goes_on_with_the_stages_that_are_left(
     torch.testing.assert_close(levels[-1], expected)
 
 
-def test_a_source_of_the_images_size_stays_as_it_is() -> None:
+def test_a_source_of_the_images_size_stays_as_it_is():
     alike, image = torch.randn(1, 5, 6, 7), torch.randn(1, 3, 6, 7)
     assert torch.equal(randomise(JBUStack(joint_first=True))(alike, image), alike)
 
 
-def test_a_stage_without_a_pass_is_refused() -> None:
+def test_a_stage_without_a_pass_is_refused():
     with pytest.raises(ValueError, match="at least one pass of the learned stage are needed"):
         JointBilateralStage().kernels(torch.rand(1, 3, 16, 16), (2, 2), [])
 
 
 @pytest.mark.parametrize(("joint", "has"), [(True, "a"), (False, "no")])
-def test_kernels_of_a_stack_of_another_kind_are_refused(joint: bool, has: str) -> None:
+def test_kernels_of_a_stack_of_another_kind_are_refused(joint, has):
     image, source = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 4, 4)
     kernels = JBUStack(joint_first=not joint).eval().kernels(image, (4, 4))
     stack = JBUStack(joint_first=joint).eval()
@@ -179,7 +174,7 @@ def test_kernels_of_a_stack_of_another_kind_are_refused(joint: bool, has: str) -
             use(source, kernels)
 
 
-def test_widths_of_nothing_repeat_cells() -> None:
+def test_widths_of_nothing_repeat_cells():
     stage = JointBilateralStage(smoothing_spatial=0.0, spatial=0.0, range=1e3, share=1.0)
     source = torch.randn(1, 3, 4, 5)
     output = stage(source, stage.kernels(torch.randn(1, 3, 40, 50), (4, 5), [flat((8, 10))]))
@@ -187,7 +182,7 @@ def test_widths_of_nothing_repeat_cells() -> None:
     torch.testing.assert_close(output, expected)
 
 
-def test_a_file_tells_that_the_first_stage_is_joint(tmp_path: Path) -> None:
+def test_a_file_tells_that_the_first_stage_is_joint(tmp_path):
     joint = randomise(JBUStack(joint_first=True, num_stages=2))
     write(joint.state_dict(), tmp_path / "mine.safetensors")
     loaded = load_upsampler(tmp_path / "mine.safetensors")
@@ -200,7 +195,7 @@ def test_a_file_tells_that_the_first_stage_is_joint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "smooths"), [("jbu_denoise", True), ("jbu_faithful", False)])
-def test_shipped_files_keep_constants_and_one_smooths(name: str, smooths: bool) -> None:
+def test_shipped_files_keep_constants_and_one_smooths(name, smooths):
     upsampler = load_upsampler(name)
     shipped = read(resolve(name))
     assert all(torch.equal(shipped[k], v) for k, v in upsampler.state_dict().items())
@@ -214,7 +209,7 @@ def test_shipped_files_keep_constants_and_one_smooths(name: str, smooths: bool) 
     assert (change > 0.1) if smooths else (change < 1e-6)
 
 
-def test_embeddings_survive_half_precision_and_leave_random_numbers_alone() -> None:
+def test_embeddings_survive_half_precision_and_leave_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_autocast_leaves_kernels_as_they_are_in_float32(dtype: torch.dtype) -> None:
+def test_autocast_leaves_kernels_as_they_are_in_float32(dtype):
     stack = randomise(JBUStack(6, joint_first=True)).eval()
     source, image = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 45, 64)
     with torch.no_grad():
@@ -41,9 +40,7 @@ def test_autocast_leaves_kernels_as_they_are_in_float32(dtype: torch.dtype) -> N
 
 # A tenth above the relative RMS errors that the docstring of JBUStack states.
 @pytest.mark.parametrize(("dtype", "stated"), [(torch.bfloat16, 4.4e-3), (torch.float16, 5.5e-4)])
-def test_a_converted_module_errs_as_little_as_stated(
-    dtype: torch.dtype, stated: float, root: Path
-) -> None:
+def test_a_converted_module_errs_as_little_as_stated(dtype, stated, root):
     stack = load_upsampler()
     picture = read_image(root / "tests" / "data" / "chelsea.jpg")
     image = preprocess(picture, (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -56,7 +53,7 @@ def test_a_converted_module_errs_as_little_as_stated(
     assert 0 < (lower.float() - expected).norm() <= stated * expected.norm()
 
 
-def test_shapes_are_those_of_a_device_without_memory() -> None:
+def test_shapes_are_those_of_a_device_without_memory():
     stack = JBUStack(6).eval().to("meta")
     source, image = (torch.empty(shape, device="meta") for shape in ((2, 6, 3, 4), (2, 3, 45, 64)))
     output = stack(source, image)
@@ -78,7 +75,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_deterministic")
-def test_training_is_deterministic_where_pytorch_is_told_to_be() -> None:
+def test_training_is_deterministic_where_pytorch_is_told_to_be():
     stack = randomise(JBUStack(6)).train()
     source, image = torch.randn(2, 6, 3, 4), torch.randn(2, 3, 45, 64)
     runs = []
@@ -103,15 +100,13 @@ def record(stage: JBUStage, source: Tensor, guidance: Tensor) -> set[str]:
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 7)])
-def test_no_operation_in_training_is_one_without_a_deterministic_form(
-    size: tuple[int, int],
-) -> None:
+def test_no_operation_in_training_is_one_without_a_deterministic_form(size):
     inside = record(JBUStage(), torch.randn(1, 4, 3, 4), torch.randn(1, 3, *size))
     assert {"bmm", "softmax", "_softmax", "addmm"} & inside  # it was seen at work
     assert not inside & REFUSED
 
 
-def test_the_definition_has_operations_without_a_deterministic_form() -> None:
+def test_the_definition_has_operations_without_a_deterministic_form():
     """Or the test above would see nothing."""
     stack, source = JBUStack(4).train(), torch.randn(1, 4, 3, 4, requires_grad=True)
     with Recorder() as recorder:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from featup_hub.ops import Implementation
 from featup_hub.upsamplers import JBUStack
 from featup_hub.upsamplers.plan import halved
 from featup_hub.upsamplers.tiled import upsample_tiled
@@ -24,9 +23,7 @@ SMALL = [
 @pytest.mark.parametrize(("cells", "size", "radius"), SMALL)
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @torch.no_grad()
-def test_a_small_output_is_that_of_twice_its_size_averaged_down(
-    cells: tuple[int, int], size: tuple[int, int], radius: int, impl: Implementation
-) -> None:
+def test_a_small_output_is_that_of_twice_its_size_averaged_down(cells, size, radius, impl):
     stack = randomise(JBUStack(6, joint_first=True, radius=radius)).eval()
     source = torch.randn(2, 6, *cells)
     image = torch.randn(2, 3, 2 * size[0] + 1, 2 * size[1])
@@ -44,7 +41,7 @@ def test_a_small_output_is_that_of_twice_its_size_averaged_down(
         assert (small - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_small_output_can_be_traced() -> None:
+def test_a_small_output_can_be_traced():
     stack = randomise(JBUStack(joint_first=True)).eval().requires_grad_(False)
     inputs = torch.randn(1, 5, 3, 4), torch.randn(1, 3, 48, 64)
     with warnings.catch_warnings():
@@ -53,14 +50,14 @@ def test_a_small_output_can_be_traced() -> None:
     torch.testing.assert_close(traced(*inputs), stack(*inputs, size=(24, 32)))
 
 
-def test_stages_of_featup_keep_featups_small_outputs() -> None:
+def test_stages_of_featup_keep_featups_small_outputs():
     stack, source = JBUStack().eval(), torch.randn(1, 5, 3, 4)
     image = torch.randn(1, 3, 48, 64)
     small = F.adaptive_avg_pool2d(image, (24, 32))
     torch.testing.assert_close(stack(source, image, size=(24, 32)), stack(source, small))
 
 
-def test_kernels_are_halved_without_float64_which_not_every_device_has() -> None:
+def test_kernels_are_halved_without_float64_which_not_every_device_has():
     with Recorder() as recorder:
         halved(torch.rand(1, 49, 6, 8))
     assert torch.float64 not in recorder.dtypes

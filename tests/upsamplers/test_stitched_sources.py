@@ -30,9 +30,7 @@ def smoothed(
         *((2, (7, 9), (6, 8)), (3, (7, 8), (6, 7))),  # the last cell, where looks differ in size
     ],
 )
-def test_a_cell_is_averaged_with_cells_of_its_own_look_alone(
-    count: int, size: tuple[int, int], cell: tuple[int, int]
-) -> None:
+def test_a_cell_is_averaged_with_cells_of_its_own_look_alone(count, size, cell):
     cells = torch.zeros(1, 1, *size)
     cells[0, 0, cell[0], cell[1]] = 1
     reached = smoothed(cells, torch.zeros(1, 3, 48, 48), count)[0, 0] > 0
@@ -42,7 +40,7 @@ def test_a_cell_is_averaged_with_cells_of_its_own_look_alone(
     assert (reached & own).sum() > 4
 
 
-def test_a_look_is_smoothed_twice_as_wide_as_a_source_of_one_look_and_keeps_a_part() -> None:
+def test_a_look_is_smoothed_twice_as_wide_as_a_source_of_one_look_and_keeps_a_part():
     looks, image = torch.randn(1, 4, 2, 5, 6), torch.full((1, 3, 80, 96), 0.5)
     source = F.pixel_shuffle(looks.movedim(1, 2).flatten(1, 2), 2)
     stitched = smoothed(source, image, 2)
@@ -52,14 +50,14 @@ def test_a_look_is_smoothed_twice_as_wide_as_a_source_of_one_look_and_keeps_a_pa
         torch.testing.assert_close(stitched[:, :, index // 2 :: 2, index % 2 :: 2], expected)
 
 
-def test_cells_across_an_edge_are_not_averaged() -> None:
+def test_cells_across_an_edge_are_not_averaged():
     image = torch.zeros(1, 3, 64, 64)
     image[..., 32:] = 3
     source = F.adaptive_avg_pool2d(image, 8)
     assert (smoothed(source, image, 2) - source).abs().max() < 0.05
 
 
-def test_a_model_tells_its_upsampler_of_the_looks_and_leaves_the_users_as_it_was() -> None:
+def test_a_model_tells_its_upsampler_of_the_looks_and_leaves_the_users_as_it_was():
     backbone = ModuleBackbone(nn.Conv2d(3, 5, 8, 8), feat_dim=5, patch_size=8)
     stack = JBUStack(joint_first=True).eval()
     model = UpsampledBackbone(ShiftAndStitch(backbone, 2), stack).eval()
@@ -73,7 +71,7 @@ def test_a_model_tells_its_upsampler_of_the_looks_and_leaves_the_users_as_it_was
     torch.testing.assert_close(tiles, model(image))
 
 
-def test_gradients_reach_a_stitched_source_and_the_widths_of_the_smoothing() -> None:
+def test_gradients_reach_a_stitched_source_and_the_widths_of_the_smoothing():
     stack = JBUStack(joint_first=True)
     stack.looks_per_side = 2
     source = torch.randn(1, 2, 6, 8, requires_grad=True)

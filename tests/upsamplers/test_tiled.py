@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -31,13 +29,7 @@ def stack(request: pytest.FixtureRequest) -> JBUStack:
     ],
 )
 @pytest.mark.parametrize("side", [19, 40])
-def test_tiles_are_the_whole_up_to_rounding(
-    stack: JBUStack,
-    source: tuple[int, int],
-    output: tuple[int, int],
-    side: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_tiles_are_the_whole_up_to_rounding(stack, source, output, side, monkeypatch):
     monkeypatch.setattr(tiled, "_side", lambda *_: side)
     monkeypatch.setattr(tiled, "CHANNELS", 4)
     features, image = torch.randn(2, 6, *source), torch.randn(2, 3, *output)
@@ -48,7 +40,7 @@ def test_tiles_are_the_whole_up_to_rounding(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_tiles_reach_another_size_than_the_images(stack: JBUStack, autocast: bool) -> None:
+def test_tiles_reach_another_size_than_the_images(stack, autocast):
     features, image = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 40, 50)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         whole = stack(features, image, size=(48, 64))
@@ -56,7 +48,7 @@ def test_tiles_reach_another_size_than_the_images(stack: JBUStack, autocast: boo
     assert (tiles - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-def test_tiles_have_a_folded_heads_outputs(stack: JBUStack) -> None:
+def test_tiles_have_a_folded_heads_outputs(stack):
     segment = stack.fold_head(nn.Conv2d(6, 2, 1))
     features, image = torch.randn(2, 6, 3, 4), torch.randn(2, 3, 48, 64)
     with torch.no_grad():
@@ -67,7 +59,7 @@ def test_tiles_have_a_folded_heads_outputs(stack: JBUStack) -> None:
         upsample_tiled(JBUStack().eval().fold_head(nn.Linear(6, 2)), features[:, 1:], image)
 
 
-def test_tiles_are_written_to_a_memory_mapped_file(stack: JBUStack, tmp_path: Path) -> None:
+def test_tiles_are_written_to_a_memory_mapped_file(stack, tmp_path):
     features, image = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 48, 64)
     mapped = np.lib.format.open_memmap(
         tmp_path / "features.npy", mode="w+", dtype=np.float32, shape=(1, 6, 48, 64)
@@ -81,7 +73,7 @@ def test_tiles_are_written_to_a_memory_mapped_file(stack: JBUStack, tmp_path: Pa
 
 
 @pytest.mark.parametrize("joint_first", [False, True])
-def test_no_tensor_outgrows_the_memory_granted(joint_first: bool) -> None:
+def test_no_tensor_outgrows_the_memory_granted(joint_first):
     stack = JBUStack(joint_first=joint_first).eval()
     features, image = torch.randn(1, 256, 8, 8), torch.randn(1, 3, 128, 128)
     out = torch.empty(1, 256, 128, 128)
@@ -90,7 +82,7 @@ def test_no_tensor_outgrows_the_memory_granted(joint_first: bool) -> None:
     assert 0 < recorder.largest <= 16_000_000 // 2 < out.numel() * 4
 
 
-def test_what_cannot_be_tiled_is_refused(stack: JBUStack) -> None:
+def test_what_cannot_be_tiled_is_refused(stack):
     features, image = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 48, 64)
     with pytest.raises(ValueError, match=r"a small tile needs [\d,]+ bytes; got max_bytes=1,000"):
         upsample_tiled(stack, features, image, max_bytes=1000)

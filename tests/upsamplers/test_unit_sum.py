@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,11 +33,11 @@ def error(upsampler: nn.Module) -> float:
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("pretrained", [False, True])
-def test_a_constant_stays_as_it_is_after_training(pretrained: bool, train: bool) -> None:
+def test_a_constant_stays_as_it_is_after_training(pretrained, train):
     assert error(trained(load_upsampler(pretrained=pretrained).train(train))) < 1e-5
 
 
-def test_what_was_trained_keeps_its_unit_sum_in_every_file(tmp_path: Path) -> None:
+def test_what_was_trained_keeps_its_unit_sum_in_every_file(tmp_path):
     upsampler = trained(load_upsampler())
     save_file(upsampler.state_dict(), tmp_path / "stages.safetensors")
     upsampler.save_pretrained(tmp_path / "folder")
@@ -59,7 +58,7 @@ def test_what_was_trained_keeps_its_unit_sum_in_every_file(tmp_path: Path) -> No
             assert error(trained(other)) < 1e-5, name
 
 
-def test_an_average_of_weights_is_written_through_the_state_dict() -> None:
+def test_an_average_of_weights_is_written_through_the_state_dict():
     model, average = load_upsampler(pretrained=False), load_upsampler(pretrained=False)
     # As timm's ModelEma does.
     for mean, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
@@ -69,23 +68,23 @@ def test_an_average_of_weights_is_written_through_the_state_dict() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_file_in_half_precision_keeps_its_unit_sum(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_file_in_half_precision_keeps_its_unit_sum(tmp_path, dtype):
     state = trained(load_upsampler()).to(dtype).state_dict()
     save_file(state, tmp_path / "half.safetensors")
     assert error(load_upsampler(tmp_path / "half.safetensors")) < 1e-5
 
 
-def test_a_stack_without_unit_sum_keeps_the_sums_it_was_given() -> None:
+def test_a_stack_without_unit_sum_keeps_the_sums_it_was_given():
     assert error(randomise(JBUStack(unit_sum=False))) > 1e-2
     assert error(randomise(JBUStack(unit_sum=True))) < 1e-4
 
 
-def test_a_correction_that_sums_to_zero_can_be_called_as_a_layer() -> None:
+def test_a_correction_that_sums_to_zero_can_be_called_as_a_layer():
     stage = randomise(JBUStack(unit_sum=True)).up1
     output = stage.fixup_proj(torch.randn(2, 52, 3, 4))
     torch.testing.assert_close(output.sum(1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
 
 
-def test_a_network_that_holds_a_folded_head_is_saved() -> None:
+def test_a_network_that_holds_a_folded_head_is_saved():
     network = nn.ModuleDict({"decode": load_upsampler().fold_head(nn.Conv2d(4, 2, 1))})
     assert save(network.state_dict())

@@ -94,9 +94,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_read_sources_channels_last_whatever_their_layout(
-    recorder: Recorder, layout: str, dtype: torch.dtype
-) -> None:
+def test_kernels_read_sources_channels_last_whatever_their_layout(recorder, layout, dtype):
     source = LAYOUTS[layout](torch.randn(2, 5, 3, 4).to(dtype))
     recorder.read = source.nbytes
     output = backend.apply(source, torch.randn(2, 49, 6, 8), None)
@@ -106,7 +104,7 @@ def test_kernels_read_sources_channels_last_whatever_their_layout(
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_channels_last_sources_and_kernels_are_not_copied(recorder: Recorder) -> None:
+def test_channels_last_sources_and_kernels_are_not_copied(recorder):
     source = torch.randn(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(2, 49, 6, 8).contiguous(memory_format=torch.channels_last)
     bias = torch.randn(5)
@@ -133,8 +131,8 @@ def test_channels_last_sources_and_kernels_are_not_copied(recorder: Recorder) ->
     ],
 )
 def test_the_ratio_decides_the_window_and_few_sources_are_resized_first_in_float32(
-    recorder: Recorder, size: tuple[int, int], window: int, resized: bool, dtype: torch.dtype
-) -> None:
+    recorder, size, window, resized, dtype
+):
     source, kernel = torch.randn(1, 5, *size).to(dtype), torch.randn(1, 49, 8, 14)
     given = source
     if resized:
@@ -152,9 +150,7 @@ def test_the_ratio_decides_the_window_and_few_sources_are_resized_first_in_float
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(3, 4), (6, 8), (4, 5)])
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_backward_results_look_like_the_torch_backends(
-    recorder: Recorder, needs: tuple[bool, bool], size: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_backward_results_look_like_the_torch_backends(recorder, needs, size, dtype):
     source, kernel = torch.randn(2, 5, *size).to(dtype), torch.randn(2, 49, 6, 8)
     grad = torch.randn(2, 5, 6, 8).to(dtype)
     found = backend.apply_backward(grad, source, kernel, *needs)
@@ -167,7 +163,7 @@ def test_backward_results_look_like_the_torch_backends(
 
 @pytest.mark.parametrize("channels", [1, 127, 128, 129, 384, 1024])
 @pytest.mark.parametrize("tiles", [1, 10, 528, 5000])
-def test_spans_cover_every_channel_and_keep_the_device_busy(channels: int, tiles: int) -> None:
+def test_spans_cover_every_channel_and_keep_the_device_busy(channels, tiles):
     kernels = Recorder().prepare(backend.apply_program(torch.float32), torch.device("cpu"))
     span = backend._span(channels, tiles, kernels)
     spans = backend.blocks(channels, span)
@@ -178,7 +174,7 @@ def test_spans_cover_every_channel_and_keep_the_device_busy(channels: int, tiles
         assert spans == 1
 
 
-def test_empty_maps_launch_nothing_and_give_empty_or_zero_results(recorder: Recorder) -> None:
+def test_empty_maps_launch_nothing_and_give_empty_or_zero_results(recorder):
     kernel, weights = torch.randn(0, 49, 6, 8), JBUStage().weights()
     assert backend.apply(torch.randn(0, 5, 3, 4), kernel, None).shape == (0, 5, 6, 8)
     assert backend.kernel(torch.randn(0, 3, 6, 8), weights).shape == (0, 49, 6, 8)
@@ -198,9 +194,7 @@ def test_empty_maps_launch_nothing_and_give_empty_or_zero_results(recorder: Reco
         (1 << 31, ValueError, "sizes below 2³¹; got 2147483648; split the image"),
     ],
 )
-def test_arguments_that_no_kernel_can_take_are_refused(
-    recorder: Recorder, argument: object, error: type[Exception], message: str
-) -> None:
+def test_arguments_that_no_kernel_can_take_are_refused(recorder, argument, error, message):
     kernels = recorder.prepare(backend.kernel_program(3), torch.device("cuda", 1))
     with pytest.raises(error, match=message):
         kernels.launch("kernel_forward", (1, 1, 1), argument)
@@ -221,14 +215,12 @@ def declared(source: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("guidance", [1, 3, 14])
-def test_every_launch_has_the_parameters_that_its_source_declares(
-    monkeypatch: pytest.MonkeyPatch, guidance: int
-) -> None:
+def test_every_launch_has_the_parameters_that_its_source_declares(monkeypatch, guidance):
     found: dict[str, dict[str, list[str]]] = {}
     grids = {}
 
-    def prepare(program: Program, device: torch.device) -> object:
-        def launch(name: str, grid: tuple[int, int, int], *arguments: object) -> None:
+    def prepare(program, device):
+        def launch(name, grid, *arguments):
             kinds = ["int" if isinstance(x, int) else "pointer" for x in arguments]
             found.setdefault(program.source, {})[name] = kinds
             grids[name] = grid

@@ -31,14 +31,12 @@ def never() -> bytes:
     raise AssertionError("the compiler was called although the cubin is cached")
 
 
-def test_a_second_fetch_reads_what_the_first_one_wrote_and_nothing_else_is_left(
-    folder: Path,
-) -> None:
+def test_a_second_fetch_reads_what_the_first_one_wrote_and_nothing_else_is_left(folder):
     assert cache.fetch(NAME, make) == cache.fetch(NAME, never) == (IMAGE, folder / NAME)
     assert list(folder.iterdir()) == [folder / NAME]
 
 
-def test_whatever_decides_the_code_decides_its_name() -> None:
+def test_whatever_decides_the_code_decides_its_name():
     parts = ("jbu", 90, "source", ("-O3",), "13.0")
     others = enumerate((80, "source ", ("-O2",), "13.1"), start=1)
     names = {
@@ -58,7 +56,7 @@ def flipped(content: bytes, byte: int) -> bytes:
         *[lambda content, n=n: content[:n] for n in (0, 1, 32, len(IMAGE))],
     ],
 )
-def test_damage_is_noticed_and_the_cubin_made_anew(folder: Path, damage: object) -> None:
+def test_damage_is_noticed_and_the_cubin_made_anew(folder, damage):
     assert callable(damage)
     cache.fetch(NAME, make)
     (folder / NAME).write_bytes(damage((folder / NAME).read_bytes()))
@@ -67,10 +65,8 @@ def test_damage_is_noticed_and_the_cubin_made_anew(folder: Path, damage: object)
     assert cache.fetch(NAME, make) == cache.fetch(NAME, never) == (IMAGE, folder / NAME)
 
 
-def test_a_write_that_fails_half_way_leaves_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(source: Path, target: Path) -> None:
+def test_a_write_that_fails_half_way_leaves_nothing(folder, monkeypatch):
+    def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full_disk)
@@ -79,11 +75,11 @@ def test_a_write_that_fails_half_way_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
-def test_a_user_without_a_home_compiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_compiles_in_memory(monkeypatch):
     monkeypatch.delenv("FEATUP_HUB_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
-    def homeless() -> Path:
+    def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
@@ -91,9 +87,7 @@ def test_a_user_without_a_home_compiles_in_memory(monkeypatch: pytest.MonkeyPatc
         assert cache.fetch(NAME, make) == (IMAGE, None)
 
 
-def test_the_folder_is_the_packages_own_then_xdg_then_the_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_is_the_packages_own_then_xdg_then_the_home(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.delenv("FEATUP_HUB_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

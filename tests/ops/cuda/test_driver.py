@@ -83,7 +83,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> RecordingLibrary:
     return recorder
 
 
-def test_a_launch_passes_sizes_stream_and_every_argument(library: RecordingLibrary) -> None:
+def test_a_launch_passes_sizes_stream_and_every_argument(library):
     driver = CudaDriver()
     kernel = driver.load(0, b"image", ["fill"])["fill"]
     driver.launch(kernel, (7, 5, 3), 128, 1024, [2**45 + 1, -5, 0])
@@ -97,9 +97,7 @@ def test_a_launch_passes_sizes_stream_and_every_argument(library: RecordingLibra
     assert null == bytes(8)
 
 
-def test_calls_happen_in_the_devices_own_context_and_leave_the_threads_as_it_was(
-    library: RecordingLibrary,
-) -> None:
+def test_calls_happen_in_the_devices_own_context_and_leave_the_threads_as_it_was(library):
     driver = CudaDriver()
     near, far = (driver.load(d, b"image", ["fill"])["fill"] for d in (0, 1))
     for kernel in (near, far, far):
@@ -111,7 +109,7 @@ def test_calls_happen_in_the_devices_own_context_and_leave_the_threads_as_it_was
     assert library.retained == [0, 1]
 
 
-def test_a_program_can_be_loaded_while_a_graph_is_captured(library: RecordingLibrary) -> None:
+def test_a_program_can_be_loaded_while_a_graph_is_captured(library):
     relaxed, everywhere = 2, 0
     library.capture_mode = everywhere
     CudaDriver().load(0, b"image", ["fill"])
@@ -122,8 +120,8 @@ def test_a_program_can_be_loaded_while_a_graph_is_captured(library: RecordingLib
     assert library.capture_mode == everywhere
 
 
-def test_a_missing_driver_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
+def test_a_missing_driver_is_reported_with_the_remedy(monkeypatch):
+    def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
@@ -143,10 +141,8 @@ EARLIER = r"earlier .* failed.* {}: a reason; .*CUDA_LAUNCH_BLOCKING=1"
         *[("cuLaunchKernel", status, EARLIER.format(status)) for status in (700, 710, 716, 719)],
     ],
 )
-def test_errors_say_what_failed_in_the_drivers_words(
-    library: RecordingLibrary, call: str, status: int, message: str
-) -> None:
-    def load_and_launch() -> None:
+def test_errors_say_what_failed_in_the_drivers_words(library, call, status, message):
+    def load_and_launch():
         driver = CudaDriver()
         driver.launch(driver.load(0, b"image", ["fill"])["fill"], (1, 1, 1), 1, 0, [])
 
@@ -156,6 +152,6 @@ def test_errors_say_what_failed_in_the_drivers_words(
     assert library.stack == []
 
 
-def test_a_kernel_missing_from_the_image_is_reported(library: RecordingLibrary) -> None:
+def test_a_kernel_missing_from_the_image_is_reported(library):
     with pytest.raises(CudaDriverError, match="error 500 in absent"):
         CudaDriver().load(0, b"image", ["absent"])

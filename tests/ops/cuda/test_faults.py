@@ -64,7 +64,7 @@ def spoiled(emulate: Emulate, **options: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "line"), barriers())
-def test_no_barrier_can_be_missing(emulate: Emulate, file: str, line: int) -> None:
+def test_no_barrier_can_be_missing(emulate, file, line):
     assert spoiled(emulate, barrier=(file, line))
 
 
@@ -140,7 +140,7 @@ FAULTS: dict[str, Edit] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(emulate: Emulate, name: str) -> None:
+def test_planted_faults_are_found(emulate, name):
     assert spoiled(emulate, edit=FAULTS[name])
 
 
@@ -188,9 +188,7 @@ def small_maps() -> None:
 
 
 @pytest.mark.parametrize(("edit", "words"), UNFORGIVABLE)
-def test_the_emulator_finds_what_a_device_would_not_forgive(
-    emulate: Emulate, edit: Edit, words: str
-) -> None:
+def test_the_emulator_finds_what_a_device_would_not_forgive(emulate, edit, words):
     emulate(edit=edit, architecture=75 if edit[0] in ("jbu_kernel.cu", "predict.cuh") else 90)
     with pytest.raises(EmulationError, match=words):
         small_maps()
@@ -209,9 +207,7 @@ def test_the_emulator_finds_what_a_device_would_not_forgive(
         ("mma.cuh", "multiply_tf32(sum[kx], high, weight[kx].low);", ""),
     ],
 )
-def test_a_product_of_tf32_numbers_alone_is_not_precise_enough(
-    emulate: Emulate, edit: Edit
-) -> None:
+def test_a_product_of_tf32_numbers_alone_is_not_precise_enough(emulate, edit):
     emulate(edit=edit)
     if edit[0] == "mma.cuh":
         source, kernel, _ = draw_maps(3, 5, 8)

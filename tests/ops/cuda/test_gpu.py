@@ -39,12 +39,12 @@ def session(cuda: torch.device, tmp_path: Path) -> Session:
 
 
 @pytest.mark.parametrize("check", CHECKS | CUDA_CHECKS)
-def test_the_kernels_pass(session: Session, check: str) -> None:
+def test_the_kernels_pass(session, check):
     failed = [row for row in (CHECKS | CUDA_CHECKS)[check](session) if not row["ok"]]
     assert failed == []
 
 
-def test_auto_takes_the_kernels_and_the_status_says_so(cuda: torch.device) -> None:
+def test_auto_takes_the_kernels_and_the_status_says_so(cuda):
     stack = JBUStack(num_stages=2).to(cuda).eval()
     source, image = torch.randn(1, 8, 4, 4, device=cuda), torch.randn(1, 3, 16, 16, device=cuda)
     with warnings.catch_warnings():
@@ -56,7 +56,7 @@ def test_auto_takes_the_kernels_and_the_status_says_so(cuda: torch.device) -> No
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_stack_gives_the_same_bits(cuda: torch.device, dynamic: bool) -> None:
+def test_a_compiled_stack_gives_the_same_bits(cuda, dynamic):
     torch._dynamo.reset()
     stack = JBUStack(num_stages=1).to(cuda).eval()
     compiled = torch.compile(stack, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -67,19 +67,17 @@ def test_a_compiled_stack_gives_the_same_bits(cuda: torch.device, dynamic: bool)
     torch._dynamo.reset()
 
 
-def test_processes_that_compile_at_once_share_one_cache(cuda: torch.device, tmp_path: Path) -> None:
+def test_processes_that_compile_at_once_share_one_cache(cuda, tmp_path):
     environment = os.environ | {"FEATUP_HUB_CACHE": str(tmp_path)}
     users = [subprocess.Popen([sys.executable, "-c", USE], env=environment) for _ in range(2)]
     assert [user.wait(timeout=300) for user in users] == [0, 0]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cubin", ".cubin"]
 
 
-def test_a_damaged_cubin_is_compiled_anew(
-    cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_cubin_is_compiled_anew(cuda, tmp_path, monkeypatch):
     monkeypatch.setenv("FEATUP_HUB_CACHE", str(tmp_path))
 
-    def load() -> bytes:
+    def load():
         programs._load.cache_clear()
         programs._compile_once.cache_clear()
         path = programs.prepare(backend.usual_programs()[0], cuda).path
@@ -92,12 +90,12 @@ def test_a_damaged_cubin_is_compiled_anew(
     assert load() == whole
 
 
-def test_an_image_that_is_no_cubin_is_refused_in_words(cuda: torch.device) -> None:
+def test_an_image_that_is_no_cubin_is_refused_in_words(cuda):
     with pytest.raises(CudaDriverError, match=r"CUDA driver error .* in loading"):
         open_driver().load(0, b"not a cubin" + bytes(64), [])
 
 
-def test_a_launch_the_device_cannot_do_is_refused_in_words(cuda: torch.device) -> None:
+def test_a_launch_the_device_cannot_do_is_refused_in_words(cuda):
     kernels = programs.prepare(backend.usual_programs()[0], cuda)
     function = kernels.functions["range_forward"]
     with pytest.raises(CudaDriverError, match=r"CUDA driver error .* in range_forward"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +12,6 @@ from tests.ops.cuda.fused_results import (
     ARCHITECTURES,
     TENSOR_TOLERANCE,
     TOLERANCE,
-    Emulate,
     draw_maps,
     draw_weights,
     error,
@@ -47,9 +44,7 @@ SOURCE_SIZES = [
 
 @pytest.mark.parametrize(("architecture", "tolerance"), PRECISION)
 @pytest.mark.parametrize(("height", "width", "batch"), GUIDANCE_SIZES)
-def test_kernels_match_the_definition(
-    emulate: Emulate, height: int, width: int, batch: int, architecture: int, tolerance: float
-) -> None:
+def test_kernels_match_the_definition(emulate, height, width, batch, architecture, tolerance):
     emulate(architecture=architecture)
     guidance = torch.randn(batch, 3, height, width, dtype=torch.float64)
     assert error(*kernel_pair(guidance, draw_weights())) <= tolerance
@@ -64,18 +59,14 @@ def test_kernels_match_the_definition(
         *[(channels, *PRECISION[1]) for channels in (1, 14)],
     ],
 )
-def test_guidance_may_have_any_small_number_of_channels(
-    emulate: Emulate, channels: int, architecture: int, tolerance: float
-) -> None:
+def test_guidance_may_have_any_small_number_of_channels(emulate, channels, architecture, tolerance):
     emulate(architecture=architecture)
     guidance = torch.randn(1, channels, 6, 35, dtype=torch.float64) / channels**0.5
     assert error(*kernel_pair(guidance, draw_weights(channels))) <= tolerance
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_are_infinite_or_no_number_where_the_definition_is(
-    emulate: Emulate, architecture: int
-) -> None:
+def test_kernels_are_infinite_or_no_number_where_the_definition_is(emulate, architecture):
     emulate(architecture=architecture)
     guidance = torch.randn(1, 3, 9, 40, dtype=torch.float64)
     guidance[0, 1, 4, 30] = float("nan")
@@ -86,7 +77,7 @@ def test_kernels_are_infinite_or_no_number_where_the_definition_is(
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
-def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate: Emulate) -> None:
+def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate):
     guidance = torch.randn(1, 3, 6, 9, dtype=torch.float64)
     weights = draw_weights(temperature=2.5, sigma=0.06)
     weights = weights._replace(range_w1=2 * weights.range_w1)
@@ -102,8 +93,8 @@ def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("h", "w", "channels", "batch"), SOURCE_SIZES)
 def test_doubling_and_its_gradients_match_the_definition(
-    emulate: Emulate, h: int, w: int, channels: int, batch: int, architecture: int
-) -> None:
+    emulate, h, w, channels, batch, architecture
+):
     emulate(architecture=architecture)
     actual, expected = output_and_gradients(*draw_maps(h, w, channels, batch))
     errors = {name: error(actual[name], expected[name]) for name in expected}
@@ -119,15 +110,13 @@ def test_doubling_and_its_gradients_match_the_definition(
         (2, 2, (2, 5)),
     ],
 )
-def test_other_ratios_and_their_gradients_match_the_definition(
-    emulate: Emulate, h: int, w: int, size: tuple[int, int]
-) -> None:
+def test_other_ratios_and_their_gradients_match_the_definition(emulate, h, w, size):
     actual, expected = output_and_gradients(*draw_maps(h, w, 6, size=size))
     errors = {name: error(actual[name], expected[name]) for name in expected}
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-def test_every_tap_gets_its_gradient(emulate: Emulate) -> None:
+def test_every_tap_gets_its_gradient(emulate):
     # Upstream's kernel leaves 42 of the 49 without one.
     actual, expected = output_and_gradients(*draw_maps(4, 5, 3))
     taps = actual["kernel"].abs().amax((0, 2, 3))
@@ -145,9 +134,7 @@ HALF_SIZES = [
 @pytest.mark.parametrize("architecture", [75, 90])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("size", HALF_SIZES, ids=str)
-def test_half_precision_features_cost_one_rounding(
-    emulate: Emulate, size: tuple[int, int, int, int], dtype: torch.dtype, architecture: int
-) -> None:
+def test_half_precision_features_cost_one_rounding(emulate, size, dtype, architecture):
     emulate(architecture=architecture)
     actual, expected = output_and_gradients(*draw_maps(*size), dtype)
     for name in ("output", "source"):
@@ -158,9 +145,7 @@ def test_half_precision_features_cost_one_rounding(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *ROUNDING])
-def test_what_is_not_finite_reaches_the_pixels_that_read_it_and_no_others(
-    emulate: Emulate, dtype: torch.dtype
-) -> None:
+def test_what_is_not_finite_reaches_the_pixels_that_read_it_and_no_others(emulate, dtype):
     source, kernel, bias = draw_maps(9, 17, 40)
     source[0, 5, 4, 8], source[0, 17, 0, 0], source[0, 33, 8, 3] = (
         float("inf"), float("nan"), float("-inf"),
@@ -171,7 +156,7 @@ def test_what_is_not_finite_reaches_the_pixels_that_read_it_and_no_others(
     assert output[0, 5].isinf().any(), "infinity has become something else"
 
 
-def test_what_is_not_finite_changes_nothing_in_other_channels(emulate: Emulate) -> None:
+def test_what_is_not_finite_changes_nothing_in_other_channels(emulate):
     source, kernel, _ = (x.float() for x in draw_maps(5, 9, 260))
     first = backend.apply(source, kernel, None)
     source[0, 130, 2, 3] = float("inf")
@@ -183,7 +168,7 @@ def test_what_is_not_finite_changes_nothing_in_other_channels(emulate: Emulate) 
         assert torch.equal(second[:, 256:], first[:, 256:])
 
 
-def test_weights_beyond_the_range_of_float16_are_taken(emulate: Emulate) -> None:
+def test_weights_beyond_the_range_of_float16_are_taken(emulate):
     source, kernel, _ = draw_maps(5, 9, 16)
     source, kernel = (1e-4 * source).half(), (1e5 * kernel).float()
     expected = reference.jbu_apply(source.double(), kernel.double())
@@ -191,7 +176,7 @@ def test_weights_beyond_the_range_of_float16_are_taken(emulate: Emulate) -> None
     assert error(found, expected) <= 2**-11
 
 
-def test_rounding_is_torchs_to_the_last_bit(emulate: Emulate) -> None:
+def test_rounding_is_torchs_to_the_last_bit(emulate):
     centre = torch.zeros(1, 49, 1, 1)
     centre[:, 24] = 1
     for dtype in ROUNDING:
@@ -203,28 +188,26 @@ def test_rounding_is_torchs_to_the_last_bit(emulate: Emulate) -> None:
         assert torch.equal(output.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
-def test_results_do_not_depend_on_the_order_of_threads_and_blocks(emulate: Emulate) -> None:
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(emulate):
     first = [*everything(), *halves()]
     for order in (0, 1, 3):
         emulate(order=order)
         assert all(map(torch.equal, first, [*everything(), *halves()])), order
 
 
-def test_results_depend_neither_on_alignment_nor_on_how_channels_are_shared_out(
-    emulate: Emulate,
-) -> None:
+def test_results_depend_neither_on_alignment_nor_on_how_channels_are_shared_out(emulate):
     first = [*everything(), *halves()]
     emulate(offset=1, multiprocessors=1000)
     assert all(map(torch.equal, first, [*everything(), *halves()]))
 
 
-def test_a_batch_may_hold_more_than_two_to_the_31_numbers(folder: Path) -> None:
+def test_a_batch_may_hold_more_than_two_to_the_31_numbers(folder):
     kernel, filtered = far_sample(Emulator(folder))
     assert kernel <= TENSOR_TOLERANCE
     assert filtered <= TOLERANCE
 
 
-def test_offsets_go_beyond_two_to_the_31(folder: Path) -> None:
+def test_offsets_go_beyond_two_to_the_31(folder):
     """Runs the last block of maps that are too large to fill: untouched memory costs nothing."""
     h, channels, size = 3328, 64, 6656
     emulator = Emulator(folder)

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks.compiled_kernels import NVCC_ARCHITECTURES, compile_with_nvcc, usage
 from featup_hub.ops.cuda import backend
-from featup_hub.ops.cuda.programs import Program
 
 PROGRAMS = backend.usual_programs()
 # Every program for sm_90, which has most tensor-core code, and one program for every architecture.
@@ -24,9 +23,7 @@ MOST_SHARED_BYTES = 48 * 1024  # limit of every device without permission
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize(("program", "architecture"), CASES, ids=str)
-def test_no_kernel_spills_or_asks_for_more_than_48_kilobytes(
-    program: Program, architecture: int
-) -> None:
+def test_no_kernel_spills_or_asks_for_more_than_48_kilobytes(program, architecture):
     _, log = compile_with_nvcc(program, architecture)
     found = usage(log)
     assert set(found) == set(program.kernels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 from benchmarks import compiled_kernels
 from featup_hub.ops.cuda import backend, nvrtc
-from featup_hub.ops.cuda.programs import Program
 
 KERNEL = """
 #include "value.cuh"
@@ -42,13 +40,13 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     nvrtc.load.cache_clear()
 
 
-def test_the_library_found_is_of_the_version_torch_was_built_with(compiler: nvrtc.Nvrtc) -> None:
+def test_the_library_found_is_of_the_version_torch_was_built_with(compiler):
     if torch.version.cuda is None:
         pytest.skip("this torch is built without CUDA")
     assert compiler.version.split(".")[0] == torch.version.cuda.split(".")[0]
 
 
-def test_a_program_compiles_to_an_elf_image_for_each_architecture(compiler: nvrtc.Nvrtc) -> None:
+def test_a_program_compiles_to_an_elf_image_for_each_architecture(compiler):
     images = {
         compiler.compile(KERNEL, "fill.cu", compiler.architectures[index], [], HEADERS)[0]
         for index in (0, -1)
@@ -57,7 +55,7 @@ def test_a_program_compiles_to_an_elf_image_for_each_architecture(compiler: nvrt
     assert len(images) == 2
 
 
-def test_options_reach_the_program_and_its_errors_the_user(compiler: nvrtc.Nvrtc) -> None:
+def test_options_reach_the_program_and_its_errors_the_user(compiler):
     source, arch = "#ifndef WANTED\n#error option is missing\n#endif\n", compiler.architectures[0]
     assert compiler.compile(source, "o.cu", arch, ["-DWANTED=1"], {})
     with pytest.raises(
@@ -66,7 +64,7 @@ def test_options_reach_the_program_and_its_errors_the_user(compiler: nvrtc.Nvrtc
         compiler.compile(source, "o.cu", arch, [], {})
 
 
-def test_an_architecture_nvrtc_does_not_know_is_reported(compiler: nvrtc.Nvrtc) -> None:
+def test_an_architecture_nvrtc_does_not_know_is_reported(compiler):
     assert 30 not in compiler.architectures
     with pytest.raises(nvrtc.NvrtcError, match="for sm_30: NVRTC_ERROR_INVALID_OPTION"):
         compiler.compile(KERNEL, "fill.cu", 30, [], HEADERS)
@@ -79,9 +77,7 @@ def ends(compiler: nvrtc.Nvrtc, index: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(7), ids=lambda i: str(backend.usual_programs()[i]))
-def test_the_packages_own_kernels_compile_without_spilling_a_register(
-    compiler: nvrtc.Nvrtc, index: int
-) -> None:
+def test_the_packages_own_kernels_compile_without_spilling_a_register(compiler, index):
     program, architecture = backend.usual_programs()[index], ends(compiler, index)
     usage = compiled_kernels.usage(compiled_kernels.compile_with_nvrtc(program, architecture)[1])
     assert set(usage) == set(program.kernels)
@@ -101,8 +97,8 @@ def test_the_packages_own_kernels_compile_without_spilling_a_register(
     ids=str,
 )
 def test_programs_are_compiled_for_tensor_cores_where_these_are_faster(
-    compiler: nvrtc.Nvrtc, program: Program, architectures: tuple[int, ...], without: set[int]
-) -> None:
+    compiler, program, architectures, without
+):
     source, headers, options = program.contents()
     told = f"{source}\n#if JBU_TENSOR_CORES\n#error tensor cores\n#else\n#error none\n#endif\n"
     for architecture in architectures:
@@ -111,17 +107,13 @@ def test_programs_are_compiled_for_tensor_cores_where_these_are_faster(
             compiler.compile(told, program.source, architecture, options, headers)
 
 
-def test_a_missing_library_is_reported_with_what_was_tried_and_what_to_install(
-    search: list[str],
-) -> None:
+def test_a_missing_library_is_reported_with_what_was_tried_and_what_to_install(search):
     search.append("libno-such-nvrtc.so.99")
     with pytest.raises(nvrtc.NvrtcError, match=r"(?s)nvidia-cuda-nvrtc.*libno-such-nvrtc\.so\.99:"):
         nvrtc.load()
 
 
-def test_a_library_that_is_not_nvrtc_is_passed_over(
-    monkeypatch: pytest.MonkeyPatch, search: list[str]
-) -> None:
+def test_a_library_that_is_not_nvrtc_is_passed_over(monkeypatch, search):
     search.append("other.so")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     with pytest.raises(nvrtc.NvrtcError, match=r"other\.so: .*no attribute"):
@@ -137,17 +129,13 @@ def test_a_library_that_is_not_nvrtc_is_passed_over(
         ("12.6", "nt", "nvrtc64_120_0.dll"),
     ],
 )
-def test_every_version_of_cuda_has_its_own_name_for_the_library(
-    monkeypatch: pytest.MonkeyPatch, cuda: str, system: str, name: str
-) -> None:
+def test_every_version_of_cuda_has_its_own_name_for_the_library(monkeypatch, cuda, system, name):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(nvrtc, "os", SimpleNamespace(name=system, environ={}))
     assert name in list(nvrtc.search_path())
 
 
-def test_wheels_beside_torch_come_before_cuda_home_and_the_system(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_wheels_beside_torch_come_before_cuda_home_and_the_system(monkeypatch, tmp_path):
     places = [
         tmp_path / "site" / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13",
         tmp_path / "site" / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.13",

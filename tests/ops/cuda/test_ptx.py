@@ -47,7 +47,7 @@ def call(name: str, **arguments: float) -> float:
     return INSTRUCTIONS[instruction](*used)
 
 
-def test_halves_are_widened_and_rounded() -> None:
+def test_halves_are_widened_and_rounded():
     assert call("half_to_float", bits=0x3E00) == 1.5
     assert call("float_to_half", value=1.5) == 0x3E00
 
@@ -55,12 +55,12 @@ def test_halves_are_widened_and_rounded() -> None:
 @pytest.mark.parametrize(
     ("name", "bits"), [("floats_to_halfs", half), ("floats_to_bfloats", bfloat)]
 )
-def test_of_a_pair_the_first_number_is_the_lower_half(name: str, bits: object) -> None:
+def test_of_a_pair_the_first_number_is_the_lower_half(name, bits):
     assert callable(bits)
     assert call(name, low=1.5, high=-2.0) == bits(-2.0) << 16 | bits(1.5)
 
 
-def test_a_product_adds_to_its_sums_and_takes_its_operands_in_order() -> None:
+def test_a_product_adds_to_its_sums_and_takes_its_operands_in_order():
     macro = re.search(r"#define MULTIPLY.*?b\[1\]\)\)", TEXT, re.DOTALL)
     assert macro is not None
     text = "".join(re.findall(r'"([^"]*)"', macro[0]))
@@ -80,5 +80,5 @@ def test_a_product_adds_to_its_sums_and_takes_its_operands_in_order() -> None:
     assert f"{sums}, {left}, {right}, {sums};" in text
 
 
-def test_no_compiler_may_move_a_product_into_a_branch() -> None:
+def test_no_compiler_may_move_a_product_into_a_branch():
     assert re.findall(r"asm( volatile)?\(\"mma", TEXT) == [" volatile"]
