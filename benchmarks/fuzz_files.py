@@ -76,7 +76,7 @@ def good_files(name: str, folder: Path) -> list[bytes]:
                 photo.resize((24, 16)).save(buffer := io.BytesIO(), kind)
                 files.append(buffer.getvalue())
         return files
-    options = {"frequencies": 2, "hidden": 4, "base": torch.rand(1, 2, 2, 2)}
+    options = {"frequencies": 2, "hidden": 4}
     fit = ImplicitUpsampler(torch.rand(1, 3, 4, 6), torch.zeros(3), torch.rand(3, 2), **options)
     fit.scores = {"r2": 1.0}
     fit.save(folder / "good")

@@ -41,7 +41,6 @@ class ImplicitUpsampler(FittedFeatures):
         log_range: Natural logarithms of the lowest and highest frequency.
         hidden: Width of the network.
         dropout: Probability of dropping an input of the network, at all points at once.
-        base: Coordinates that are added to the network's, (1, K, h, w), interpolated bilinearly.
 
     Raises:
         ValueError: If ``image`` is not (1, 3, H, W), or ``dropout`` not in [0, 1).
@@ -52,10 +51,9 @@ class ImplicitUpsampler(FittedFeatures):
         (torch.Size([1, 8, 12, 18]), torch.Size([1, 8]))
     """
 
-    FORMAT = "featup_hub.implicit/2"  # 2 stores dropout, and whether there is a base
+    FORMAT = "featup_hub.implicit/2"  # 2 stores dropout
     mean: Tensor
     directions: Tensor
-    base: Tensor | None
 
     def __init__(
         self,
@@ -67,14 +65,12 @@ class ImplicitUpsampler(FittedFeatures):
         log_range: tuple[float, float] = (-2.0, 10.0),
         hidden: int = 128,
         dropout: float = 0.2,
-        base: Tensor | None = None,
     ) -> None:
         super().__init__(image)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}; 0 drops nothing")
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("directions", directions.detach().clone())
-        self.register_buffer("base", None if base is None else base.detach().half())
         self.fourier = FourierFeatures(frequencies, log_range)
         inputs = 10 * frequencies + 3
         self.norm = nn.LayerNorm(inputs)
@@ -148,15 +144,15 @@ class ImplicitUpsampler(FittedFeatures):
         keep = F.dropout(torch.ones(len(self.norm.weight)), self.dropout, self.training).to(x)
         first, second, last = (cast(nn.Linear, layer) for layer in self.layers)
         x = F.linear(self.norm(x), first.weight * keep, first.bias).relu()
-        x = last(second(x).relu())
-        return x if self.base is None else x + sample(self.base, position)
+        coordinates: Tensor = last(second(x).relu())
+        return coordinates
 
     def restore(self, coordinates: Tensor) -> Tensor:
         """Converts coordinates, (N, K), to features, (N, C)."""
         return torch.addmm(self.mean, coordinates.to(self.mean), self.directions.t())
 
     def _notes(self) -> dict[str, str]:
-        return {"base": "no" if self.base is None else "yes", "dropout": repr(self.dropout)}
+        return {"dropout": repr(self.dropout)}
 
     @classmethod
     def _for(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Self:
@@ -166,7 +162,6 @@ class ImplicitUpsampler(FittedFeatures):
             frequencies=len(tensors["fourier.frequency"]),
             hidden=len(tensors["layers.0.bias"]),
             dropout=float(notes["dropout"]),
-            base=tensors["base"].to("meta") if "base" in tensors else None,
         )
 
     def _resized(self, size: tuple[int, int]) -> Tensor:

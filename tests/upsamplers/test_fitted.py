@@ -192,7 +192,7 @@ def test_a_file_whose_notes_are_spoilt_or_missing_is_refused(note, spoilt, tmp_p
 
 
 def test_a_file_in_double_precision_tells_the_same(tmp_path):
-    path, module = tmp_path / "x.safetensors", small_implicit.make(base=True)
+    path, module = tmp_path / "x.safetensors", small_implicit.make()
     module.save(path)
     write({k: v.double() for k, v in read(path).items()}, path, metadata=metadata(path))
     assert torch.equal(ImplicitUpsampler.load(path).features(), module.features())

@@ -12,9 +12,8 @@ from featup_hub.upsamplers.coordinates import sample
 from tests.upsamplers.small_implicit import make
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_features_are_the_formula_written_out_for_one_pixel(base):
-    module = make(base=base)
+def test_features_are_the_formula_written_out_for_one_pixel():
+    module = make()
     frequencies = [math.exp(-1), math.exp(0.5), math.exp(2)]  # of log_range=(-1, 2)
     torch.testing.assert_close(module.fourier.frequency, torch.tensor(frequencies))
     row, column = 4, 7
@@ -34,9 +33,6 @@ def test_features_are_the_formula_written_out_for_one_pixel(base):
     for layer in module.layers[:2]:
         x = (layer.weight @ x + layer.bias).relu()
     z = module.layers[2].weight @ x + module.layers[2].bias
-    if base:
-        whole = F.interpolate(module.base.float(), (9, 13), mode="bilinear")
-        z = z + whole[0, :, row, column]
     expected = module.mean + module.directions @ z
     torch.testing.assert_close(module.features()[0, :, row, column], expected, atol=1e-4, rtol=1e-4)
 
