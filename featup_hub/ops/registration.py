@@ -28,7 +28,7 @@ def _kernel(guidance: Tensor, *args: Any) -> Tensor:
         got = tuple(guidance.shape)
         raise ValueError(f"guidance must hold at least one image; got {got}; skip empty batches")
     weights, impl = StageWeights(*args[:-1]), args[-1]
-    return run(impl, "kernel", guidance, weights)
+    return _own(run(impl, "kernel", guidance, weights))
 
 
 def _kernel_backward(grad: Tensor, guidance: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -39,10 +39,7 @@ def _kernel_backward(grad: Tensor, guidance: Tensor, *args: Any) -> tuple[Tensor
 
 
 def _apply(source: Tensor, kernel: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    output = run(impl, "apply", source, kernel, bias)
-    # A permuted map is a view, which autograd does not let users change in place.
-    place = output.untyped_storage(), output.storage_offset(), output.shape, output.stride()
-    return output.new_empty(0).set_(*place)
+    return _own(run(impl, "apply", source, kernel, bias))
 
 
 def _apply_backward(
@@ -63,6 +60,12 @@ def _joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, T
 
 def _pool(image: Tensor, height: int, width: int) -> Tensor:
     return F.adaptive_avg_pool2d(image, (height, width)).contiguous()
+
+
+def _own(output: Tensor) -> Tensor:
+    """Returns a permuted map that is no view: autograd does not let users change views in place."""
+    place = output.untyped_storage(), output.storage_offset(), output.shape, output.stride()
+    return output.new_empty(0).set_(*place)
 
 
 def _map_like(like: Tensor, channels: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from featup_hub.ops import jbu_apply
+from featup_hub.ops import jbu_apply, jbu_kernel
 from featup_hub.upsamplers import JBUStack, JBUStage, stage_sizes
 from featup_hub.weights import convert_upstream
 from tests.ops.formulations import randomise, stack_forward
@@ -126,6 +126,9 @@ def test_features_can_be_changed_in_place_before_the_backward_pass(impl):
     features += 1
     (found,) = torch.autograd.grad(features.relu_().square().sum(), source)
     torch.testing.assert_close(found, expected)
+    kernel = jbu_kernel(image, stack.stages(1)[0].weights(), impl=impl)
+    kernel *= 2
+    kernel.sum().backward()
 
 
 def test_kernels_computed_once_serve_many_feature_maps():
