@@ -258,8 +258,10 @@ def _read_tiff(path: Path) -> NDArray[Any]:
     except Exception as error:  # its exceptions on damaged bytes are not documented
         raise ValueError(f"tifffile cannot read {path}, either: {error}") from error
     bands = [index for index, axis in enumerate(axes) if axis not in "YX"]
-    if len(axes) - len(bands) != 2 or len(bands) > 1:
-        raise ValueError(f"a TIFF of height, width and bands is needed; {path} has axes {axes}")
+    if len(axes) - len(bands) != 2 or len(bands) > 1 or not values.size:
+        raise ValueError(
+            f"a TIFF of height, width and bands is needed; {path} has axes {axes}, {values.shape}"
+        )
     return np.moveaxis(values, bands[0], 2) if bands else values
 
 

@@ -170,6 +170,15 @@ def test_three_of_thirteen_bands_are_chosen(tmp_path, planes):
             read_image(path, bands=bands)
 
 
+def test_a_damaged_tiff_without_pixels_is_refused(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((8, 9, 13), np.uint16), planarconfig="contig")
+    empty = np.zeros((0, 9, 13), np.uint16)
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lambda self: empty)
+    with pytest.raises(ValueError, match=r"height, width and bands .*x.tif has .*\(0, 9, 13\)"):
+        read_image(tmp_path / "x.tif")
+
+
 def test_without_tifffile_the_error_names_what_reads_many_bands(tmp_path, monkeypatch):
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(
