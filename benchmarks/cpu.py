@@ -1,27 +1,18 @@
-"""Time and peak memory of the folded form on a CPU, against two others, in one run.
+"""Time of the default upsampler on a CPU, without a backbone.
 
-    python benchmarks/cpu.py --out cpu.json
     python benchmarks/cpu.py --sizes --out cpu_sizes.json
     python benchmarks/cpu.py --floor
     python benchmarks/cpu.py --host
 
-* unfold: keys unfolded and multiplied by an einsum, as FeatUp's published code forms kernels;
-  features filtered tap by tap (unfolding them, too, takes 20 GB at the largest size);
-* definition: our ``impl="reference"``, tap by tap throughout;
-* folded: our ``impl="torch"``.
+``--sizes`` measures CPU time per output pixel at the sizes that photographs have, beside this
+machine's rates of matrix products and copies in the same run.
 
-Every measurement is a process of its own, so that peak memory is that of one implementation;
-implementations take turns, and the ratio is that of their best times.
+``--floor`` compares it with the time that its multiply-adds and bytes would take at those rates:
+CPU time with OMP_NUM_THREADS=1, else time on the clock. Both measure a process that keeps its
+memory; ``--floor`` also one that gets new memory for every map, as Linux does by default.
 
-With ``--sizes`` the default upsampler is measured alone, by CPU time per output pixel, at the sizes
-that photographs have, beside this machine's rates of matrix products and copies in the same run.
-
-With ``--floor`` it is compared with the time that its multiply-adds and bytes would take at those
-rates: CPU time with OMP_NUM_THREADS=1, else time on the clock. Both measure a process that keeps
-its memory; ``--floor`` also one that gets new memory for every map, as Linux does by default.
-
-With ``--host`` the CUDA kernels are launched on a driver that does nothing: what remains of a
-forward pass is Python and torch's dispatch. Maps are so small that their arithmetic takes no time.
+``--host`` launches the CUDA kernels on a driver that does nothing: what remains of a forward pass
+is Python and torch's dispatch. Maps are so small that their arithmetic takes no time.
 """
 
 from __future__ import annotations
@@ -31,10 +22,7 @@ import collections
 import ctypes
 import functools
 import json
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 import timeit
@@ -45,79 +33,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featup_hub import JBUStack, load_upsampler
-from featup_hub.ops import StageWeights
+from featup_hub import load_upsampler
 from featup_hub.ops.cuda import backend
 from featup_hub.ops.cuda.driver import CudaDriver
 from featup_hub.ops.cuda.programs import FusedKernels, Program
-from featup_hub.ops.reference import jbu_apply, spatial_logits
-
-CASES = [
-    ("forward", 384, 14, 224),
-    ("forward", 768, 14, 224),
-    ("forward", 384, 16, 256),
-    ("forward", 384, 32, 512),
-    ("training", 384, 14, 224),
-]
-
 
 SIZES = [(448, 640), (427, 640), (375, 500), (518, 518), (480, 360), (224, 224)]
 STRIDE = 16
-IMPLEMENTATIONS = ("unfold", "reference", "torch")
-
-
-def unfold_kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
-    """Forms kernels with the neighbourhood of every pixel laid out in memory."""
-    batch, _, height, width = guidance.shape
-    first = F.conv2d(guidance, weights.range_w0[:, :, None, None], weights.range_b0)
-    keys = F.conv2d(F.gelu(first), weights.range_w1[:, :, None, None], weights.range_b1)
-    padded = F.pad(keys, [weights.radius] * 4, mode="reflect")
-    unfolded = F.unfold(padded, weights.diameter).view(batch, -1, 49, height, width)
-    logits = torch.einsum("bcphw,bchw->bphw", unfolded, keys)
-    spatial = spatial_logits(weights.sigma_spatial, weights.diameter).exp()
-    kernel = (weights.range_temp.exp() * logits).softmax(1) * spatial[:, None, None]
-    kernel = kernel / kernel.sum(1, keepdim=True).clamp(min=1e-7)
-    hidden = torch.cat([kernel, guidance], 1)
-    hidden = F.gelu(F.conv2d(hidden, weights.fixup_w0[:, :, None, None], weights.fixup_b0))
-    return kernel + 0.1 * F.conv2d(hidden, weights.fixup_w1[:, :, None, None], weights.fixup_b1)
-
-
-def unfold_stack(stack: JBUStack, source: Tensor, image: Tensor) -> Tensor:
-    """Passes features through all stages and the closing convolution, in upstream's order."""
-    for stage in stack.stages(4):
-        size = (2 * source.shape[2], 2 * source.shape[3])
-        kernel = unfold_kernel(F.adaptive_avg_pool2d(image, size), stage.weights())
-        source = jbu_apply(source, kernel)
-    return source + 0.1 * stack.fixup_proj(source)
-
-
-def measure(passes: str, channels: int, low: int, high: int, impl: str) -> dict[str, float]:
-    """Runs one case in this process: best time in seconds, peak memory in bytes."""
-    torch.manual_seed(0)
-    stack = JBUStack(channels, dropout=0).eval()
-    source, image = torch.randn(1, channels, low, low), torch.randn(1, 3, high, high)
-    training = passes == "training"
-    source.requires_grad_(training)
-
-    def run() -> None:
-        with torch.set_grad_enabled(training):
-            if impl == "unfold":
-                output = unfold_stack(stack, source, image)
-            else:
-                output = stack(source, image, impl=impl)
-            if training:
-                output.sum().backward()
-
-    with torch.no_grad():  # what the libraries set up once is not counted
-        stack(source[..., :4, :4], image[..., :64, :64], impl="torch")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = timeit.repeat(run, number=1, repeat=5 if impl == "torch" else 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": min(times), "bytes": 1024 * peak}
 
 
 def best(
@@ -280,55 +205,21 @@ def measure_host() -> None:
 
 
 def main() -> None:
-    """Runs all cases and prints a table."""
+    """Runs the measurement asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--sizes", action="store_true", help="the default upsampler at all sizes")
-    parser.add_argument("--floor", action="store_true", help="and beside this machine's rates")
-    parser.add_argument("--host", action="store_true", help="the time without a device")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each of them")
-    parser.add_argument("--out", type=Path, help="write all figures as JSON")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sizes", action="store_true", help="the price of a pixel at every size")
+    what.add_argument("--floor", action="store_true", help="beside this machine's rates")
+    what.add_argument("--host", action="store_true", help="the time without a device")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each size")
+    parser.add_argument("--out", type=Path, help="JSON file of --sizes")
     chosen = parser.parse_args()
     if chosen.sizes:
         measure_sizes(chosen.rounds, chosen.out)
-        return
-    if chosen.floor or chosen.host:
-        (measure_floor if chosen.floor else measure_host)()
-        return
-    if chosen.one:
-        passes, channels, low, high, impl = chosen.one
-        print(json.dumps(measure(passes, int(channels), int(low), int(high), impl)))
-        return
-    rows = []
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, ", end=""
-    )
-    print(f"torch {torch.__version__}, fp32, batch 1\n")
-    print("| pass | C | size | unfold | definition | folded | faster than | memory | output |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for passes, channels, low, high in CASES:
-        best: dict[str, dict[str, float]] = {}
-        for _ in range(chosen.rounds):
-            for impl in IMPLEMENTATIONS:
-                case = [passes, str(channels), str(low), str(high), impl]
-                command = [sys.executable, __file__, "--one", *case]
-                result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                known = best.setdefault(impl, result)
-                best[impl] = {key: min(known[key], result[key]) for key in result}
-        output = 4 * channels * high * high
-        rows.append({"case": [passes, channels, low, high], "output": output, **best})
-        seconds = [best[impl]["seconds"] for impl in IMPLEMENTATIONS]
-        memory = " / ".join(f"{best[impl]['bytes'] / 2**20:.0f}" for impl in IMPLEMENTATIONS)
-        times = " | ".join(f"{value:.3f} s" for value in seconds)
-        ratios = " and ".join(f"×{value / seconds[-1]:.1f}" for value in seconds[:-1])
-        print(
-            f"| {passes} | {channels} | {low}²→{high}² | {times} | {ratios} | {memory} MiB | "
-            f"{output / 2**20:.0f} MiB |",
-            flush=True,
-        )
-    if chosen.out:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        chosen.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    elif chosen.floor:
+        measure_floor()
+    else:
+        measure_host()
 
 
 if __name__ == "__main__":
