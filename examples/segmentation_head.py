@@ -76,6 +76,6 @@ def main(spec: str, decoder: str = "jbu", steps: str = "1000") -> None:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 4:
+    if not 2 <= len(sys.argv) <= 4 or sys.argv[2:3] not in ([], ["jbu"], ["bilinear"]):
         sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -18,8 +18,9 @@ def test_quickstart_draws_a_picture(root, tmp_path, capsys):
     assert len(example.read_text().splitlines()) < 40
 
 
-def test_an_example_that_needs_arguments_shows_its_usage(root, monkeypatch):
+@pytest.mark.parametrize("typed", [[], ["camvid:.", "bicubic"]])
+def test_an_example_shows_its_usage_for_wrong_arguments(typed, root, monkeypatch):
     example = root / "examples/segmentation_head.py"
-    monkeypatch.setattr("sys.argv", [str(example)])
+    monkeypatch.setattr("sys.argv", [str(example), *typed])
     with pytest.raises(SystemExit, match=r"Run: python examples/segmentation_head\.py LAYOUT:F"):
         runpy.run_path(str(example), run_name="__main__")

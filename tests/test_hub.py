@@ -73,7 +73,9 @@ def test_a_revision_is_the_one_named(filled, donor):
     old = filled.commit(REPO)
     filled.files[REPO] = {"config.json": b"{}"}
     assert weights.download(REPO, "config.json").read_bytes() == b"{}"
-    with pytest.raises(RuntimeError, match=rf"\(revision {old}\); .*Revision Not Found"):
+    with pytest.raises(
+        RuntimeError, match=rf"no folder here.*\(revision {old}\); .*Revision Not Found"
+    ):
         weights.download(REPO, "config.json", revision=old)
 
 

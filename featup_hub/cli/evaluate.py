@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from featup_hub.evaluation.run import evaluate
 
     start = time.monotonic()
+    if "" not in sys.path:  # for plug-ins in the working folder; last, so that it hides no library
+        sys.path.append("")
 
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - start:.0f} s] {line}", file=sys.stderr, flush=True)

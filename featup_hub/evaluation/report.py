@@ -203,7 +203,7 @@ def draw(scored: Sequence[Row], path: Path) -> None:
         panel.set_title(f"{metric}: better than {reference} →", fontsize=9)
         panel.tick_params(labelsize=8)
         if all(row.percent for row in drawn if row.metric == metric):
-            panel.set_xlabel("percentage points", fontsize=8)
+            panel.set_xlabel("percentage points, 95 % interval", fontsize=8)
     panels[0].set_yticks(range(len(blocks)), blocks)
     panels[0].invert_yaxis()
     # A panel lacks the upsamplers without its score.

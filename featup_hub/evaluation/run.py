@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 from featup_hub.evaluation.cam import measure_cam, open_classifier, open_photos
 from featup_hub.evaluation.candidates import Candidate, UnknownUpsamplerError, candidate
@@ -30,6 +33,8 @@ ON_FEATURES = {
     "propagation": measure_propagation,
     "cost": measure_cost,
 }
+FITTED = {"preservation", "transfer", "consistency"}
+"""Protocols that fit something on training images."""
 SETTINGS = (
     *("train_images", "transfer_images", "val_images"),
     *("max_side", "probe_steps", "pixels", "seed"),
@@ -70,7 +75,9 @@ def evaluate(
     candidates = [each.with_looks(looks) for each in opened for looks in config.looks]
     _check(config, [each.name for each in candidates])
     open_split = partial(open_data, max_side=config.max_side)
-    data = [(open_split(spec, "train"), open_split(spec, "val")) for spec in config.data]
+    # Other protocols fit nothing, so the data need no training images.
+    first: Literal["train", "val"] = "train" if FITTED & set(config.protocols) else "val"
+    data = [(open_split(spec, first), open_split(spec, "val")) for spec in config.data]
     _check_names("data", [val.name for _, val in data], "measure them in separate runs")
     specs = config.backbones if ON_FEATURES.keys() & set(config.protocols) else ()
     with _about("backbones", ValueError, FileNotFoundError):
@@ -107,9 +114,23 @@ def measure(
         for title, data, backbone, run, chosen, settings in stages:
             progress(title)
             for protocol, sums in measure_new(run, chosen, settings, config.cache).items():
+                _warn_of_one_class(data, sums)
                 yield Measurement(protocol, data.name, backbone, data.block, sums)
 
     return measured()
+
+
+def _warn_of_one_class(data: Dataset, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Warns of labels without two classes, such as masks of 0 and 255: scores mean little."""
+    counts = next(iter(sums.values()), {}).get("confusion")
+    if counts is None or len(present := counts.sum((0, 2)).nonzero().flatten().tolist()) > 1:
+        return
+    warnings.warn(
+        "labels of two classes or more are needed for scores that mean something; the pixels "
+        f"scored in {data.name} have {f'class {present[0]} only' if present else 'none'}; values "
+        f"outside 0 to {data.classes - 1} are void: store a mask of 0 and 255 as 0 and 1",
+        stacklevel=2,
+    )
 
 
 def _stages(
@@ -132,7 +153,7 @@ def _stages(
             every.check_truth()
         if "propagation" in wanted:
             every.videos()
-        fitted = sorted(wanted & {"preservation", "transfer", "consistency"})
+        fitted = sorted(wanted & FITTED)
         if fitted and set(train.images) & set(every.images):
             raise ValueError(
                 f"data must have images to fit on that are not scored, for {', '.join(fitted)}; "

@@ -163,7 +163,7 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
         )
 
 
-def warn_unless_normalised(image: Tensor) -> bool:
+def warn_unless_normalised(image: Tensor, *, stacklevel: int = 5) -> bool:
     """Warns of an image that is not normalised, because features would be silently wrong.
 
     Returns:
@@ -185,7 +185,7 @@ def warn_unless_normalised(image: Tensor) -> bool:
             f"the image has values from {low:.3g} to {high:.3g}, which do not look normalised; "
             "use model.preprocess(photo), or bring the image to [0, 1], subtract the mean and "
             "divide by the standard deviation, as for ImageNet",
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
     return True
 

@@ -19,6 +19,7 @@ from featup_hub.backbones import Backbone
 from featup_hub.backbones.contract import check_backbone
 from featup_hub.files import sha256_of_tensors
 from featup_hub.loading import load_upsampler
+from featup_hub.ops.jbu import warn_unless_normalised
 from featup_hub.training.config import BASIS, PRESETS, FitConfig
 from featup_hub.training.least_squares import fit_source
 from featup_hub.training.network import fit_network
@@ -74,7 +75,7 @@ def fit(
         >>> from featup_hub import ModuleBackbone
         >>> conv = torch.nn.Conv2d(3, 8, 8, stride=8)
         >>> backbone = ModuleBackbone(conv, feat_dim=8, patch_size=8)
-        >>> fitted = fit(torch.rand(1, 3, 32, 40), backbone, views=20, max_pad=6)
+        >>> fitted = fit(torch.randn(1, 3, 32, 40), backbone, views=20, max_pad=6)
         >>> fitted.features((64, 80)).shape
         torch.Size([1, 8, 64, 80])
     """
@@ -95,6 +96,7 @@ def fit(
             "fit takes JBU stages alone; got an upsampler with a closing convolution for "
             f"{upsampler.feat_dim} channels; use load_upsampler(), or leave upsampler out"
         )
+    warn_unless_normalised(image, stacklevel=3)
     config = replace(config, **options)
     found: FittedFeatures
     count = config.views + config.held_out

@@ -51,7 +51,7 @@ def check_head(head: nn.Module, channels: int | None) -> None:
     ):
         raise ValueError(
             "only a linear head commutes with the upsampler: an nn.Linear, or a 1×1 nn.Conv2d "
-            f"without groups, stride or padding; got {head}"
+            f"without groups, stride or padding; got {head}; put it behind the upsampler"
         )
     layer = nn.Linear if isinstance(head, nn.Linear) else nn.Conv2d
     hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]

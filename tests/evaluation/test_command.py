@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from featup_hub.cli import main
 from featup_hub.evaluation.candidates import PlugInError
@@ -116,6 +119,41 @@ def test_an_exception_in_a_plug_in_s_own_code_keeps_its_traceback(typed, scenes)
     with pytest.raises(PlugInError, match=r"test_command:.*' raised ValueError") as caught:
         main([*f"evaluate --data folder:{scenes}".split(), *typed.split()])
     assert str(caught.value.__cause__) == "a bug of the user's"
+
+
+def test_a_plug_in_may_lie_in_the_working_folder(oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.chdir(tmp_path)
+    code = "def up(source, image, size):\n    return source.new_zeros(1, source.shape[1], *size)\n"
+    (tmp_path / "plug_in_of_a_user.py").write_text(code)
+    assert oracle("--upsamplers plug_in_of_a_user:up") == 0
+
+
+@pytest.mark.parametrize("protocols", ["oracle", "cost"])
+def test_a_protocol_that_fits_nothing_needs_no_training_images(protocols, scenes, tmp_path):
+    (tmp_path / "val").symlink_to(scenes / "val")
+    (tmp_path / "dataset.json").symlink_to(scenes / "dataset.json")
+    typed = f"evaluate --data folder:{tmp_path} --upsamplers nearest --strides 16 --protocols"
+    assert main([*typed.split(), protocols]) == 0
+    assert main([*typed.split(), protocols, "preservation"]) == 1
+
+
+@pytest.mark.filterwarnings("always:labels of two")
+def test_masks_of_0_and_255_bring_a_warning(scenes, tmp_path, capsys):
+    for name in ("images", "labels"):
+        shutil.copytree(scenes / "val" / name, tmp_path / "val" / name)
+    (tmp_path / "dataset.json").write_text('{"classes": 2}')
+    typed = f"evaluate --data folder:{tmp_path} --upsamplers nearest --strides 16"
+    assert main([*typed.split(), "--protocols", "oracle"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    for value, rest, found in ((255, 0, "class 0 only"), (255, 128, "none")):
+        for path in (tmp_path / "val" / "labels").iterdir():
+            mask = np.asarray(Image.open(path)) > 0
+            Image.fromarray(np.where(mask, value, rest).astype(np.uint8)).save(path)
+        assert main([*typed.split(), "--protocols", "oracle"]) == 0
+        said = capsys.readouterr().err
+        assert "warning: labels of two classes or more are needed" in said
+        assert f"have {found}; values outside 0 to 1 are void" in said
 
 
 @pytest.mark.parametrize("missing", ["data", "file"])

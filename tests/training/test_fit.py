@@ -161,6 +161,14 @@ def test_features_that_are_not_finite_and_a_loss_that_diverges_are_errors():
         fit(picture(), Blur(), **{**NETWORK, "lr": 1e30})
 
 
+def test_an_image_that_was_not_normalised_brings_a_warning():
+    with pytest.warns(UserWarning, match=r"from 0 to 255, which do not look normalised") as said:
+        fit(
+            torch.arange(256.0).repeat(1, 3, 1, 1).reshape(1, 3, 16, 16), Blur(), views=4, max_pad=2
+        )
+    assert said[0].filename == __file__
+
+
 def test_wrong_images_and_options_are_refused():
     with pytest.raises(ValueError, match=r"one normalised RGB image, \(1, 3, H, W\); got \(2, 3,"):
         fit(torch.zeros(2, 3, 16, 16), Blur())

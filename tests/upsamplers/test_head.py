@@ -53,7 +53,8 @@ class Tripled(nn.Linear):
     ],
 )
 def test_only_a_linear_head_can_be_folded(head):
-    with pytest.raises(ValueError, match="only a linear head commutes"):
+    todo = r"(?s)only a linear head commutes.*; (put it behind the upsampler|normalise or prune)"
+    with pytest.raises(ValueError, match=todo):
         JBUStack().fold_head(head)
 
 
