@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import CASES, DRY, DTYPES, Case, Problem, Row, Session, measure
-from featup_hub.ops import Implementation, StageWeights, jbu_apply, jbu_kernel
+from featup_hub.ops import Implementation, StageWeights, jbu_apply, jbu_kernel, joint_kernel
 from featup_hub.ops.cuda import backend
 from featup_hub.ops.cuda.programs import Program
 from featup_hub.upsamplers import JBUStack, JBUStage
@@ -148,6 +148,18 @@ def _errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [relative_error(*row) for row in zip(found, exact, scales, strict=False)]
 
 
+def joint(session: Session) -> Rows:
+    """The joint bilateral stage's kernels against the definition in float64."""
+    for cells, size in (((7, 9), (7, 9)), ((7, 9), (13, 18)), ((13, 18), (26, 35))):
+        maps = (torch.randn(2, 32, *n).to(session.device) / 6 for n in (size, cells))
+        inputs = [*maps, *torch.tensor([1.25, 0.17], device=session.device)]
+        options = {"cells": (7, 9), "radius": 3}
+        exact = joint_kernel(*(x.double() for x in inputs), impl="reference", **options)
+        poison(session)
+        error = relative_error(joint_kernel(*inputs, impl=session.impl, **options), exact)
+        yield {"size": list(size), "error": error, "ok": error <= ROUNDING}
+
+
 def every_tap(session: Session) -> Rows:
     """Each of the 49 taps of each pixel gets a gradient."""
     source = torch.randn(2, 5, 6, 7).to(session.device)
@@ -180,7 +192,7 @@ def offsets(session: Session) -> Rows:
 
 def stack_case(session: Session) -> tuple[JBUStack, Tensor, Tensor, Tensor]:
     """Makes a stack, inputs, and what the definition in float64 makes of them."""
-    stack = JBUStack(num_stages=2).eval().to(session.device)
+    stack = JBUStack(num_stages=2, joint_first=True).eval().to(session.device)
     source = torch.randn(1, 20, 7, 9).to(session.device)
     image = torch.randn(1, 3, 27, 36).to(session.device)
     with torch.no_grad():
@@ -232,6 +244,7 @@ def threads(session: Session) -> Rows:
 CHECKS: dict[str, Callable[[Session], Rows]] = {
     "parity": parity,
     "gradients": gradients,
+    "joint": joint,
     "every tap": every_tap,
     "offsets": offsets,
 }

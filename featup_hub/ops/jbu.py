@@ -108,13 +108,12 @@ def joint_kernel(
 ) -> Tensor:
     """Weights the cells around every pixel by distance and by likeness of embeddings.
 
-    See :func:`featup_hub.ops.reference.joint_kernel` for the formula and shapes. All
-    implementations except ``"reference"`` are one operator, the same on every device.
+    See :func:`featup_hub.ops.reference.joint_kernel` for the formula and shapes.
     """
     spatial, range = spatial.to(query), range.to(query)
     if impl == "reference" or _traced():
         return reference.joint_kernel(query, key, spatial, range, cells, radius)
-    return torch.ops.featup_hub.joint_kernel(query, key, spatial, range, *cells, radius)
+    return torch.ops.featup_hub.joint_kernel(query, key, spatial, range, *cells, radius, impl)
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:

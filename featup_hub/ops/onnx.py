@@ -69,7 +69,14 @@ def jbu_kernel(
 
 
 def joint_kernel(
-    query: Any, key: Any, spatial: Any, range: Any, rows: Any, columns: Any, radius: int
+    query: Any,
+    key: Any,
+    spatial: Any,
+    range: Any,
+    rows: Any,
+    columns: Any,
+    radius: int,
+    impl: str,
 ) -> Any:
     number = partial(ir.tensor, dtype=query.dtype)
     widths = [op.Clip(op.Abs(width), number(reference.MIN_WIDTH)) for width in (spatial, range)]

@@ -48,9 +48,9 @@ def _apply_backward(
     return run(impl, "apply_backward", grad, source, kernel, need_source, need_kernel)
 
 
-def _joint(query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, *sizes: int) -> Tensor:
-    rows, columns, radius = sizes
-    return reference.joint_kernel(query, key, spatial, range, (rows, columns), radius)
+def _joint(query: Tensor, key: Tensor, spatial: Tensor, range: Tensor, *args: Any) -> Tensor:
+    rows, columns, radius, impl = args
+    return _own(run(impl, "joint_kernel", query, key, spatial, range, (rows, columns), radius))
 
 
 def _joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _fake_apply_backward(
 
 def _fake_joint(query: Tensor, *args: Any) -> Tensor:
     batch, _, height, width = query.shape
-    return query.new_empty(batch, (2 * args[-1] + 1) ** 2, height, width)
+    return query.new_empty(batch, (2 * args[-2] + 1) ** 2, height, width)
 
 
 def _fake_joint_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -134,13 +134,13 @@ def _apply_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_joint(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.rows, ctx.columns, _ = inputs
+    *tensors, ctx.rows, ctx.columns, _radius, _impl = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _joint_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     backward = torch.ops.featup_hub.joint_kernel_backward
-    return *backward(grad, *ctx.saved_tensors, ctx.rows, ctx.columns), None, None, None
+    return *backward(grad, *ctx.saved_tensors, ctx.rows, ctx.columns), None, None, None, None
 
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -218,7 +218,7 @@ _register(
 )
 _JOINT = "Tensor query, Tensor key, Tensor spatial, Tensor range, SymInt rows, SymInt columns"
 _register(
-    f"joint_kernel({_JOINT}, int radius) -> Tensor",
+    f"joint_kernel({_JOINT}, int radius, str impl) -> Tensor",
     _joint,
     _fake_joint,
     _joint_gradients,

@@ -19,6 +19,8 @@ from featup_hub.ops.reference import StageWeights
 
 HUGE = 1e18  # the product of two smaller values is finite in float32
 
+joint_kernel = reference.joint_kernel  # its maps are small
+
 
 def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
     """See :func:`featup_hub.ops.reference.jbu_kernel`."""

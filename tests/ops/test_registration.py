@@ -96,7 +96,7 @@ def test_the_joint_kernels_gradients_pass_gradcheck(impl):
 
 
 @pytest.mark.parametrize(
-    ("operation", "args"), [("joint_kernel", (4, 6, 3)), ("pool_guidance", (3, 14))]
+    ("operation", "args"), [("joint_kernel", (4, 6, 3, "torch")), ("pool_guidance", (3, 14))]
 )
 def test_opcheck_passes_with_sizes_as_arguments(operation, args):
     image = torch.rand(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)

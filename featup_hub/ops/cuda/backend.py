@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featup_hub.ops.cuda.programs import FusedKernels, Kernel, Program, UnavailableError, prepare
-from featup_hub.ops.reference import StageWeights
-from featup_hub.ops.tables import bicubic_matrix
+from featup_hub.ops.reference import MIN_WIDTH, StageWeights, cell_of_pixel
+from featup_hub.ops.tables import bicubic_matrix, reflect
 
 DIAMETER, TAPS, KEYS = 7, 49, 32
 MOST_GUIDANCE_CHANNELS = 14
@@ -86,6 +86,60 @@ def kernel(guidance: Tensor, weights: StageWeights) -> Tensor:
         maps = (guidance, projection, w.range_temp, w.sigma_spatial, *layers, output)
         fused.launch("kernel_forward", grid, *maps, height, width)
     return output.permute(0, 3, 1, 2)
+
+
+def joint_kernel(
+    query: Tensor,
+    key: Tensor,
+    spatial: Tensor,
+    range: Tensor,
+    cells: tuple[int, int],
+    radius: int,
+) -> Tensor:
+    """See :func:`featup_hub.ops.reference.joint_kernel`.
+
+    The gradient of :func:`apply` with respect to its kernels is the product of every pixel with its
+    neighbours. These products give the distances, |q - k|² = |q|² - 2 q·k + |k|², and a softmax
+    does not depend on |q|². What is not finite reaches a few pixels more than in the definition.
+    """
+    if 2 * radius + 1 != DIAMETER:
+        raise UnavailableError(
+            f"the fused kernels have a radius of {DIAMETER // 2}; got {radius}; use impl='torch'"
+        )
+    fused = _prepared(apply_backward_program(torch.float32), query, query)
+    (batch, _, height, width), (h, w) = query.shape, key.shape[2:]
+    (rows, down), (columns, across) = (
+        _joint_axis(*sizes, query.device) for sizes in ((h, height, cells[0]), (w, width, cells[1]))
+    )
+    near, alike = (width.abs().clamp(min=MIN_WIDTH) for width in (spatial, range))
+    asked, had = query / alike, key / alike
+    # In four channels, because the kernel reads vectors of four.
+    square = had.square().sum(1, keepdim=True) * -0.125
+    had = torch.cat([had, square.expand(-1, 4, -1, -1)], 1)
+    had = had.index_select(2, rows).index_select(3, columns)
+    maps = _channels_last(had), _channels_last(F.pad(asked, (0, 0, 0, 0, 0, 4), value=1.0))
+    logits = query.new_empty(batch, height, width, TAPS)
+    if logits.numel():
+        sizes = (height, width, height, width, had.shape[1])
+        grid = (_cell_tiles(height, width), 1, batch)
+        fused.launch("apply_backward_kernel_8", grid, *maps, logits, *sizes)
+    slope = -0.5 / near.square()
+    by_axis = logits.view(batch, height, width, DIAMETER, DIAMETER)
+    by_axis.addcmul_(down[:, None, :, None], slope).addcmul_(across[:, None], slope)
+    return logits.softmax(3).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(64)
+def _joint_axis(few: int, many: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns, along one axis, the cell of every pixel, and squared distances to its neighbours'.
+
+    The distances, (many, 7), are in cells of a source of ``cells``.
+    """
+    pixel, taps = torch.arange(many, device=device), torch.arange(DIAMETER, device=device)
+    cell = cell_of_pixel(few, many, pixel)
+    place, of_cell = (pixel + 0.5) * cells / many, (cell + 0.5) * cells / few
+    near = of_cell[reflect(pixel[:, None] + taps - DIAMETER // 2, many)]
+    return cell, (place[:, None] - near).square()
 
 
 def apply(source: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:

@@ -57,6 +57,17 @@ def kernel_pair(guidance: Tensor, weights: StageWeights) -> tuple[Tensor, Tensor
     return kernel, reference.jbu_kernel(guidance, weights)
 
 
+def joint_pair(
+    size: tuple[int, int], cells: tuple[int, int], source: tuple[int, int], batch: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The joint kernels of both forms; embeddings have about length one, as those of colours."""
+    draw = partial(torch.randn, dtype=torch.float64)
+    query, key = draw(batch, 32, *size) / 6, draw(batch, 32, *cells) / 6
+    arguments = query, key, torch.tensor(1.25).double(), torch.tensor(-0.17).double()
+    joint = backend.joint_kernel(*(x.float() for x in arguments), source, 3)
+    return joint, reference.joint_kernel(*arguments, source, 3)
+
+
 def output_and_gradients(
     source: Tensor, kernel: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -98,6 +109,7 @@ def everything() -> Iterator[Tensor]:
     yield kernel_pair(guidance[:1, :, :4], weights)[0].nan_to_num(7.0)
     for maps in (draw_maps(5, 9, 20), draw_maps(9, 17, 20, size=(9, 17))):
         yield from output_and_gradients(*maps)[0].values()
+    yield joint_pair((6, 19), (3, 10), (3, 10))[0]
     source, kernel, bias = (x.float() for x in draw_maps(3, 5, 132))
     source[0, 130, 1, 2] = float("inf")
     yield backend.apply(source, kernel, bias).nan_to_num(7.0)

@@ -7,6 +7,7 @@ import torch
 
 from featup_hub.ops import reference
 from featup_hub.ops.cuda import backend
+from featup_hub.ops.cuda.programs import UnavailableError
 from tests.ops.cuda.emulator import COMPILER, Emulator
 from tests.ops.cuda.fused_results import (
     ARCHITECTURES,
@@ -18,6 +19,7 @@ from tests.ops.cuda.fused_results import (
     everything,
     far_sample,
     halves,
+    joint_pair,
     kernel_pair,
     output_and_gradients,
 )
@@ -88,6 +90,29 @@ def test_a_sum_of_almost_nothing_is_clamped_as_the_definition_clamps_it(emulate)
     assert ((sums > 0.01) & (sums < 0.99)).any(), "nothing is clamped here"
     # Exponents of a hundred are known to 1e-5 in float32, and their exponentials no better.
     assert error(*kernel_pair(guidance, weights)) <= 1e-4
+
+
+# Output, cells, source and batch: the smoothing, doublings with a rest, the second pass, one pixel.
+@pytest.mark.parametrize(
+    ("size", "cells", "source", "batch"),
+    [
+        ((5, 9), (5, 9), (5, 9), 2),
+        ((7, 18), (4, 9), (4, 9), 1),
+        ((13, 36), (7, 18), (4, 9), 1),
+        ((1, 1), (1, 1), (1, 1), 1),
+        ((2, 1), (1, 1), (1, 1), 3),
+    ],
+)
+def test_joint_kernels_match_the_definition(emulate, size, cells, source, batch):
+    joint, expected = joint_pair(size, cells, source, batch)
+    # Exponents are differences of larger numbers.
+    assert error(joint, expected) <= 3 * TOLERANCE
+
+
+def test_joint_kernels_of_another_radius_are_refused(emulate):
+    maps, width = torch.zeros(1, 2, 4, 4), torch.ones(())
+    with pytest.raises(UnavailableError, match=r"radius of 3; got 2; use impl='torch'"):
+        backend.joint_kernel(maps, maps, width, width, (4, 4), 2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
