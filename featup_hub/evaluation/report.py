@@ -88,7 +88,8 @@ def table(scored: Sequence[Row]) -> str:
     Shares are shown in percent. If the interval of a paired difference excludes zero, ``+`` marks
     an improvement and ``-`` a loss.
     """
-    width = max((len(row.upsampler) for row in scored), default=0)
+    # A score's name and its arrow fit into the column of upsamplers and that of scores.
+    width = max((max(len(row.upsampler), len(row.metric) - 9) for row in scored), default=0)
     references = max((list(row.versus) for row in scored), key=len, default=[])
     lines: list[str] = []
     previous: tuple[str, ...] = ()

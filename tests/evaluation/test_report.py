@@ -53,6 +53,9 @@ def test_the_table_marks_improvements_in_either_direction_and_losses(scored):
     assert lines[1].split() == ["boundary", "accuracy", "↑", "against", "bilinear"]
     assert "82.00  + +20.00 [+20.00, +20.00]" in lines[3]
     assert "1.000  + -1.000 [-1.000, -1.000]" in lines[6]
+    long = table([replace(scored[1], metric="CPU seconds with backbone")]).splitlines()
+    assert long[1] == "  CPU seconds with backbone ↑ against bilinear"
+    assert long[2].index("+ ") == long[1].index("against")
     losing = {n: [{"band": [k, 10]}] * 3 for n, k in (("bilinear", 9), ("worse", 5), ("same", 9))}
     shown = table(rows(measured(**losing), versus=("bilinear",), resamples=50))
     assert "50.00  - -40.00" in shown
