@@ -76,6 +76,7 @@ def train(
         ValueError: If the folder has no readable photograph; if ``out`` has a run with another
             config, other photographs or other backbone weights; if ``parts`` does not divide the
             batch, or the number of processes does not divide ``parts``.
+        TypeError: If one of ``backbones`` is not a backbone.
         RuntimeError: If the loss or its gradient is not finite; the last checkpoint is kept.
     """
     with process_group(config.device) as group:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featup_hub.backbones import Backbone
+from featup_hub.backbones.contract import check_backbone
 from featup_hub.image import normalise_values
 from featup_hub.loading import find_backbone, load_backbone
 from featup_hub.training.downsamplers import AttentionDownsampler, SimpleDownsampler
@@ -135,5 +136,7 @@ def open_backbones(
             f"a backbone is needed for every name; there is none for {', '.join(missing)}; "
             "add it, or leave the name out"
         )
+    for name in names:
+        check_backbone(given[name])
     # Copies: training freezes them; the caller's stay on their device and in their mode.
     return {name: copy.deepcopy(given[name]) for name in names}

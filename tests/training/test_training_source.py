@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from torch import nn
 
 from featup_hub import ModuleBackbone
 from featup_hub.training.seeds import seeded
@@ -50,6 +51,8 @@ def test_backbones_are_opened_by_name_or_given(stem):
         open_backbones(())
     with pytest.raises(ValueError, match="there is none for b; add it"):
         open_backbones(("a", "b"), {"a": stem})
+    with pytest.raises(TypeError, match=r"a featup_hub.Backbone; got Conv2d; .* ModuleBackbone"):
+        open_backbones(("a",), {"a": nn.Conv2d(3, 4, 8, stride=8)})
     with pytest.raises(ValueError, match=r"got 'jbu', an upsampler alone; .* name another"):
         open_backbones(("jbu",))
 
