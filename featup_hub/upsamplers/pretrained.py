@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from featup_hub.files import write_atomically
-from featup_hub.weights import download, load_into, read, write
+from featup_hub.weights import load_into, read, write
+from featup_hub.weights.hub import download
 
 if TYPE_CHECKING:
     from typing_extensions import Self
