@@ -74,7 +74,7 @@ def test_a_file_that_changed_is_measured_again(run, kind):
     [
         {"identity": "2"},
         {"seed": 1},
-        {"changes": {"classes": 1}},
+        {"changes": {"classes": 3}},
         {"changes": {"label_map": (1, 0)}},
         {"changes": {"depth_scale": 10.0}},
         {"changes": {"max_side": 32}},
