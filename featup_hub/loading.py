@@ -100,9 +100,9 @@ def load(
             that Meta gives one of its models.
         pretrained: Whether to load the weights that the model's card names.
         use_norm: Whether every position's vector is normalised before upsampling.
-        upsampler: A shipped upsampler, or a file of your own. ``"jbu_denoise"``, the default,
-            averages cells that look alike; ``"jbu_faithful"`` does not. A name or file given is
-            read even if ``pretrained`` is False.
+        upsampler: A shipped upsampler, a file of your own, or a folder of ``save_pretrained``.
+            ``"jbu_denoise"``, the default, averages cells that look alike; ``"jbu_faithful"`` does
+            not. What is given is read even if ``pretrained`` is False.
         backbone_weights: A file of your own for the backbone, see :func:`load_backbone`.
         backbone_kwargs: Arguments for ``timm.create_model``, such as ``{"img_size": 448}``.
         layer: Layer of the backbone's features, see :class:`~featup_hub.TimmBackbone`; default: the

@@ -12,6 +12,7 @@ from torch import nn
 
 from featup_hub import JBUStack, ModuleBackbone, UpsampledBackbone
 from featup_hub.backbones import ChannelNorm, MaskClipBackbone
+from featup_hub.cli import main
 from featup_hub.image import preprocess, read_image
 from featup_hub.loading import find_backbone, find_card, load, load_backbone, load_upsampler
 from featup_hub.weights import write
@@ -124,6 +125,15 @@ def test_loading_leaves_the_random_state_alone(stages):
     load_backbone(NAME)
     load_upsampler(stages)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_upsampler_is_found_in_the_folder_where_it_was_saved(root, tmp_path):
+    stack = random_stack()
+    stack.save_pretrained(tmp_path / "mine")
+    found = load(NAME, upsampler=tmp_path / "mine").stack.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stack.state_dict().items())
+    command = ["upsample", str(root / "tests/data/chelsea.jpg"), "--size", "32", "--no-picture"]
+    assert main([*command, "--upsampler", f"{tmp_path}/mine", "--out", f"{tmp_path}/out"]) == 0
 
 
 def test_models_come_in_evaluation_mode_on_the_cpu(stages):

@@ -38,7 +38,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--upsampler",
         default="jbu_denoise",
         metavar="NAME|FILE",
-        help="%(default)s (default), jbu_faithful, or a file",
+        help="%(default)s (default), jbu_faithful, a file, or a folder of save_pretrained",
     )
     add("--no-norm", action="store_true", help="do not normalise features before upsampling")
     add("--layer", type=int, metavar="N", help="take the features of this block of the backbone")

@@ -81,9 +81,10 @@ def settings_of(args: argparse.Namespace, chosen: Choice) -> dict[str, str]:
     """Returns the settings of the features, which their file stores."""
     from featup_hub.files import sha256_of_file
     from featup_hub.registry import UPSAMPLERS
+    from featup_hub.weights import resolve
 
     shipped, own = UPSAMPLERS.get(args.upsampler), chosen.options["backbone_weights"]
-    upsampler = shipped.sha256 if shipped else sha256_of_file(Path(args.upsampler).expanduser())
+    upsampler = shipped.sha256 if shipped else sha256_of_file(resolve(args.upsampler))
     size = chosen.size
     return {
         "model": chosen.card.name,

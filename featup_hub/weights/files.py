@@ -42,8 +42,8 @@ _BEGINNINGS = {
 def load(source: WeightFile | str | Path) -> dict[str, Tensor]:
     """Reads a shipped file and checks its digest, or reads a safetensors file of the user.
 
-    ``source`` is a row of the registry, the name of a shipped upsampler, or a file. Raises as
-    :func:`read`, and RuntimeError if the shipped file is missing.
+    ``source`` is a row of the registry, the name of a shipped upsampler, a file, or a folder of
+    ``save_pretrained``. Raises as :func:`read`, and RuntimeError if the shipped file is missing.
     """
     shipped = _shipped(source)
     return read(resolve(source), sha256=None if shipped is None else shipped.sha256)
@@ -64,7 +64,9 @@ def resolve(source: WeightFile | str | Path) -> Path:
         raise FileNotFoundError(
             f"no weights file {source}; check the name; shipped are {', '.join(UPSAMPLERS)}"
         )
-    return existing(cast("str | Path", source))
+    path = Path(cast("str | Path", source)).expanduser()
+    inside = path / "model.safetensors"  # in a folder of save_pretrained
+    return inside if inside.is_file() else existing(path)
 
 
 def _shipped(source: WeightFile | str | Path) -> WeightFile | None:
