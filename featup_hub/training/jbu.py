@@ -47,6 +47,7 @@ from featup_hub.weights import load_into, write
 __all__ = ["JBUTrainingConfig", "train"]
 
 SCALE_PHOTOS = 32  # on which the scale of features is measured
+WEIGHTS = "jbu.safetensors"
 
 
 def train(
@@ -59,7 +60,8 @@ def train(
 ) -> Path:
     """Trains stages on a folder of photographs, or resumes the run in ``out``.
 
-    A checkpoint is written every few minutes, at the end, and on a KeyboardInterrupt.
+    A checkpoint is written every few minutes, at the end, and on a KeyboardInterrupt. The weights
+    are written at the end, and as they are on a KeyboardInterrupt.
 
     Args:
         photos: Folder of photographs, searched with its subfolders.
@@ -90,9 +92,9 @@ def train(
         run = _Run(config, stream, open_backbones(config.backbones, backbones), group)
         _train(run, Path(out), progress=progress and group.is_main)
         if group.is_main:
-            run.export(Path(out) / "jbu.safetensors")
+            run.export(Path(out) / WEIGHTS)
         group.barrier()
-    return Path(out) / "jbu.safetensors"
+    return Path(out) / WEIGHTS
 
 
 def _train(run: _Run, out: Path, *, progress: bool) -> None:
@@ -120,6 +122,7 @@ def _train(run: _Run, out: Path, *, progress: bool) -> None:
         except KeyboardInterrupt:
             if is_main and run.done:
                 save_checkpoint(checkpoint, run.state())
+                run.export(out / WEIGHTS)
             raise
 
 
@@ -290,6 +293,7 @@ class _Run:
             "architecture": f"JBUStack(feat_dim=None{joint})",
             "config": json.dumps(self.config.without_folders()),
             "seed": str(self.config.seed),
+            "steps_done": str(self.done),
             "photos": str(len(self.stream.paths)),
         }
         write(self.mean if self.config.ema else self.stack.state_dict(), path, metadata=notes)

@@ -10,7 +10,7 @@ import torch
 
 from featup_hub import JBUStack
 from featup_hub.training import jbu
-from featup_hub.weights import read, write
+from featup_hub.weights import metadata, read, write
 from tests.training.conftest import Stem, rows
 
 
@@ -58,6 +58,8 @@ def test_an_interrupted_run_keeps_whole_steps_and_goes_on_to_the_same_weights(
     file = tmp_path / "parts/checkpoint.pt"
     kept = torch.load(file, weights_only=True)["step"] if file.exists() else None
     assert kept == steps
+    weights = tmp_path / "parts/jbu.safetensors"  # usable, if training shall not go on
+    assert (metadata(weights)["steps_done"] if weights.exists() else None) == (steps and str(steps))
     torch.manual_seed(99)
     small(tmp_path / "parts", **often)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")

@@ -37,7 +37,7 @@ jbu._Run.step = step
 try:
     jbu.train(photos, out, config, backbones={"stem": Stem()}, progress=False)
 except KeyboardInterrupt:
-    raise SystemExit(os.path.exists(out + "/jbu.safetensors"))
+    raise SystemExit(0)
 torch.save(gradients, f"{out}.{os.environ['RANK']}.pt")
 """
 
