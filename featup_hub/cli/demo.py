@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from featup_hub.demo import build
     from featup_hub.pixels import read_image
 
-    # Before the page opens, which would only then tell the errors.
+    # Checked now, not when the page opens.
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UsageError(f"--port must be from 1 to 65535; got {args.port}")
     choose_backbone(args.model, args.upsampler)

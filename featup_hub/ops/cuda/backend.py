@@ -108,9 +108,11 @@ def joint_kernel(
         )
     fused = _prepared(apply_backward_program(torch.float32), query, query)
     (batch, _, height, width), (h, w) = query.shape, key.shape[2:]
-    (rows, down), (columns, across) = (
-        _joint_axis(*sizes, query.device) for sizes in ((h, height, cells[0]), (w, width, cells[1]))
-    )
+    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    # What a capture records is computed at the replay, so it must not be cached.
+    axis = _joint_axis.__wrapped__ if capturing else _joint_axis
+    rows, down = axis(h, height, cells[0], query.device)
+    columns, across = axis(w, width, cells[1], query.device)
     near, alike = (width.abs().clamp(min=MIN_WIDTH) for width in (spatial, range))
     asked, had = query / alike, key / alike
     # In four channels, because the kernel reads vectors of four.

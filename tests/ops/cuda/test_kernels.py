@@ -109,6 +109,15 @@ def test_joint_kernels_match_the_definition(emulate, size, cells, source, batch)
     assert error(joint, expected) <= 3 * TOLERANCE
 
 
+def test_joint_kernels_in_a_captured_graph_cache_nothing(emulate, monkeypatch):
+    # What a capture records is computed only when the graph is replayed.
+    backend._joint_axis.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert error(*joint_pair((7, 18), (4, 9), (4, 9))) <= 3 * TOLERANCE
+    assert backend._joint_axis.cache_info().currsize == 0
+
+
 def test_joint_kernels_of_another_radius_are_refused(emulate):
     maps, width = torch.zeros(1, 2, 4, 4), torch.ones(())
     with pytest.raises(UnavailableError, match=r"radius of 3; got 2; use impl='torch'"):
