@@ -74,7 +74,7 @@ def test_a_revision_is_the_one_named(filled, donor):
     filled.files[REPO] = {"config.json": b"{}"}
     assert weights.download(REPO, "config.json").read_bytes() == b"{}"
     with pytest.raises(
-        RuntimeError, match=rf"no folder here.*\(revision {old}\); .*Revision Not Found"
+        RuntimeError, match=rf"\(revision {old}; there is no such folder\); .*Revision Not Found"
     ):
         weights.download(REPO, "config.json", revision=old)
 

@@ -33,8 +33,8 @@ def download(
 
     options: dict[str, Any] = {"token": token, "force_download": force_download}
     try:
-        where = f"{repo_id}, no folder here, so a Hub repository (revision {revision or 'main'})"
-        with explained(f"{filename} of {where}"):
+        where = f"{repo_id} (revision {revision or 'main'}; there is no such folder)"
+        with explained(f"{filename} of the Hub repository {where}"):
             return Path(hf_hub_download(repo_id, filename, revision=revision, **options))
     except HFValidationError:
         raise ValueError(
